@@ -1,0 +1,45 @@
+# make demo | test | check | format | clean        (needs python3.11 or newer; make PYTHON=python3.12 … picks one)
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: help demo test check format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo     prune the bundled tiny teacher, from scoring to report"
+	@echo "make test     run the tests"
+	@echo "make check    lint, formatting, types, tests: what has to pass before a change lands"
+	@echo "make format   mend what ruff can mend"
+	@echo "make clean    remove caches and builds (runs and .venv stay)"
+
+demo: .venv/.installed
+	$(BIN)/layerpeel demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+check: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv/.installed
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# torch goes first and alone, so that pip takes the build that the machine's own settings offer
+# before the packages that depend on it can ask for another.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "error: layerpeel needs Python 3.11 or newer, $(PYTHON) is %d.%d\nhint: make PYTHON=python3.12" % v[:2])'
+	@echo "setting up .venv (once; takes some minutes)" >&2
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) -e '.[dev]'
+	@touch $@

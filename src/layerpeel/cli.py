@@ -1,0 +1,226 @@
+"""The command line: one thin function a verb. Results go to stdout, progress and hints to stderr.
+
+Exit codes: 0 done, 1 failed, 2 bad input, 3 stopped by a quality floor.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from layerpeel.config import RunConfig, load_config
+from layerpeel.demo import prepare_demo
+from layerpeel.errors import InputError, LayerpeelError
+from layerpeel.importance import LayerScores, score_layers, text_batches
+from layerpeel.journal import Run
+from layerpeel.loop import peel
+from layerpeel.models import count_parameters, load_model, save_model, stored_dtype
+from layerpeel.preflight import check
+from layerpeel.progress import console
+from layerpeel.surgery import remove_layers
+from layerpeel.tasks import Evaluation, evaluate
+from layerpeel.training import distill
+
+app = typer.Typer(
+    help="Makes language models shallower while keeping their quality.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+output = Console(highlight=False)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config; see configs/.")]
+Overrides = Annotated[list[str], typer.Option("--set", help="section.field=value, over the config's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Layers = Annotated[str, typer.Option("--layers", help="Layers to remove, counted from 0: 5,7 or 5-8.")]
+Folder = Annotated[Path, typer.Option("--output", "-o", help="Where to write the student.")]
+
+
+@app.command()
+def run(config: ConfigFile, set_: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """Score, remove, distil, evaluate, and again, until the target. Running again resumes."""
+    _finish(peel(load_config(config, set_)), as_json)
+
+
+@app.command()
+def score(config: ConfigFile, set_: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """Rank the teacher's layers by what is lost when each is skipped; nothing is changed or written."""
+    settings = load_config(config, set_)
+    tasks = check(settings)
+    model, tokenizer = _load(settings)
+    batches = text_batches(settings, tokenizer)
+    scores = score_layers(model, tokenizer, settings.score, tasks=tasks, batches=batches, aggregate=settings.aggregate)
+    if as_json:
+        print(json.dumps(scores.to_json()))
+    else:
+        output.print(_score_table(scores))
+
+
+@app.command()
+def remove(
+    model: Annotated[str, typer.Argument(help="A model folder or a hub name.")], layers: Layers, output_: Folder
+) -> None:
+    """Remove layers, without training, and write the shallower model."""
+    chosen = _parse_layers(layers)
+    _check_free(output_)
+    shorter, tokenizer = load_model(model)
+    remove_layers(shorter, chosen)
+    save_model(shorter, tokenizer, output_, stored_dtype(model))
+    output.print(f"{shorter.config.num_hidden_layers} layers, {count_parameters(shorter):,} parameters: {output_}")
+
+
+@app.command(name="distill")
+def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Overrides = []) -> None:  # noqa: B006
+    """Remove layers from the config's teacher, distil the gap once as its `distill` says, and write the student."""
+    settings = load_config(config, set_)
+    chosen = _parse_layers(layers)
+    if not settings.distill.tokens_per_round:
+        raise InputError("distill.tokens_per_round: 0, so there is nothing to do", hint="set it, or use `remove`")
+    _check_free(output_)
+    teacher, tokenizer = _load(settings)
+    storage = stored_dtype(settings.teacher)
+    student, result = distill(teacher, tokenizer, chosen, settings.distill, seed=settings.seed, storage=storage)
+    save_model(student, tokenizer, output_, storage)
+    ends = result.summary()
+    output.print(
+        f"{student.config.num_hidden_layers} layers, loss {ends['first_loss']:.4f} -> {ends['last_loss']:.4f} "
+        f"over {result.tokens:,} tokens in {result.seconds:.0f} s: {output_}"
+    )
+
+
+@app.command(name="eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help="A model folder or a hub name.")],
+    config: ConfigFile,
+    set_: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on the tasks of a config."""
+    settings = load_config(config, [*set_, f"teacher={model}"])
+    tasks = check(settings)
+    loaded, tokenizer = _load(settings)
+    evaluation = evaluate(loaded, tokenizer, tasks)
+    if as_json:
+        print(json.dumps(evaluation.to_json()))
+    else:
+        output.print(_evaluation_table(evaluation))
+
+
+@app.command()
+def demo(
+    output_: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path("runs/demo"),
+    set_: Overrides = [],  # noqa: B006
+) -> None:
+    """Run the main job on the bundled teacher: 12 layers to 8."""
+    _finish(peel(load_config(prepare_demo(output_), [f"output={output_ / 'run'}", *set_])), as_json=False)
+
+
+def main() -> None:
+    """The `layerpeel` command."""
+    _quiet_libraries()
+    try:
+        app(standalone_mode=True)
+    except LayerpeelError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        if error.hint:
+            console.print(f"[bold]hint:[/] {escape(error.hint)}", soft_wrap=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        console.print("stopped; run the same command again to go on from the last finished round")
+        sys.exit(130)
+    except torch.cuda.OutOfMemoryError:
+        console.print("[bold red]error:[/] out of memory on the GPU")
+        console.print("[bold]hint:[/] lower distill.batch_size, score.batch_size or distill.sequence_length")
+        sys.exit(1)
+    except OSError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+
+
+def _finish(run: Run, as_json: bool) -> None:
+    assert run.finish and run.teacher
+    if as_json:
+        print(json.dumps({"teacher": run.teacher, "rounds": run.rounds, "finish": run.finish,
+                          "student": str(run.student_folder)}))  # fmt: skip
+    else:
+        output.print(_run_table(run))
+        output.print(f"student  {escape(str(run.student_folder))}", soft_wrap=True)
+        output.print(f"record   {escape(str(run.journal))}", soft_wrap=True)
+    if run.finish["reason"] == "min_quality":
+        console.print(f"stopped by the quality floor; the student is that of round {run.finish['round']}")
+        sys.exit(3)
+
+
+def _run_table(run: Run) -> Table:
+    assert run.teacher
+    names = list(run.teacher["evaluation"])
+    columns = ["round", "removed", "layers", "parameters", "aggregate", "% of teacher", *map(escape, names)]
+    table = Table(*columns, box=None, header_style="bold")
+    start = {"round": "-", "removed": "-", "kept": range(run.teacher["layers"])}
+    for event in [run.teacher | start, *run.rounds]:
+        cells = [event["round"], event["removed"], len(event["kept"]), f"{event['parameters'] / 1e6:.2f} M"]
+        quality = [f"{event['aggregate']:.3f}", f"{100 * event['kept_quality']:.1f}"]
+        scores = [_number(event["evaluation"][name]["value"]) for name in names]
+        table.add_row(*map(str, cells), *quality, *scores)
+    return table
+
+
+def _score_table(scores: LayerScores) -> Table:
+    table = Table("rank", "layer", f"{escape(scores.metric)}: lost when skipped", box=None, header_style="bold")
+    for rank, layer in enumerate(scores.ranked(), start=1):
+        table.add_row(str(rank), str(layer), f"{scores.importance[layer]:.5f}")
+    return table
+
+
+def _evaluation_table(evaluation: Evaluation) -> Table:
+    table = Table("task", "score", "stderr", "n", box=None, header_style="bold")
+    for name, score in evaluation.scores.items():
+        table.add_row(escape(name), _number(score.value), _number(score.stderr), str(score.n))
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _load(settings: RunConfig) -> Any:
+    return load_model(
+        settings.teacher, device=settings.device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
+    )
+
+
+def _parse_layers(text: str) -> list[int]:
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise InputError(f"--layers {text}: expected layer numbers", hint="as in --layers 5,7 or --layers 5-8")
+        layers += range(int(first), int(last or first) + 1)
+    return layers
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--output: {folder} is not empty", hint="name a new or an empty folder")
+
+
+def _quiet_libraries() -> None:
+    """Our own messages say what matters; those of the libraries beneath would bury them."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,304 @@
+"""`RunConfig` and its sections: YAML in, checks that name the field."""
+
+from __future__ import annotations
+
+import glob
+import os.path
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from layerpeel.errors import InputError, nearest
+
+
+class Section(BaseModel):
+    """A part of the config; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class TextConfig(Section):
+    """Where text comes from."""
+
+    path: str
+    """A .txt, .jsonl, .json or .parquet file, a folder of such, a saved dataset, a glob, or a hub name."""
+    column: str = "text"
+    """The column that holds the text, where there are columns."""
+    split: str = "train"
+    """The split, where there are splits."""
+    name: str | None = None
+    """The subset of a hub dataset."""
+
+
+def _as_list(value: Any) -> Any:
+    """One source or several, each a mapping or just a path."""
+    values = [value] if isinstance(value, (str, dict)) else value
+    return [{"path": item} if isinstance(item, str) else item for item in values] if values is not None else None
+
+
+Texts = Annotated[list[TextConfig], BeforeValidator(_as_list)]
+
+
+def _parse_count(value: Any) -> Any:
+    """Reads 2.5B, 300M, 40k as numbers."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kKmMbB])\s*", value) if isinstance(value, str) else None
+    return int(float(match[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[match[2].lower()]) if match else value
+
+
+class StopConfig(Section):
+    """When a run is over; the first that holds ends it."""
+
+    target_layers: Annotated[int, Field(ge=1)] | None = None
+    """The depth to reach."""
+    min_quality: Annotated[float, Field(gt=0, le=1)] | None = None
+    """A floor: the share of the teacher's aggregate to keep. The last student above it is the result."""
+    max_params: Annotated[int, BeforeValidator(_parse_count), Field(ge=1)] | None = None
+    """The size to reach, in parameters; 2.5B and 300M are understood."""
+
+    @model_validator(mode="after")
+    def _some_stop(self) -> StopConfig:
+        if self.target_layers is None and self.min_quality is None and self.max_params is None:
+            raise ValueError("expected at least one of target_layers, min_quality, max_params")
+        return self
+
+
+class ShortlistConfig(Section):
+    """A cheap metric that chooses which layers the deciding one looks at."""
+
+    by: str = "teacher_kl"
+    """A metric."""
+    keep: Annotated[int, Field(ge=1)]
+    """How many candidates stay."""
+
+
+class ProtectConfig(Section):
+    """Layers that never go, by the teacher's index."""
+
+    first: Annotated[int, Field(ge=0)] = 1
+    """This many of the first."""
+    last: Annotated[int, Field(ge=0)] = 1
+    """This many of the last."""
+    layers: list[int] = []
+    """And these."""
+
+
+class ScoreConfig(Section):
+    """How layers are scored."""
+
+    decide: str = "task_quality"
+    """The metric whose lowest layer goes: task_quality, teacher_kl, block_influence, or module:Class."""
+    shortlist: ShortlistConfig | None = None
+    """Score all candidates by a cheap metric first, and only the best by `decide`."""
+    protect: ProtectConfig = ProtectConfig()
+    """Layers that never go."""
+    text: Texts | None = None
+    """Text for the metrics that read it; that of `distill` if not given."""
+    tokens: Annotated[int, Field(ge=1)] = 16_384
+    """How many tokens of it."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Rows at a time."""
+
+
+class TaskConfig(BaseModel):
+    """A measurement of quality; its kind decides what other keys there are."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+    kind: str
+    """choice, pairs, generate, perplexity, or module:Class."""
+    name: str = ""
+    """What it is called in tables; the kind if not given."""
+
+    @model_validator(mode="after")
+    def _name(self) -> TaskConfig:
+        self.name = self.name or self.kind
+        return self
+
+
+class LossConfig(BaseModel):
+    """A loss's weight, and whatever options it has."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Its factor in the sum."""
+
+
+class DistillConfig(Section):
+    """How the gap is healed after each removal."""
+
+    text: Texts = []
+    """What to train on; sources are mixed document by document."""
+    tokens_per_round: Annotated[int, Field(ge=0)] = 400_000
+    """Tokens to train on in each round; 0 for no training."""
+    sequence_length: Annotated[int, Field(ge=2)] = 256
+    """Tokens in a row."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Rows in a micro-batch."""
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    """Micro-batches in an optimizer step."""
+    packing: bool = True
+    """Join documents and cut them to rows; else one document a row, cut or padded."""
+    train: str = "all"
+    """Which layers: neighbours (of every gap, within radius), above (the first gap), all, or a regular expression that
+    is searched in parameter names with the teacher's layer indices."""
+    radius: Annotated[int, Field(ge=1)] = 1
+    """How far from a gap a neighbour may be."""
+    losses: dict[str, LossConfig] = {"kl": LossConfig(), "hidden_mse": LossConfig()}
+    """The losses and their weights: kl, hidden_mse, or module:Class."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate of AdamW; a cosine brings it to 0 within each round."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Of AdamW."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 8
+    """Optimizer steps to the peak; at most half of a round."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 0.3
+    """Gradients are clipped to this norm."""
+
+    @model_validator(mode="after")
+    def _trainable(self) -> DistillConfig:
+        if self.tokens_per_round and not self.losses:
+            raise ValueError("losses: expected at least one")
+        try:
+            re.compile(self.train)
+        except re.error as error:
+            raise ValueError(f"train: not a regular expression ({error})") from None
+        return self
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    teacher: str
+    """A model folder or a hub name."""
+    output: Path
+    """The run's folder; running again goes on with it."""
+    stop: StopConfig
+    """When it is over."""
+    score: ScoreConfig = ScoreConfig()
+    """How layers are scored."""
+    tasks: list[TaskConfig] = []
+    """What quality is: measured on the teacher, and on the student after each round."""
+    aggregate: Literal["mean", "relative"] = "mean"
+    """Of the tasks' scores: their mean, or the mean of score / teacher's score."""
+    distill: DistillConfig = DistillConfig(tokens_per_round=0)
+    """How the gap is healed."""
+    seed: int = 0
+    """Of the order of the training text."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen weights; auto: float32 on a CPU, else that of the checkpoint."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the checkpoint may run."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.distill.tokens_per_round and not self.distill.text:
+            raise ValueError("distill.text: expected text to train on (or distill.tokens_per_round: 0)")
+        if not self.tasks:
+            raise ValueError("tasks: expected at least one, to say what quality is")
+        names = [task.name for task in self.tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"tasks: expected different names, found '{twice[0]}' twice")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Reads a config from YAML.
+
+    Args:
+        path: the file. Paths in it are taken from its folder first, then from the working folder.
+        overrides: `section.field=value`, the value in YAML.
+
+    Raises:
+        InputError: the file cannot be read, or a field will not do.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no such config: {path}", hint="give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML ({error})", hint="see configs/ for examples") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected a mapping of fields to values", hint="see configs/ for examples")
+    for override in overrides:
+        _override(raw, override)
+    return resolve_paths(parse_config(raw, str(path)), path.parent)
+
+
+def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
+    """Checks a config.
+
+    Raises:
+        InputError: it names the field.
+    """
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(f"{where}: {describe(error, RunConfig)}", hint="see configs/ for examples") from None
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first of pydantic's complaints, as a message that names the field."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section = _section(model, first["loc"][:-1])
+        return f"{field}: unknown key{nearest(str(first['loc'][-1]), section.model_fields)}"
+    message = first["msg"].removeprefix("Value error, ")
+    found = "" if first["type"] in ("missing", "value_error") else f", found {first['input']!r}"
+    return f"{field}: {message[:1].lower()}{message[1:]}{found}".removeprefix(": ")
+
+
+def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
+    """The config with each path that exists from `folder` in place of how it was written."""
+    config.teacher = _resolve(config.teacher, folder)
+    for text in [*config.distill.text, *(config.score.text or [])]:
+        text.path = _resolve(text.path, folder)
+    for task in config.tasks:
+        extra = task.model_extra or {}
+        for key in ("data", "fewshot_data"):
+            if isinstance(extra.get(key), str):
+                extra[key] = _resolve(extra[key], folder)
+    return config
+
+
+def _resolve(path: str, folder: Path) -> str:
+    for base in (folder, Path()):
+        there = (base / Path(path).expanduser()).absolute()
+        if there.exists() or (glob.has_magic(path) and glob.glob(str(there))):
+            return os.path.normpath(there)
+    return path
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise InputError(f"--set {override}: expected section.field=value", hint="as in --set stop.target_layers=24")
+    *sections, field = key.strip().split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise InputError(f"--set {override}: {section} is not a section", hint="see configs/ for examples")
+    raw[field] = yaml.safe_load(value)
+
+
+def _section(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:
+    """The section of the config that a location of pydantic's points into."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        sections = _sections_in(field.annotation) if field else []
+        model = sections[0] if sections else model
+    return model
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for argument in getattr(annotation, "__args__", ()) for found in _sections_in(argument)]

@@ -1,0 +1,47 @@
+"""How far the next-token distribution moves from the teacher's when a layer is skipped.
+
+The fitness of EvoPress (arXiv 2410.14649): cheap, and close to what tasks would say.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from layerpeel.importance.base import Metric, ScoringInputs
+from layerpeel.progress import progress
+from layerpeel.stack import Stack
+
+
+class TeacherKL(Metric):
+    """KL(teacher || student with the layer skipped), mean over real tokens, less that of the student as it is."""
+
+    needs = frozenset({"text"})
+
+    @torch.no_grad()
+    def score(self, inputs: ScoringInputs) -> dict[int, float]:
+        total = torch.zeros(1 + len(inputs.candidates), dtype=torch.float64)
+        tokens = 0
+        with progress("scoring by teacher_kl", len(inputs.batches)) as advance:
+            for input_ids, mask in inputs.batches:
+                input_ids, mask = input_ids.to(inputs.student.device), mask.to(inputs.student.device)
+                target = inputs.teacher.walk(input_ids)[0][mask]
+                streams = inputs.student.walk(input_ids, inputs.candidates)[:, mask]
+                total += _divergence(inputs.teacher, target, inputs.student, streams).cpu()
+                tokens += int(mask.sum())
+                advance()
+        means = (total / tokens).tolist()
+        return {position: mean - means[0] for position, mean in zip(inputs.candidates, means[1:], strict=True)}
+
+
+def _divergence(teacher: Stack, target: Tensor, student: Stack, streams: Tensor) -> Tensor:
+    """Sum over N positions of the KL of [S, N, D] hidden states to [N, D] of the teacher's: [S]."""
+    total = torch.zeros(len(streams), dtype=torch.float64, device=streams.device)
+    rows = teacher.logit_rows(streams=3)
+    for start in range(0, len(target), rows):
+        wanted = teacher.logits(target[start : start + rows]).float().log_softmax(-1)
+        for stream, hidden in enumerate(streams[:, start : start + rows]):
+            own = student.logits(hidden).float().log_softmax(-1)
+            total[stream] += functional.kl_div(own, wanted, log_target=True, reduction="sum")
+    return total

@@ -1,0 +1,226 @@
+"""The append-only record of a run: what was done, from which the run is resumed, read and reported.
+
+NAME/config.yaml             the config, resolved
+     journal.jsonl           one line an event, flushed and fsynced; the only truth
+     rounds/03/              scores.json, training.json, trained.safetensors (the student's own weights)
+     student/                the Hugging Face checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file, save_file
+
+from layerpeel.config import RunConfig
+from layerpeel.errors import InputError, RunError
+from layerpeel.importance import LayerScores
+from layerpeel.models import count_parameters, replace_folder
+from layerpeel.student import Student
+from layerpeel.tasks.base import Evaluation
+from layerpeel.training import TrainingResult
+
+LIBRARIES = ("layerpeel", "torch", "transformers", "accelerate", "datasets", "tokenizers")
+
+
+class Run:
+    """A finished or running journal.
+
+    Attributes:
+        folder: the run's folder.
+        events: the journal's events, oldest first.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Opens a run to read it.
+
+        Raises:
+            InputError: the folder holds no run.
+        """
+        self.folder = Path(folder)
+        if not self.journal.is_file():
+            raise InputError(
+                f"{folder} holds no run: there is no journal.jsonl in it",
+                hint="give the output folder of a layerpeel run",
+            )
+        self.events = _read_events(self.journal)
+
+    @classmethod
+    def open(cls, config: RunConfig) -> Run:
+        """Starts a run in `config.output`, or goes on with the one that is there.
+
+        Raises:
+            InputError: the folder holds something else, or a run with another config.
+        """
+        folder = config.output
+        if not folder.exists() or not any(folder.iterdir()):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(_dump(config), encoding="utf-8")
+            (folder / "journal.jsonl").touch()
+        elif not (folder / "journal.jsonl").is_file():
+            raise InputError(
+                f"output: {folder} is not empty, and what it holds is no run",
+                hint="name a new or an empty folder (--set output=...)",
+            )
+        run = cls(folder)
+        _check_same(folder, config)
+        if not run.events:
+            run.record(
+                "start",
+                versions={name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+            )
+        return run
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "journal.jsonl"
+
+    @property
+    def student_folder(self) -> Path:
+        """Where the resulting checkpoint is, once the run has finished."""
+        return self.folder / "student"
+
+    @cached_property
+    def config(self) -> RunConfig:
+        return RunConfig.model_validate(yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")))
+
+    @property
+    def teacher(self) -> dict[str, Any] | None:
+        """The teacher's event: layers, parameters, evaluation, aggregate."""
+        return self._last("teacher")
+
+    @property
+    def reference(self) -> Evaluation:
+        """The teacher's evaluation."""
+        assert self.teacher
+        return Evaluation.from_json(self.teacher["evaluation"])
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """The finished rounds, in order."""
+        return [event for event in self.events if event["event"] == "round"]
+
+    @property
+    def finish(self) -> dict[str, Any] | None:
+        """The last event of a finished run: its `reason`, and the `round` whose student is the result."""
+        return self._last("finish")
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Appends an event, and returns once it is on the disk."""
+        line = {"event": event, "time": round(time.time(), 3), **fields}
+        with self.journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.events.append(line)
+
+    def record_teacher(self, student: Student, evaluation: Evaluation) -> None:
+        """Appends the teacher's event, from a student that nothing has been removed from."""
+        self.record(
+            "teacher", layers=len(student.depth), parameters=count_parameters(student.model),
+            evaluation=evaluation.to_json(), **self._quality(evaluation, evaluation),
+        )  # fmt: skip
+
+    def record_round(
+        self,
+        student: Student,
+        removed: int,
+        scores: LayerScores,
+        training: TrainingResult,
+        evaluation: Evaluation,
+    ) -> None:
+        """Writes a round's files, then its event; a round without its event never happened."""
+        number = len(self.rounds) + 1
+        partial = self.folder / "rounds" / f".{number:02d}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_json(partial / "scores.json", scores.to_json())
+        _write_json(partial / "training.json", training.summary() | {"curve": training.curve})
+        save_file({k: v.contiguous() for k, v in student.owned_state().items()}, partial / "trained.safetensors")
+        replace_folder(partial, self._round_folder(number))
+        self.record(
+            "round", round=number, removed=removed, kept=list(student.depth.kept),
+            parameters=count_parameters(student.model),
+            scores=scores.to_json(), training=training.summary(), evaluation=evaluation.to_json(),
+            **self._quality(evaluation, self.reference),
+        )  # fmt: skip
+
+    def restore(self, student: Student, number: int | None = None) -> None:
+        """Brings a fresh student to where a round (the last one, unless named) left it.
+
+        Raises:
+            RunError: the round's files are gone or damaged.
+        """
+        number = len(self.rounds) if number is None else number
+        if not number:
+            return
+        student.remove(set(student.depth.kept) - set(self.rounds[number - 1]["kept"]))
+        path = self._round_folder(number) / "trained.safetensors"
+        try:
+            student.load_owned(load_file(path))
+        except Exception as error:
+            raise RunError(
+                f"{path}: the weights of round {number} cannot be read ({error})",
+                hint="start again in a new output folder",
+            ) from None
+
+    def _quality(self, evaluation: Evaluation, reference: Evaluation) -> dict[str, float]:
+        """The aggregate, and its share of the teacher's."""
+        how = self.config.aggregate
+        own, whole = evaluation.aggregate(reference, how), reference.aggregate(reference, how)
+        return {"aggregate": own, "kept_quality": own / whole if whole else 1.0}
+
+    def _round_folder(self, number: int) -> Path:
+        return self.folder / "rounds" / f"{number:02d}"
+
+    def _last(self, kind: str) -> dict[str, Any] | None:
+        return next((event for event in reversed(self.events) if event["event"] == kind), None)
+
+
+def _read_events(journal: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal; a last line torn by a crash is cut off."""
+    content = journal.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(journal, len(whole))
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise RunError(f"{journal}: a line is damaged ({error})", hint="start again in a new output folder") from None
+
+
+def _check_same(folder: Path, config: RunConfig) -> None:
+    there = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    differences = _differences(there, yaml.safe_load(_dump(config)))
+    if differences:
+        raise InputError(
+            f"output: {folder} holds another run: {'; '.join(differences[:3])}",
+            hint="name a new output folder, or undo the change to go on with that run",
+        )
+
+
+def _differences(there: Any, now: Any, where: str = "") -> list[str]:
+    if isinstance(there, dict) and isinstance(now, dict):
+        return [
+            difference
+            for key in {**there, **now}
+            for difference in _differences(there.get(key), now.get(key), f"{where}.{key}".lstrip("."))
+        ]
+    return [] if there == now else [f"{where} is {there!r} there and {now!r} in this config"]
+
+
+def _dump(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -1,0 +1,67 @@
+"""The loop of the paper (arXiv 2511.05085): score, remove, distil, evaluate, record, until a stop holds."""
+
+from __future__ import annotations
+
+from layerpeel.config import RunConfig
+from layerpeel.importance import ScoringInputs, score_candidates, text_batches
+from layerpeel.journal import Run
+from layerpeel.models import count_parameters, load_model, save_model, stored_dtype
+from layerpeel.preflight import check, removable
+from layerpeel.progress import console
+from layerpeel.student import Student
+from layerpeel.tasks import evaluate
+from layerpeel.training import train_student
+
+
+def peel(config: RunConfig) -> Run:
+    """Makes the teacher shallower until a stop of the config holds; goes on with a run that was interrupted.
+
+    Raises:
+        InputError: the config, the model or the data will not do; found before any long work.
+        RunError: training diverged, or the run's files are damaged.
+    """
+    tasks = check(config)
+    run = Run.open(config)
+    if run.finish:
+        return run
+    teacher, tokenizer = load_model(
+        config.teacher, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
+    storage, text = stored_dtype(config.teacher), text_batches(config, tokenizer)
+    student = Student(teacher)
+    if not run.teacher:
+        run.record_teacher(student, evaluate(teacher, tokenizer, tasks))
+    run.restore(student)
+
+    while not (reason := stop_reason(run, student)):
+        number = len(run.rounds) + 1
+        console.print(f"round {number}: {len(student.depth)} layers")
+        candidates = [student.depth.position(layer) for layer in removable(student.depth, config)]
+        inputs = ScoringInputs(
+            student.stack, student.teacher, tokenizer, candidates, text, tasks, run.reference, config.aggregate
+        )
+        scores = score_candidates(inputs, student.depth, config.score)
+        removed = scores.ranked()[0]
+        student.remove([removed])
+        training = train_student(student, tokenizer, config.distill, seed=config.seed + number, storage=storage)
+        evaluation = evaluate(student.model, tokenizer, tasks)
+        run.record_round(student, removed, scores, training, evaluation)
+
+    if reason == "min_quality":  # the last student above the floor is the result
+        student = Student(teacher)
+        run.restore(student, len(run.rounds) - 1)
+    save_model(student.model, tokenizer, run.student_folder, storage)
+    run.record("finish", reason=reason, round=len(student.depth.removed), layers=len(student.depth))
+    return run
+
+
+def stop_reason(run: Run, student: Student) -> str | None:
+    """Why the run is over: the name of the stop that holds, or `no_candidates`; None to go on."""
+    stop = run.config.stop
+    if run.rounds and stop.min_quality is not None and run.rounds[-1]["kept_quality"] < stop.min_quality:
+        return "min_quality"
+    if stop.target_layers is not None and len(student.depth) <= stop.target_layers:
+        return "target_layers"
+    if stop.max_params is not None and count_parameters(student.model) <= stop.max_params:
+        return "max_params"
+    return None if removable(student.depth, run.config) else "no_candidates"

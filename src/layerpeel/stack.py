@@ -1,0 +1,197 @@
+"""A causal language model run layer by layer, outside its own forward.
+
+Each layer's arguments (masks, rotary embeddings, positions) are taken from the model itself: its forward runs once
+with every layer standing in as a recorder, so that no family needs code of its own.
+
+Batches are right-padded and no padding mask is passed: under causal attention a real token never sees what follows
+it, so its hidden state is the same with and without padding.
+
+Shapes: B batch, T tokens, D hidden, V vocabulary, L layers, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from layerpeel.architecture import find_architecture
+
+LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
+# Bytes of fp32 logits that may exist at a time; chunks of positions are sized to it.
+LOGITS_BYTES = 64 * 2**20
+
+
+class Stack:
+    """The decoder layers, the final norm and the head of `model`, to be called one by one."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.architecture = find_architecture(model)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.architecture.layers
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    def begin(self, input_ids: Tensor) -> tuple[Tensor, list[LayerArguments]]:
+        """What enters the first layer, and the other arguments of each layer.
+
+        Args:
+            input_ids: [B, T], right-padded.
+
+        Returns:
+            hidden states [B, T, D], and one `(args, kwargs)` a layer.
+        """
+        seen: list[Tensor] = []
+        arguments: list[LayerArguments] = []
+
+        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append(hidden)
+            arguments.append((args, kwargs))
+            return hidden
+
+        with ExitStack() as patches:
+            for layer in self.layers:
+                patches.enter_context(replaced_forward(layer, record))
+            patches.enter_context(replaced_forward(self.architecture.norm, lambda hidden: hidden))
+            self.architecture.base(input_ids=input_ids, use_cache=False)
+        return seen[0], arguments
+
+    def layer(self, position: int, hidden: Tensor, arguments: LayerArguments, streams: int = 1) -> Tensor:
+        """Runs one layer on `streams` stacked copies of the batch that `arguments` were recorded for.
+
+        Args:
+            hidden: [streams * B, T, D].
+
+        Returns:
+            [streams * B, T, D].
+        """
+        args, kwargs = _repeat(arguments, hidden.shape[0] // streams, streams)
+        return first_tensor(self.layers[position](hidden, *args, **kwargs))
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """The final norm: [..., D] -> [..., D]."""
+        return self.architecture.norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head, with the scaling and soft-capping of the model's own forward.
+
+        Args:
+            hidden: [N, D], after the final norm.
+
+        Returns:
+            [N, V].
+        """
+
+        def give_back(*_: Any, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])  # type: ignore[arg-type]
+
+        with replaced_forward(self.architecture.base, give_back):
+            return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+
+    def logit_rows(self, streams: int = 1) -> int:
+        """How many positions of `streams` streams may go through the head at a time."""
+        return max(1, LOGITS_BYTES // (4 * self.vocab_size * streams))
+
+    @torch.no_grad()
+    def walk(
+        self,
+        input_ids: Tensor,
+        candidates: Sequence[int] = (),
+        watch: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Walks the layers once, for the model as it is and for each candidate skipped.
+
+        Before layer i the batch holds the untouched stream and one stream for each candidate already skipped; all
+        go through layer i together, and skipping i adds a copy of what entered it. L(L+1)/2 layer calls instead of
+        L(L-1) for all L candidates, and the numbers are those of removing and running.
+
+        Args:
+            input_ids: [B, T], right-padded.
+            candidates: positions to skip, ascending.
+            watch: called with (position, input, output) of the untouched stream, each [B, T, D].
+
+        Returns:
+            [1 + C, B, T, D] after the final norm: untouched first, then in the order of the candidates.
+        """
+        hidden, arguments = self.begin(input_ids)
+        batch = hidden.shape[0]
+        for position in range(len(self.layers)):
+            before = hidden[:batch]
+            hidden = self.layer(position, hidden, arguments[position], hidden.shape[0] // batch)
+            if watch:
+                watch(position, before, hidden[:batch])
+            if position in candidates:
+                hidden = torch.cat([hidden, before])
+        return self.norm(hidden).unflatten(0, (-1, batch))
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Lets `module` run `forward` in place of its own, for the time of the context."""
+    own = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[method-assign]
+
+
+@contextmanager
+def skipping_by_row(stack: Stack, candidates: Sequence[int], batch: int) -> Iterator[None]:
+    """Lets the model's own forward, and so its `generate`, serve the model and all candidates in one batch.
+
+    Rows are [1 + C, B] flattened: the first B rows run every layer, the next B skip the first candidate, and so on.
+    A skipped layer still runs on its rows, so that the KV cache keeps its shape; what it gives is put aside.
+    """
+    with ExitStack() as patches:
+        for stream, position in enumerate(candidates, start=1):
+            rows = slice(stream * batch, (stream + 1) * batch)
+            patches.enter_context(_skip_rows(stack.layers[position], rows))
+        yield
+
+
+def _skip_rows(layer: nn.Module, rows: slice) -> Any:
+    run = layer.forward
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = run(hidden, *args, **kwargs)
+        changed = first_tensor(output).clone()
+        changed[rows] = hidden[rows]
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return replaced_forward(layer, forward)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states in a layer's output: some families return them in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _repeat(value: Any, batch: int, streams: int) -> Any:
+    if streams == 1 or batch == 1:  # a leading 1 broadcasts
+        return value
+    if isinstance(value, Tensor):
+        per_row = value.dim() > 1 and value.shape[0] == batch
+        return value.repeat(streams, *[1] * (value.dim() - 1)) if per_row else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_repeat(item, batch, streams) for item in value)
+    if isinstance(value, dict):
+        return {key: _repeat(item, batch, streams) for key, item in value.items()}
+    return value

@@ -1,0 +1,57 @@
+"""Measurements of quality, one kind a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from layerpeel.config import TaskConfig, describe
+from layerpeel.errors import InputError, resolve_class
+from layerpeel.stack import Stack
+from layerpeel.tasks.answering import score_tasks
+from layerpeel.tasks.base import Evaluation, Task, TaskScore
+from layerpeel.tasks.choice import Choice
+from layerpeel.tasks.generate import Generate
+from layerpeel.tasks.pairs import Pairs
+from layerpeel.tasks.perplexity import Perplexity
+
+TASKS: dict[str, type[Task]] = {
+    "choice": Choice,
+    "generate": Generate,
+    "pairs": Pairs,
+    "perplexity": Perplexity,
+}
+
+
+def make_tasks(configs: Sequence[TaskConfig]) -> list[Task]:
+    """The tasks of a config.
+
+    Raises:
+        InputError: an unknown kind or option, or one that will not do.
+    """
+    return [_make_task(config) for config in configs]
+
+
+def _make_task(config: TaskConfig) -> Task:
+    task = resolve_class(config.kind, TASKS, "task kind")
+    try:
+        return task.model_validate(config.model_dump())
+    except ValidationError as error:
+        raise InputError(f"task {config.name}: {describe(error, task)}", hint=f"options of {config.kind}: "
+                         f"{', '.join(task.model_fields)}") from None  # fmt: skip
+
+
+def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]) -> Evaluation:
+    """Scores a model on tasks.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        tasks: what `make_tasks` gives.
+    """
+    return Evaluation(score_tasks(Stack(model), tokenizer, tasks)[0])
+
+
+__all__ = ["TASKS", "Evaluation", "Task", "TaskScore", "evaluate", "make_tasks"]

@@ -1,0 +1,209 @@
+"""What a task is: requests that a model answers, and a score of the answers."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedTokenizerBase
+
+from layerpeel.data import column_of, expand, read_rows
+from layerpeel.errors import InputError
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """The log-probability of `continuation` after `context`, which is never empty."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Greedy text after `prompt`, cut at the first of `stop`."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    stop: tuple[str, ...]
+
+
+Request = LogLikelihood | Generation
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A task's score: its value as people read it, its standard error, and the number of samples."""
+
+    value: float
+    stderr: float
+    n: int
+    lower_is_better: bool = False
+
+    @classmethod
+    def of_mean(cls, samples: Sequence[float]) -> TaskScore:
+        """The mean, with the standard error of the sample (n - 1)."""
+        n = len(samples)
+        mean = math.fsum(samples) / n
+        variance = math.fsum((sample - mean) ** 2 for sample in samples) / max(n - 1, 1)
+        return cls(mean, math.sqrt(variance / n), n)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one model on all tasks."""
+
+    scores: dict[str, TaskScore]
+
+    def qualities(self, reference: Evaluation) -> dict[str, float]:
+        """Each task's score as higher-is-better: perplexity enters as the reference's divided by one's own."""
+        return {
+            name: reference.scores[name].value / score.value if score.lower_is_better else score.value
+            for name, score in self.scores.items()
+        }
+
+    def aggregate(self, reference: Evaluation, how: str = "mean") -> float:
+        """One number: the mean of the qualities (the paper's), or of quality / the reference's (`relative`)."""
+        own, theirs = self.qualities(reference), reference.qualities(reference)
+        if how == "relative":
+            own = {name: value / theirs[name] if theirs[name] else 1.0 for name, value in own.items()}
+        return sum(own.values()) / len(own)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: vars(score) for name, score in self.scores.items()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Evaluation:
+        return cls({name: TaskScore(**score) for name, score in value.items()})
+
+
+class Task(BaseModel, ABC):
+    """A measurement of quality; its fields are its options in the config."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    name: str
+    kind: str
+    data: str
+    """A .jsonl, .json, .csv or .parquet file, a glob, a saved dataset or a hub name."""
+    subset: str | None = None
+    """Of a hub dataset."""
+    split: str = "test"
+    """Where there are splits."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Take only the first rows (of each file, where a glob names several)."""
+
+    @abstractmethod
+    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[Request]:
+        """What the model is asked."""
+
+    @abstractmethod
+    def score(self, answers: Sequence[Any]) -> TaskScore:
+        """The score of the answers to `requests`, in their order: log-probabilities or text."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Reads the data and every row's columns.
+
+        Raises:
+            InputError: they are not what the task needs.
+        """
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The rows to test on.
+
+        Raises:
+            InputError: there are none, or they cannot be read.
+        """
+        try:
+            rows = [row for path in expand(self.data) for row in islice(self._read(path), self.limit)]
+        except InputError as error:
+            raise InputError(f"task {self.name}: {error}", hint=error.hint) from None
+        if not rows:
+            raise InputError(f"task {self.name}: {self.data} holds no rows", hint="give data with at least one row")
+        return rows
+
+    def _read(self, path: str) -> Any:
+        return read_rows(path, split=self.split, name=self.subset)
+
+    @property
+    def where(self) -> str:
+        return f"task {self.name}: {self.data}"
+
+
+class FewShot(BaseModel):
+    """Options of tasks that can show solved rows before the one asked."""
+
+    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    """How many solved rows to show."""
+    fewshot_data: str | None = None
+    """Where they are from; `data` if not given."""
+    fewshot_split: str = "dev"
+    """Its split, where there are splits."""
+    fewshot_separator: str = "\n\n"
+    """Between them."""
+
+
+def fewshot_prefix(task: Any, solved: Any) -> str:
+    """The first `num_fewshot` rows of the few-shot data, solved, each followed by the separator."""
+    if not task.num_fewshot:
+        return ""
+    rows = read_rows(task.fewshot_data or task.data, split=task.fewshot_split, name=task.subset)
+    shown = list(islice(rows, task.num_fewshot))
+    return "".join(solved(row) + task.fewshot_separator for row in shown)
+
+
+PLACEHOLDER = re.compile(r"\{(\w+)(?:\[(\w+)\])?\}")
+
+
+def fill(template: str, row: Row, where: str) -> str:
+    """A template over a row's columns: `{question}`, `{choices[0]}`; all else stands for itself.
+
+    Raises:
+        InputError: a column is absent; those present are named.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        found = column_of(row, match[1], where)
+        if match[2] is not None:
+            try:
+                found = found[int(match[2]) if isinstance(found, (list, tuple)) else match[2]]
+            except (KeyError, IndexError, TypeError, ValueError):
+                raise InputError(
+                    f"{where}: column '{match[1]}' has no '{match[2]}'", hint=f"it holds {str(found)[:80]!r}"
+                ) from None
+        return str(found)
+
+    return PLACEHOLDER.sub(value, template)
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids of a context and of its continuation, split as lm-evaluation-harness does.
+
+    Spaces that end the context go to the continuation; the whole is encoded, and cut at the length of the context
+    encoded alone. An empty context becomes the tokenizer's beginning (or end) of text.
+    """
+    if not context:
+        return (start_token(tokenizer),), tuple(tokenizer.encode(continuation, add_special_tokens=False))
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    whole = tokenizer.encode(context + continuation)
+    head = len(tokenizer.encode(context))
+    return tuple(whole[:head]), tuple(whole[head:])
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands before the first token of a text."""
+    return next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)

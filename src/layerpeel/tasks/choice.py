@@ -1,0 +1,101 @@
+"""Multiple choice: the choice with the highest log-probability after the context (as lm-evaluation-harness's `acc`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import PrivateAttr
+from transformers import PreTrainedTokenizerBase
+
+from layerpeel.data import column_of
+from layerpeel.errors import InputError
+from layerpeel.tasks.base import (
+    FewShot,
+    LogLikelihood,
+    Request,
+    Row,
+    Task,
+    TaskScore,
+    encode_pair,
+    fewshot_prefix,
+    fill,
+)
+
+
+class Choice(Task, FewShot):
+    """Accuracy over rows with several choices, of which one is right."""
+
+    prompt: str = "{context}"
+    """A template over the row's columns."""
+    choices: str | list[str] = "choices"
+    """The column that holds the list of choices, or a list of templates."""
+    answer: str = "answer"
+    """The column that holds the right one: its index, its letter (A, B, ...), or its text."""
+    delimiter: str = " "
+    """Between prompt and choice."""
+    normalize: Literal["none", "bytes", "tokens"] = "none"
+    """Divide each log-probability by the choice's length, so that long ones stand a chance."""
+
+    _lengths: list[dict[str, int]] = PrivateAttr(default_factory=list)  # of each request
+
+    def check(self) -> None:
+        self._prefix()
+        for row in self.rows:
+            fill(self.prompt, row, self.where)
+            self._right(row)
+
+    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[Request]:
+        prefix = self._prefix()
+        self._lengths = []
+        requests: list[Request] = []
+        for row in self.rows:
+            for choice in self._choices(row):
+                context, continuation = encode_pair(
+                    tokenizer, prefix + fill(self.prompt, row, self.where), self.delimiter + choice
+                )
+                requests.append(LogLikelihood(context, continuation))
+                self._lengths.append({"none": 1, "bytes": len(choice.encode()), "tokens": len(continuation)})
+        return requests
+
+    def score(self, answers: Sequence[Any]) -> TaskScore:
+        values = [a / max(n[self.normalize], 1) for a, n in zip(answers, self._lengths, strict=True)]
+        correct, start = [], 0
+        for row in self.rows:
+            own = values[start : start + len(self._choices(row))]
+            correct.append(float(own.index(max(own)) == self._right(row)))
+            start += len(own)
+        return TaskScore.of_mean(correct)
+
+    def _prefix(self) -> str:
+        return fewshot_prefix(
+            self,
+            lambda row: fill(self.prompt, row, self.where) + self.delimiter + self._choices(row)[self._right(row)],
+        )
+
+    def _choices(self, row: Row) -> list[str]:
+        if isinstance(self.choices, list):
+            return [fill(template, row, self.where) for template in self.choices]
+        found = column_of(row, self.choices, self.where)
+        if not isinstance(found, list) or len(found) < 2:
+            raise InputError(
+                f"{self.where}: column '{self.choices}' holds {str(found)[:60]!r}, expected a list of choices",
+                hint="name a column with a list, or give a list of templates (choices: ['{a}', '{b}'])",
+            )
+        return [str(choice) for choice in found]
+
+    def _right(self, row: Row) -> int:
+        choices, answer = self._choices(row), column_of(row, self.answer, self.where)
+        if isinstance(answer, str):
+            letters = [chr(ord("A") + index) for index in range(len(choices))]
+            options = choices if answer in choices else letters
+            answer = options.index(answer) if answer in options else answer
+        if isinstance(answer, str) and answer.isdigit():
+            answer = int(answer)
+        if not isinstance(answer, int) or not 0 <= answer < len(choices):
+            raise InputError(
+                f"{self.where}: column '{self.answer}' holds {answer!r}, expected which of the {len(choices)} choices "
+                "is right",
+                hint="an index from 0, a letter from A, or the text of the choice",
+            )
+        return answer
