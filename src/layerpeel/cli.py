@@ -38,7 +38,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-output = Console(highlight=False)
+output = Console(highlight=False, width=max(130, Console().width))  # a table too wide may wrap, and keeps its numbers
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config; see configs/.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.field=value, over the config's.")]
@@ -165,7 +165,15 @@ def _finish(run: Run, as_json: bool) -> None:
 def _run_table(run: Run) -> Table:
     assert run.teacher
     names = list(run.teacher["evaluation"])
-    columns = ["round", "removed", "layers", "parameters", "aggregate", "% of teacher", *map(escape, names)]
+    columns = [
+        "round",
+        "removed",
+        "layers",
+        "parameters",
+        "aggregate",
+        "% of teacher",
+        *(escape(name).replace("_", "\n") for name in names),
+    ]
     table = Table(*columns, box=None, header_style="bold")
     start = {"round": "-", "removed": "-", "kept": range(run.teacher["layers"])}
     for event in [run.teacher | start, *run.rounds]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -25,6 +26,10 @@ def progress(description: str, total: int) -> Iterator[Advance]:
         TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bars:
+    started = time.monotonic()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(description, total=total, note="")
         yield lambda count=1, note="": bars.update(task, advance=count, note=note)
+    seconds = time.monotonic() - started
+    if seconds > 1:
+        console.print(f"{description}: {seconds:.0f} s", style="dim")

@@ -182,7 +182,9 @@ def _start(student: Student, chosen: dict[int, list[str]]) -> list[nn.Parameter]
     parameters: list[nn.Parameter] = []
     for index, names in chosen.items():
         layer = student.layer(index).float()
-        parameters += [p.requires_grad_(True) for name, p in layer.named_parameters() if name in names]
+        parameters += [p for name, p in layer.named_parameters() if name in names]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     return parameters
 
 

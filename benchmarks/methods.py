@@ -1,0 +1,112 @@
+"""Compares ways of making a model shallower, by depth, on a config's own tasks.
+
+    python benchmarks/methods.py configs/storyteller.yaml --depths 14,12 --out results.json
+
+Three ways: the loop as the config says; the loop without training; and one-shot block influence without training
+(ShortGPT, arXiv 2403.03853). Prints a Markdown table, and writes the scores with the machine and the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from layerpeel import Run, RunConfig, evaluate, load_model, peel, remove_layers, score_layers
+from layerpeel.config import load_config
+from layerpeel.importance import text_batches
+from layerpeel.tasks import Evaluation, make_tasks
+
+
+def main() -> None:
+    """Runs the three ways (those that were run before are read from their journals)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--set", action="append", default=[], help="section.field=value, over the config's")
+    parser.add_argument("--depths", type=lambda text: [int(part) for part in text.split(",")], required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    config = load_config(options.config, options.set)
+    started = time.monotonic()
+    full = peel(config)
+    minutes = (time.monotonic() - started) / 60
+    untrained = peel(without_training(config))
+    results = {
+        "teacher": row(full, full.reference),
+        "layerpeel": by_depth(full, options.depths),
+        "loop without training": by_depth(untrained, options.depths),
+        "one-shot block influence": one_shot(config, full, options.depths),
+    }
+    record = {
+        "command": f"python benchmarks/methods.py {options.config} --depths {','.join(map(str, options.depths))}",
+        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "minutes_of_the_loop": round(minutes, 1),
+        "results": results,
+    }
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(markdown(results))
+
+
+def without_training(config: RunConfig) -> RunConfig:
+    """The same run with nothing healed and no floor."""
+    changed = config.model_copy(deep=True)
+    changed.distill.tokens_per_round = 0
+    changed.stop.min_quality = None
+    changed.output = config.output.with_name(config.output.name + "-untrained")
+    return changed
+
+
+def by_depth(run: Run, depths: list[int]) -> dict[str, Any]:
+    """The rounds of a run that ended in one of the depths."""
+    return {
+        str(len(event["kept"])): row(run, Evaluation.from_json(event["evaluation"]), event["kept"])
+        for event in run.rounds
+        if len(event["kept"]) in depths
+    }
+
+
+def one_shot(config: RunConfig, run: Run, depths: list[int]) -> dict[str, Any]:
+    """The layers with the least block influence removed at once, without training."""
+    score = config.score.model_copy(update={"decide": "block_influence", "shortlist": None})
+    results = {}
+    for depth in depths:
+        model, tokenizer = load_model(config.teacher, device=config.device, dtype=config.dtype)
+        ranked = score_layers(model, tokenizer, score, batches=text_batches(config, tokenizer)).ranked()
+        total = model.config.num_hidden_layers
+        gone = ranked[: total - depth]
+        remove_layers(model, gone)
+        kept = [layer for layer in range(total) if layer not in gone]
+        results[str(depth)] = row(run, evaluate(model, tokenizer, make_tasks(config.tasks)), kept)
+    return results
+
+
+def row(run: Run, evaluation: Evaluation, kept: list[int] | None = None) -> dict[str, Any]:
+    """Aggregate, share of the teacher's, and each task's score."""
+    how = run.config.aggregate
+    aggregate = evaluation.aggregate(run.reference, how)
+    share = aggregate / run.reference.aggregate(run.reference, how)
+    return {"aggregate": aggregate, "kept_quality": share, "kept": kept, "scores": evaluation.to_json()}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """One line a way and depth."""
+    names = list(results["teacher"]["scores"])
+    lines = ["| layers | method | aggregate | % of teacher | " + " | ".join(names) + " |"]
+    lines.append("|" + "---|" * (4 + len(names)))
+    rows = [("all", "teacher", results["teacher"])]
+    methods = [name for name in results if name != "teacher"]
+    for depth in sorted({depth for name in methods for depth in results[name]}, key=int, reverse=True):
+        rows += [(depth, name, results[name][depth]) for name in methods if depth in results[name]]
+    for depth, name, found in rows:
+        scores = [f"{found['scores'][task]['value']:.3f}" for task in names]
+        share = f"{100 * found['kept_quality']:.1f}"
+        lines.append(f"| {depth} | {name} | {found['aggregate']:.3f} | {share} | " + " | ".join(scores) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
