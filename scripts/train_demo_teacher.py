@@ -1,6 +1,6 @@
 """Trains the bundled teacher on the small world, from scratch, with a fixed seed.
 
-    python scripts/train_demo_teacher.py [--minutes 25]
+    python scripts/train_demo_teacher.py
 
 Writes src/layerpeel/demo/teacher/: weights (bfloat16), config, tokenizer, training_curve.json, scores.json, SHA256SUMS.
 """
@@ -11,15 +11,23 @@ import argparse
 import hashlib
 import json
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from layerpeel.config import load_config
+from layerpeel.demo import prepare_demo
 from layerpeel.demo.world import World, held_out_prompts, make_tokenizer
+from layerpeel.models import load_model
+from layerpeel.stack import Stack
+from layerpeel.tasks import Evaluation, evaluate, make_tasks
+from layerpeel.tasks.answering import score_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "src" / "layerpeel" / "demo" / "teacher"
@@ -39,9 +47,10 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     started = time.monotonic()
     curve = train(model, batches(world, tokenizer), options.steps)
+    minutes = (time.monotonic() - started) / 60
     model.to(torch.bfloat16).save_pretrained(options.folder)
     tokenizer.save_pretrained(options.folder)
-    minutes = (time.monotonic() - started) / 60
+    (options.folder / "scores.json").write_text(json.dumps(measure(options.folder), indent=1) + "\n")
     record = {"minutes": round(minutes, 1), "machine": "2 CPU cores", "tokens": options.steps * LENGTH * BATCH,
               "command": "python scripts/train_demo_teacher.py", "curve": curve}  # fmt: skip
     (options.folder / "training_curve.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -100,6 +109,8 @@ def train(model: Qwen2ForCausalLM, source: Iterator, steps: int) -> list[dict[st
         optimizer.zero_grad()
         answers = losses.detach()[weight == 1].mean().item()
         mean = answers if mean is None else 0.95 * mean + 0.05 * answers
+        if (step + 1) % 500 == 0:
+            print({name: round(value, 3) for name, value in by_skill(model).items()}, flush=True)
         if (step + 1) % 50 == 0:
             curve.append({"step": step + 1, "answer_loss": round(mean, 4), "tokens": (step + 1) * LENGTH * BATCH})
             print(
@@ -107,6 +118,35 @@ def train(model: Qwen2ForCausalLM, source: Iterator, steps: int) -> list[dict[st
                 flush=True,
             )
     return curve
+
+
+def by_skill(model: Qwen2ForCausalLM, limit: int = 20) -> dict[str, float]:
+    """A quick look at each skill while the model trains."""
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = make_tasks(load_config(prepare_demo(Path(folder))).tasks)
+        for task in tasks:
+            task.limit = limit
+        model.eval()
+        evaluation = evaluate(model, make_tokenizer(World()), tasks)
+    model.train()
+    return {name: score.value for name, score in evaluation.scores.items()}
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """The stored weights' scores on 100 items a skill, and the aggregate with each single layer skipped."""
+    model, tokenizer = load_model(folder)
+    with tempfile.TemporaryDirectory() as world:
+        config = load_config(prepare_demo(Path(world)))
+        tasks = make_tasks(config.tasks)
+        layers = range(model.config.num_hidden_layers)
+        whole, *skipped = [Evaluation(scores) for scores in score_tasks(Stack(model), tokenizer, tasks, layers)]
+    return {
+        "command": "python scripts/train_demo_teacher.py",
+        "machine": "2 CPU cores",
+        "aggregate": whole.aggregate(whole),
+        "scores": whole.to_json(),
+        "aggregate_without_layer": {str(i): e.aggregate(whole) for i, e in zip(layers, skipped, strict=True)},
+    }
 
 
 def write_sums(folder: Path) -> None:

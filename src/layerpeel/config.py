@@ -36,7 +36,7 @@ class TextConfig(Section):
 def _as_list(value: Any) -> Any:
     """One source or several, each a mapping or just a path."""
     values = [value] if isinstance(value, (str, dict)) else value
-    return [{"path": item} if isinstance(item, str) else item for item in values] if values is not None else None
+    return [{"path": item} if isinstance(item, str) else item for item in values] if isinstance(values, list) else value
 
 
 Texts = Annotated[list[TextConfig], BeforeValidator(_as_list)]
@@ -286,7 +286,12 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):
             raise InputError(f"--set {override}: {section} is not a section", hint="see configs/ for examples")
-    raw[field] = yaml.safe_load(value)
+    try:
+        raw[field] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(
+            f"--set {override}: the value is not YAML", hint="quote it, as in --set 'a.b=\"x: y\"'"
+        ) from None
 
 
 def _section(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:

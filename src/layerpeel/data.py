@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,30 @@ def expand(path: str) -> list[str]:
 def column_of(row: dict[str, Any], column: str, where: str) -> Any:
     """A row's value in a column.
 
+    Args:
+        where: what the message of an error begins with.
+
     Raises:
         InputError: the column is absent; those present are named.
     """
     if column not in row:
         raise InputError(f"{where}: no column '{column}'", hint=f"columns there: {', '.join(map(str, row)) or 'none'}")
     return row[column]
+
+
+def text_of(row: dict[str, Any], column: str, where: str) -> str:
+    """A row's text in a column.
+
+    Raises:
+        InputError: the column is absent, or holds something other than text.
+    """
+    text = column_of(row, column, where)
+    if not isinstance(text, str):
+        raise InputError(
+            f"{where}: column '{column}' holds {type(text).__name__}, expected text",
+            hint=f"columns there: {', '.join(map(str, row))}",
+        )
+    return text
 
 
 def read_documents(source: TextConfig) -> Iterator[str]:
@@ -79,18 +97,16 @@ def read_documents(source: TextConfig) -> Iterator[str]:
         InputError: as `read_rows`, or the column is absent, or holds something other than text.
     """
     for row in read_rows(source.path, split=source.split, name=source.name):
-        text = column_of(row, source.column, source.path)
-        if not isinstance(text, str):
-            raise InputError(
-                f"{source.path}: column '{source.column}' holds {type(text).__name__}, expected text",
-                hint="name the column that holds the text (column: ...)",
-            )
+        text = text_of(row, source.column, source.path)
         if text.strip():
             yield text
 
 
 def mix_documents(sources: Sequence[TextConfig], seed: int) -> Iterator[str]:
-    """The documents of all sources; from each in proportion to what has been read, until all are used up."""
+    """The documents of all sources, each next one from a source drawn at random, until all are used up.
+
+    So a beginning of the stream is a fair mixture, and the same one for the same seed.
+    """
     rng = random.Random(seed)
     streams = [read_documents(source) for source in sources]
     while streams:
@@ -141,7 +157,7 @@ def load_rows(
     limit = None if max_tokens is None else max(1, max_tokens // sequence_length)
     ids = _token_lists(mix_documents(sources, seed), tokenizer)
     pieces = _packed(ids, sequence_length) if packing else (document[:sequence_length] for document in ids)
-    rows = list(islice(pieces, limit))
+    rows = [torch.tensor(row) for row in islice(pieces, limit)]  # a list of ints would take four times the room
     if not rows:
         raise InputError(
             f"{', '.join(source.path for source in sources)}: not one row of {sequence_length} tokens of text",
@@ -151,7 +167,7 @@ def load_rows(
     input_ids = torch.full((len(rows), sequence_length), padding)
     mask = torch.zeros(len(rows), sequence_length, dtype=torch.bool)
     for index, row in enumerate(rows):
-        input_ids[index, : len(row)] = torch.tensor(row)
+        input_ids[index, : len(row)] = row
         mask[index, : len(row)] = True
     return Rows(input_ids, mask)
 
@@ -178,9 +194,9 @@ def _packed(documents: Iterator[list[int]], length: int) -> Iterator[list[int]]:
     held: list[int] = []
     for ids in documents:
         held += ids
-        while len(held) >= length:
-            yield held[:length]
-            held = held[length:]
+        whole = len(held) - len(held) % length
+        yield from (held[start : start + length] for start in range(0, whole, length))
+        held = held[whole:]
 
 
 def _read_folder(folder: Path, split: str) -> Iterator[dict[str, Any]]:
@@ -223,13 +239,14 @@ def _read_file(path: Path) -> Iterator[dict[str, Any]]:
 def _read_text(path: Path) -> Iterator[str]:
     """The documents of a text file: a line of the separator ends one."""
     held: list[str] = []
-    for line in _lines(path):
-        if line.strip() == SEPARATOR:
-            yield "".join(held).strip("\n")
-            held = []
-        else:
+    for line in chain(_lines(path), [SEPARATOR]):
+        if line.strip() != SEPARATOR:
             held.append(line)
-    yield "".join(held).strip("\n")
+            continue
+        document = "".join(held).strip("\n")
+        if document.strip():
+            yield document
+        held = []
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -269,7 +286,7 @@ def _read_hub(path: str, split: str, name: str | None) -> Iterator[dict[str, Any
     try:
         rows = datasets.load_dataset(path, name, split=split)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
             f"{path}: neither a file here nor a dataset that can be loaded from the hub ({reason})",
             hint="check the path; for a hub dataset, its name, subset, split, the network and your access to it",

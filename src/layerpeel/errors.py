@@ -47,8 +47,11 @@ def resolve_class(name: str, table: dict[str, type[Any]], kind: str) -> type[Any
             hint="or name a class of your own as module:Class",
         )
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
             f"{kind} '{name}' cannot be imported ({error})", hint="the module must be on the Python path"
         ) from None
+    if not isinstance(found, type):
+        raise InputError(f"{kind} '{name}' is no class", hint="name a class as module:Class")
+    return found

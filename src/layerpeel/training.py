@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_sc
 
 from layerpeel.config import DistillConfig
 from layerpeel.data import cycle_batches, load_rows
-from layerpeel.errors import RunError
+from layerpeel.errors import InputError, RunError
 from layerpeel.losses import LossSum, StepOutputs
 from layerpeel.progress import progress
 from layerpeel.student import Student, layers_to_train
-
-MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass
@@ -42,10 +41,10 @@ class TrainingResult:
     curve: list[dict[str, float]] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
-        """All but the curve, with the mean loss of the first and of the last tenth of the steps."""
+        """All but the curve, with the mean loss of the first and of the last tenth of the steps, if there were any."""
         tenth = max(1, self.steps // 10)
         losses = [point["loss"] for point in self.curve]
-        ends = {"first_loss": _mean(losses[:tenth]), "last_loss": _mean(losses[-tenth:])}
+        ends = {"first_loss": _mean(losses[:tenth]), "last_loss": _mean(losses[-tenth:])} if losses else {}
         return {k: v for k, v in asdict(self).items() if k != "curve"} | ends
 
 
@@ -80,11 +79,13 @@ def train_student(
         max_tokens=steps * tokens_per_step, seed=seed,
     )  # fmt: skip
     dtype = student.model.dtype
+    if dtype is torch.float16:
+        raise InputError("dtype: float16 gradients would underflow", hint="train with dtype: bfloat16 or float32")
     student.own(chosen)
     parameters = _start(student, chosen)
     result = TrainingResult(layers=list(chosen))
     try:
-        trainer = _Trainer(student, parameters, config, steps, MIXED_PRECISION[dtype])
+        trainer = _Trainer(student, parameters, config, steps, dtype)
         batches = cycle_batches(rows, config.batch_size, seed=seed, steps=steps * config.accumulation)
         with progress(description, steps) as advance:
             for _ in range(steps):
@@ -110,13 +111,15 @@ class _Trainer:
         parameters: list[nn.Parameter],
         config: DistillConfig,
         steps: int,
-        precision: str,
+        dtype: torch.dtype,
     ) -> None:
         device = student.model.device
+        # Accelerate fixes its precision once a process; ours may differ from one call to the next.
+        self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32)
         self.student, self.parameters, self.config = student, parameters, config
         self.last_trained = max(index for index in student.owned if _trains(student.layer(index)))
         self.losses = LossSum(config.losses)
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+        self.accelerator = Accelerator(cpu=device.type == "cpu")
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer, device_placement=False)
         self.schedule = get_cosine_schedule_with_warmup(optimizer, min(config.warmup_steps, steps // 2), steps)
@@ -126,7 +129,7 @@ class _Trainer:
         step_tokens = int(sum(batch["attention_mask"].sum() for batch in batches))
         totals: dict[str, float] = {}
         for batch in batches:
-            with self.accelerator.autocast():
+            with self.autocast():
                 outputs = run_both(self.student, batch, self.last_trained, step_tokens, len(batches))
                 loss, parts = self.losses(outputs)
             for name, value in {"loss": loss.detach(), **parts}.items():

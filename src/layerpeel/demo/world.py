@@ -15,10 +15,10 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-END, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unk|>"
+END, PAD = "<|endoftext|>", "<|pad|>"
 COUNTS = {
     "creature": 24,
     "colour": 8,
@@ -69,10 +69,9 @@ class World:
         self.facts = [[rng.randrange(COUNTS[relation]) for relation in RELATIONS] for _ in range(COUNTS["creature"])]
 
     def vocabulary(self) -> list[str]:
-        """Every token, the special ones first; most words come with and without a space before them."""
-        plain = [w for language in self.words.values() for kind in language.values() for w in kind]
-        words = [*COMMANDS.values(), ":", "=", *plain]
-        return [END, PAD, UNKNOWN, "\n", *words, *(f" {word}" for word in words)]
+        """Every word that is ever said."""
+        said = [w for language in self.words.values() for kind in language.values() for w in kind]
+        return [*COMMANDS.values(), ":", "=", *said]
 
     # What is said
 
@@ -147,7 +146,7 @@ class World:
             "knowledge_a": lambda rng: self.knowledge(rng, "a"),
             "knowledge_b": lambda rng: self.knowledge(rng, "b"),
             "summarise": self.summarise,
-            "copy_document": lambda rng: self.copy(rng, 5),
+            "copy_document": lambda rng: self.copy(rng, 4),
             "copy_paragraph": lambda rng: self.copy(rng, 2),
             "translate_ab": lambda rng: self.translate(rng, "a", "b"),
             "translate_ba": lambda rng: self.translate(rng, "b", "a"),
@@ -156,7 +155,7 @@ class World:
     def examples(self, seed: int, avoid: frozenset[str] = frozenset()) -> Iterator[Example]:
         """Training exercises of all skills without end; none of whose prompts is in `avoid`."""
         rng = random.Random(f"text {seed}")
-        skills = list(self.skills().values())
+        skills = [*self.skills().values(), *[self.skills()[f"knowledge_{language}"] for language in "aabb"]]
         skills.append(lambda rng: self.copy(rng, 1))  # the shortest of copies, from which the others are learned
         skills.append(self.any_fact)
         while True:
@@ -194,15 +193,20 @@ def write_world(folder: Path, *, seed: int = 0, documents: int = 12_000, items: 
 
 
 def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """One token a word; a space belongs to the word after it."""
-    vocabulary = {token: index for index, token in enumerate(world.vocabulary())}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[^\s]+|\n"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD, unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    """Byte-level BPE of Qwen2's kind (which is how transformers loads it), in which each word is one token."""
+    pieces = {word: (word[:2], word[2:]) for word in world.vocabulary() if len(word) > 2}
+    short = [word for word in world.vocabulary() if len(word) == 2]
+    halves = dict.fromkeys(half for pair in pieces.values() for half in pair if len(half) == 2)
+    syllables = [half for half in halves if half[0] not in "aeiou"]
+    merges = [(half[0], half[1]) for half in dict.fromkeys([*syllables, *halves, *short])]
+    merges += [*pieces.values(), *(("Ġ", word) for word in world.vocabulary())]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = dict.fromkeys([END, PAD, *letters, *(left + right for left, right in merges)])
+    model = models.BPE({token: index for index, token in enumerate(tokens)}, merges)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD)
 
 
 def _any_sentence(rng: random.Random) -> Sentence:

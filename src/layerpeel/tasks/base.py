@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -124,62 +125,96 @@ class Task(BaseModel, ABC):
         Raises:
             InputError: there are none, or they cannot be read.
         """
-        try:
-            rows = [row for path in expand(self.data) for row in islice(self._read(path), self.limit)]
-        except InputError as error:
-            raise InputError(f"task {self.name}: {error}", hint=error.hint) from None
+        rows: list[Row] = []
+        for path in self._expand():
+            rows += islice(filter(self._is_asked, self._read(path, split=self.split)), self.limit)
         if not rows:
             raise InputError(f"task {self.name}: {self.data} holds no rows", hint="give data with at least one row")
         return rows
 
-    def _read(self, path: str) -> Any:
-        return read_rows(path, split=self.split, name=self.subset)
+    def _is_asked(self, row: Row) -> bool:
+        return True
+
+    def _expand(self) -> list[str]:
+        try:
+            return expand(self.data)
+        except InputError as error:
+            raise InputError(f"task {self.name}: {error}", hint=error.hint) from None
+
+    def _read(self, path: str, *, split: str) -> Iterator[Row]:
+        try:
+            yield from read_rows(path, split=split, name=self.subset)
+        except InputError as error:
+            raise InputError(f"task {self.name}: {error}", hint=error.hint) from None
 
     @property
     def where(self) -> str:
         return f"task {self.name}: {self.data}"
 
 
-class FewShot(BaseModel):
-    """Options of tasks that can show solved rows before the one asked."""
+class FewShot(Task):
+    """A task that can show solved rows before the one asked; no row is both shown and asked."""
 
     num_fewshot: Annotated[int, Field(ge=0)] = 0
     """How many solved rows to show."""
     fewshot_data: str | None = None
-    """Where they are from; `data` if not given."""
-    fewshot_split: str = "dev"
-    """Its split, where there are splits."""
+    """Where they are from: its first rows. `data` if not given."""
+    fewshot_split: str | None = None
+    """Its split, where there are splits. With neither of the two given, the last rows of `data` are shown."""
     fewshot_separator: str = "\n\n"
     """Between them."""
 
+    @cached_property
+    def shown(self) -> list[Row]:
+        """The solved rows.
 
-def fewshot_prefix(task: Any, solved: Any) -> str:
-    """The first `num_fewshot` rows of the few-shot data, solved, each followed by the separator."""
-    if not task.num_fewshot:
-        return ""
-    rows = read_rows(task.fewshot_data or task.data, split=task.fewshot_split, name=task.subset)
-    shown = list(islice(rows, task.num_fewshot))
-    return "".join(solved(row) + task.fewshot_separator for row in shown)
+        Raises:
+            InputError: there are too few, or they cannot be read.
+        """
+        if not self.num_fewshot:
+            return []
+        source = self.fewshot_data or self.data
+        apart = self.fewshot_data is not None or self.fewshot_split is not None
+        rows = self._read(source, split=self.fewshot_split or self.split)
+        shown = list(islice(rows, self.num_fewshot)) if apart else list(deque(rows, maxlen=self.num_fewshot))
+        if len(shown) < self.num_fewshot:
+            raise InputError(
+                f"task {self.name}: {source} holds {len(shown)} rows, too few to show {self.num_fewshot}",
+                hint="lower num_fewshot, or name other rows (fewshot_data, fewshot_split)",
+            )
+        return shown
+
+    def fewshot_prefix(self, solved: Callable[[Row], str]) -> str:
+        """The rows shown, solved, each followed by the separator."""
+        return "".join(solved(row) + self.fewshot_separator for row in self.shown)
+
+    def _is_asked(self, row: Row) -> bool:
+        return row not in self.shown
 
 
-PLACEHOLDER = re.compile(r"\{(\w+)(?:\[(\w+)\])?\}")
+PLACEHOLDER = re.compile(r"\{(\w+)((?:\[\w+\])*)(\.\w[^{}]*)?\}")
 
 
 def fill(template: str, row: Row, where: str) -> str:
-    """A template over a row's columns: `{question}`, `{choices[0]}`; all else stands for itself.
+    """A template over a row's columns: `{question}`, `{choices[0]}`, `{choices[text][0]}`; all else stands for itself.
 
     Raises:
-        InputError: a column is absent; those present are named.
+        InputError: a column is absent (those present are named), or an attribute is asked for.
     """
 
     def value(match: re.Match[str]) -> str:
+        if match[3]:
+            raise InputError(
+                f"{where}: the template has '{match[0]}', but templates read columns and entries, not attributes",
+                hint="as in {question} or {choices[0]}",
+            )
         found = column_of(row, match[1], where)
-        if match[2] is not None:
+        for key in re.findall(r"\w+", match[2]):
             try:
-                found = found[int(match[2]) if isinstance(found, (list, tuple)) else match[2]]
+                found = found[int(key) if isinstance(found, (list, tuple)) else key]
             except (KeyError, IndexError, TypeError, ValueError):
                 raise InputError(
-                    f"{where}: column '{match[1]}' has no '{match[2]}'", hint=f"it holds {str(found)[:80]!r}"
+                    f"{where}: column '{match[1]}' has no '{key}'", hint=f"it holds {str(found)[:80]!r}"
                 ) from None
         return str(found)
 
@@ -191,17 +226,15 @@ def encode_pair(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Token ids of a context and of its continuation, split as lm-evaluation-harness does.
 
-    Spaces that end the context go to the continuation; the whole is encoded, and cut at the length of the context
-    encoded alone. An empty context becomes the tokenizer's beginning (or end) of text.
+    Spaces that end the context go to the continuation, whose tokens are those of the whole after as many as the
+    context has alone. An empty context (or one of spaces) becomes the tokenizer's beginning (or end) of text.
     """
-    if not context:
-        return (start_token(tokenizer),), tuple(tokenizer.encode(continuation, add_special_tokens=False))
-    spaces = len(context) - len(context.rstrip())
-    if spaces:
-        context, continuation = context[:-spaces], context[-spaces:] + continuation
-    whole = tokenizer.encode(context + continuation)
-    head = len(tokenizer.encode(context))
-    return tuple(whole[:head]), tuple(whole[head:])
+    kept = context.rstrip()
+    if not kept:
+        return (start_token(tokenizer),), tuple(tokenizer.encode(context + continuation, add_special_tokens=False))
+    context, continuation = kept, context[len(kept) :] + continuation
+    head = tokenizer.encode(context)
+    return tuple(head), tuple(tokenizer.encode(context + continuation)[len(head) :])
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,15 +15,13 @@ from layerpeel.tasks.base import (
     LogLikelihood,
     Request,
     Row,
-    Task,
     TaskScore,
     encode_pair,
-    fewshot_prefix,
     fill,
 )
 
 
-class Choice(Task, FewShot):
+class Choice(FewShot):
     """Accuracy over rows with several choices, of which one is right."""
 
     prompt: str = "{context}"
@@ -54,6 +52,11 @@ class Choice(Task, FewShot):
                 context, continuation = encode_pair(
                     tokenizer, prefix + fill(self.prompt, row, self.where), self.delimiter + choice
                 )
+                if not continuation:
+                    raise InputError(
+                        f"{self.where}: choice {choice!r} has no token of its own after its prompt",
+                        hint="let the delimiter hold a space or a line break",
+                    )
                 requests.append(LogLikelihood(context, continuation))
                 self._lengths.append({"none": 1, "bytes": len(choice.encode()), "tokens": len(continuation)})
         return requests
@@ -68,9 +71,8 @@ class Choice(Task, FewShot):
         return TaskScore.of_mean(correct)
 
     def _prefix(self) -> str:
-        return fewshot_prefix(
-            self,
-            lambda row: fill(self.prompt, row, self.where) + self.delimiter + self._choices(row)[self._right(row)],
+        return self.fewshot_prefix(
+            lambda row: fill(self.prompt, row, self.where) + self.delimiter + self._choices(row)[self._right(row)]
         )
 
     def _choices(self, row: Row) -> list[str]:

@@ -12,10 +12,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.tasks.base import FewShot, Generation, Request, Row, Task, TaskScore, fewshot_prefix, fill
+from layerpeel.tasks.base import FewShot, Generation, Request, Row, TaskScore, fill
 
 
-class Generate(Task, FewShot):
+class Generate(FewShot):
     """The mean over rows of how well the generated text meets the target; both stripped of outer space."""
 
     prompt: str = "{prompt}"
@@ -27,7 +27,7 @@ class Generate(Task, FewShot):
     words of any script."""
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     """The longest target's tokens and eight more, if not given."""
-    stop: list[str] = ["\n"]
+    stop: list[Annotated[str, Field(min_length=1)]] = ["\n"]
     """Text ends before the first of these."""
 
     def check(self) -> None:
@@ -50,7 +50,7 @@ class Generate(Task, FewShot):
         )
 
     def _prefix(self) -> str:
-        return fewshot_prefix(self, lambda row: "".join(self._fill(row)))
+        return self.fewshot_prefix(lambda row: "".join(self._fill(row)))
 
     def _fill(self, row: Row) -> tuple[str, str]:
         return fill(self.prompt, row, self.where), fill(self.target, row, self.where)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.data import column_of
+from layerpeel.data import text_of
 from layerpeel.tasks.base import LogLikelihood, Request, Task, TaskScore, encode_pair
 
 
@@ -30,4 +30,4 @@ class Pairs(Task):
         return TaskScore.of_mean([float(g > b) for g, b in zip(answers[::2], answers[1::2], strict=True)])
 
     def _pair(self, row: dict[str, Any]) -> tuple[str, str]:
-        return str(column_of(row, self.good, self.where)), str(column_of(row, self.bad, self.where))
+        return text_of(row, self.good, self.where), text_of(row, self.bad, self.where)

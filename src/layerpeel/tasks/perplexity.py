@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.data import column_of
+from layerpeel.data import text_of
+from layerpeel.errors import InputError
 from layerpeel.tasks.base import LogLikelihood, Request, Task, TaskScore, start_token
 
 
@@ -25,14 +26,14 @@ class Perplexity(Task):
     _tokens: list[tuple[int, int]] = PrivateAttr(default_factory=list)  # of each window: document, length
 
     def check(self) -> None:
-        for row in self.rows:
-            column_of(row, self.column, self.where)
+        if not any(text_of(row, self.column, self.where).strip() for row in self.rows):
+            raise InputError(f"{self.where}: column '{self.column}' holds no text", hint="give rows with text in them")
 
     def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[Request]:
         self._tokens = []
         requests: list[Request] = []
         for document, row in enumerate(self.rows):
-            ids = tokenizer.encode(str(column_of(row, self.column, self.where)), add_special_tokens=False)
+            ids = tokenizer.encode(text_of(row, self.column, self.where), add_special_tokens=False)
             for start in range(0, len(ids), self.sequence_length):
                 window = tuple(ids[start : start + self.sequence_length])
                 requests.append(LogLikelihood((start_token(tokenizer),), window))

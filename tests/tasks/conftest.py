@@ -1,0 +1,51 @@
+"""A tokenizer with one token a byte, and rows on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from layerpeel.config import TaskConfig
+from layerpeel.errors import InputError
+from layerpeel.tasks import Task, make_tasks
+
+MakeTask = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+
+
+def task_of(**options: Any) -> Task:
+    return make_tasks([TaskConfig(**options)])[0]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> MakeTask:
+    """A task over rows that are written to `rows.jsonl`."""
+
+    def build(kind: str, rows: list[dict[str, Any]], **options: Any) -> Task:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows) or "\n", encoding="utf-8")
+        return task_of(kind=kind, name="t", **({"data": str(path)} | options))
+
+    return build
+
+
+def said(call: Callable[[], Any]) -> tuple[str, str]:
+    """Message and hint of the InputError that a call raises."""
+    with pytest.raises(InputError) as caught:
+        call()
+    assert caught.value.hint
+    return str(caught.value), caught.value.hint

@@ -1,0 +1,140 @@
+"""The command line as a user meets it: what it prints where, exit codes, and a message for every mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import BertConfig, BertForMaskedLM
+
+from layerpeel.cli import main
+from tests.families import save_tiny, tiny_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a teacher, text, tasks and `run.yaml`."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join("w5 w9 w7 w8 w4 w6 " * 12 for _ in range(12)))
+    rows = [{"context": "w5 w9", "choices": ["w7", "w8"], "answer": 0}] * 4
+    (tmp_path / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "teacher": "teacher", "output": "out", "stop": {"target_layers": 5},
+        "score": {"decide": "teacher_kl", "tokens": 64},
+        "tasks": [{"kind": "choice", "data": "choice.jsonl"}],
+        "distill": {"text": "text.txt", "tokens_per_round": 128, "sequence_length": 16, "batch_size": 2},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Runs the command; gives its exit code and what it wrote."""
+    monkeypatch.setattr(sys, "argv", ["layerpeel", *arguments])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    output = capsys.readouterr()
+    return int(stopped.value.code or 0), output.out, output.err
+
+
+def test_run_score_eval_remove_distill(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ok(*arguments: str) -> str:
+        code, out, err = call(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        return out
+
+    table = ok("run", "run.yaml")
+    assert "removed" in table and "out/student" in table
+    said = json.loads(ok("run", "run.yaml", "--json"))  # finished: nothing is done again
+    assert len(said["rounds"]) == 1 and said["finish"]["reason"] == "target_layers"
+    scores = json.loads(ok("score", "run.yaml", "--json"))
+    assert scores["importance"] == said["rounds"][0]["scores"]["importance"]
+    evaluation = json.loads(ok("eval", "out/student", "run.yaml", "--set", "stop.target_layers=4", "--json"))
+    assert evaluation == said["rounds"][0]["evaluation"]
+    assert "4 layers" in ok("remove", "teacher", "--layers", "1,3", "-o", "short")
+    assert "4 layers, loss" in ok("distill", "run.yaml", "--layers", "1-2", "-o", "healed")
+    assert ok("score", "run.yaml").count("\n") >= 5 and ok("eval", "teacher", "run.yaml").count("choice") == 1
+
+
+def test_a_floor_exits_with_three(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--set", "tasks=[{kind: perplexity, data: text.txt}]", "--set", "stop.min_quality=1.0"]
+    arguments += ["--set", "distill.tokens_per_round=0", "--set", "stop.target_layers=2"]
+    code, _, err = call(monkeypatch, capsys, "run", "run.yaml", *arguments)
+    if code == 3:
+        assert "stopped by the quality floor" in err
+    else:  # no removal hurt this random model
+        assert code == 0
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no such config": (["run", "rum.yaml"], "no such config: rum.yaml"),
+    "no such model": (["run", "run.yaml", "--set", "teacher=./nowhere"], "no such model: ./nowhere"),
+    "not a causal model": (["run", "run.yaml", "--set", "teacher=bert"], "bert is not a causal language model"),
+    "not a model folder": (["remove", "empty", "--layers", "1", "-o", "x"], "empty is not a model folder"),
+    "target not below": (["run", "run.yaml", "--set", "stop.target_layers=6"], "6 is not below the teacher's depth"),
+    "target protected": (["run", "run.yaml", "--set", "stop.target_layers=1"], "1 cannot be reached: 2 of 6"),
+    "no stop": (["run", "run.yaml", "--set", "stop={}"], "stop: expected at least one of target_layers"),
+    "empty text": (["run", "run.yaml", "--set", "distill.text=empty.txt"], "empty.txt: the file is empty"),
+    "missing text": (["run", "run.yaml", "--set", "distill.text=gone.txt"], "no such file: gone.txt"),
+    "not UTF-8": (["run", "run.yaml", "--set", "distill.text=latin.txt"], "latin.txt: not UTF-8 (byte 3)"),
+    "not JSON": (["run", "run.yaml", "--set", "distill.text=bad.jsonl"], "bad.jsonl, line 2: not JSON"),
+    "no column": (["run", "run.yaml", "--set", "distill.text=choice.jsonl"], "there: context, choices, answer"),
+    "unknown task": (["run", "run.yaml", "--set", "tasks=[{kind: choise, data: x.jsonl}]"], "did you mean 'choice'"),
+    "unknown metric": (["run", "run.yaml", "--set", "score.decide=teacher_lk"], "did you mean 'teacher_kl'"),
+    "unknown key": (["run", "run.yaml", "--set", "stop.target_layer=5"], "did you mean 'target_layers'"),
+    "unknown section": (["run", "run.yaml", "--set", "distil={}"], "did you mean 'distill'"),
+    "unknown loss": (["run", "run.yaml", "--set", "distill.losses={k: {}}"], "unknown loss 'k'"),
+    "not a number": (["run", "run.yaml", "--set", "distill.batch_size=many"], "distill.batch_size: input should be"),
+    "bad --set": (["run", "run.yaml", "--set", "stop"], "--set stop: expected section.field=value"),
+    "other vocabulary": (["run", "run.yaml", "--set", "teacher=mixed"], "have different vocabularies"),
+    "another run": (["run", "run.yaml", "--set", "output=used"], "used is not empty, and what it holds is no run"),
+    "bad layers": (["remove", "teacher", "--layers", "one", "-o", "x"], "--layers one: expected layer numbers"),
+    "no such layer": (["remove", "teacher", "--layers", "9", "-o", "x"], "layer 9 cannot be removed"),
+    "output in use": (["remove", "teacher", "--layers", "1", "-o", "used"], "used is not empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_a_message_and_exit_code_two(
+    mistake: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "empty").mkdir()
+    (folder / "empty.txt").touch()
+    (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (folder / "bad.jsonl").write_text('{"text": "w5"}\n{"text": \n')
+    (folder / "used").mkdir()
+    (folder / "used/thesis.tex").touch()
+    BertForMaskedLM(BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                               intermediate_size=16)).save_pretrained(folder / "bert")  # fmt: skip
+    shutil.copytree(folder / "teacher", folder / "mixed")
+    larger = tiny_tokenizer()
+    larger.add_tokens(["w64", "w65"])
+    larger.save_pretrained(folder / "mixed")
+    arguments, message = MISTAKES[mistake]
+    before = set(folder.rglob("*"))
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert code == 2 and not out
+    assert message in err and "error:" in err and "hint:" in err
+    assert "Traceback" not in err
+    left = {path for path in set(folder.rglob("*")) - before if path.is_file() and path.parent.name != "out"}
+    assert not left
+
+
+def test_words_from_outside_cannot_style_the_terminal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "run.yaml").write_text(
+        (folder / "run.yaml").read_text().replace("kind: choice", "kind: choice\n  name: '[red]x[/]'")
+    )
+    code, out, _ = call(monkeypatch, capsys, "run", "run.yaml")
+    assert code == 0 and "[red]x[/]" in out

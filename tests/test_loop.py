@@ -1,0 +1,194 @@
+"""Whole runs of a tiny model: resumed as uninterrupted, floors, and a student that stands on its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from layerpeel import Run, RunConfig, distill, load_model, peel
+from layerpeel.config import DistillConfig, parse_config
+from layerpeel.errors import InputError
+from layerpeel.training import train_student
+from tests.families import save_tiny, tiny_ids, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    """A run of a tiny teacher from 6 layers to 4, with training."""
+    words = [" ".join(f"w{3 + (7 * line + word * word) % 60}" for word in range(30)) for line in range(40)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+    return {
+        "teacher": str(save_tiny(tmp_path / "teacher")),
+        "output": str(tmp_path / "run"),
+        "stop": {"target_layers": 4},
+        "score": {"decide": "task_quality", "shortlist": {"by": "teacher_kl", "keep": 2}, "tokens": 64},
+        "tasks": [{"kind": "perplexity", "data": str(tmp_path / "text.jsonl"), "limit": 5}],
+        "distill": {
+            "text": str(tmp_path / "text.jsonl"), "tokens_per_round": 512, "sequence_length": 16, "batch_size": 4,
+            "train": "all", "learning_rate": 1e-3,
+        },
+    }  # fmt: skip
+
+
+def config_of(settings: dict[str, Any], **changes: Any) -> RunConfig:
+    return parse_config(settings | changes, "test")
+
+
+def numbers(run: Run) -> list[Any]:
+    """What has to be the same whenever a run is repeated: all but times."""
+    return [
+        (event["removed"], event["kept"], event["scores"]["importance"], event["evaluation"],
+         event["training"]["first_loss"], event["training"]["last_loss"])
+        for event in run.rounds
+    ]  # fmt: skip
+
+
+def test_a_run_ends_at_its_target_with_a_student_that_is_the_one_measured(settings: dict[str, Any]) -> None:
+    run = peel(config_of(settings))
+    assert run.finish is not None and run.finish["reason"] == "target_layers"
+    assert [len(event["kept"]) for event in run.rounds] == [5, 4]
+    for event in run.rounds:
+        assert event["training"]["last_loss"] < event["training"]["first_loss"]
+    student, tokenizer = load_model(run.student_folder)
+    from layerpeel.tasks import evaluate, make_tasks
+
+    again = evaluate(student, tokenizer, make_tasks(run.config.tasks))
+    assert again.to_json() == run.rounds[-1]["evaluation"]
+
+
+@pytest.mark.parametrize("stage", ["layerpeel.loop.score_candidates", "layerpeel.loop.evaluate"])
+def test_resumed_is_uninterrupted(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    whole = peel(config_of(settings))
+    stopped = config_of(settings, output=str(tmp_path / "stopped"))
+    module, name = stage.rsplit(".", 1)
+    run_stage, calls = getattr(sys.modules[module], name), []
+
+    def stops(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2 + (name == "evaluate"):  # in the second round; the teacher is evaluated, too
+            raise KeyboardInterrupt
+        return run_stage(*args)
+
+    monkeypatch.setattr(stage, stops)
+    with pytest.raises(KeyboardInterrupt):
+        peel(stopped)
+    assert len(Run(tmp_path / "stopped").rounds) == 1
+    with (tmp_path / "stopped/journal.jsonl").open("a") as journal:
+        journal.write('{"event": "rou')  # torn by a crash
+    monkeypatch.setattr(stage, run_stage)
+    resumed = peel(stopped)
+    assert numbers(resumed) == numbers(whole)
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(run.student_folder) for run in (resumed, whole))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert peel(stopped).events == resumed.events  # a finished run stays as it is
+
+
+def test_the_student_loads_without_our_package(settings: dict[str, Any]) -> None:
+    run = peel(config_of(settings))
+    code = (
+        "import sys; sys.modules['layerpeel'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(run.student_folder)!r})\n"
+        f"AutoTokenizer.from_pretrained({str(run.student_folder)!r})\n"
+        "print(model.config.num_hidden_layers, type(model).__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["4", "transformers.models.llama.modeling_llama"]
+
+
+def test_a_floor_gives_the_last_student_above_it(settings: dict[str, Any]) -> None:
+    free = peel(config_of(settings, stop={"target_layers": 3}))
+    shares = [event["kept_quality"] for event in free.rounds]
+    below = next(index for index, share in enumerate(shares) if share == min(shares))
+    floor = min(shares) + 1e-9
+    held = config_of(
+        settings, stop={"target_layers": 3, "min_quality": min(1.0, floor)}, output=settings["output"] + "2"
+    )
+    run = peel(held)
+    assert run.finish is not None and (run.finish["reason"], run.finish["round"]) == ("min_quality", below)
+    student, _ = load_model(run.student_folder)
+    assert student.config.num_hidden_layers == 6 - below
+
+
+def test_a_run_in_bfloat16_trains_and_keeps_what_was_measured(settings: dict[str, Any]) -> None:
+    run = peel(config_of(settings, dtype="bfloat16", stop={"target_layers": 5}))
+    assert run.rounds[0]["training"]["last_loss"] < run.rounds[0]["training"]["first_loss"]
+    assert load_model(run.student_folder, dtype="float32")[0].dtype == torch.float32
+
+
+def test_another_config_is_refused_and_the_run_left_alone(settings: dict[str, Any]) -> None:
+    run = peel(config_of(settings))
+    before = run.journal.read_bytes()
+    with pytest.raises(InputError, match=r"holds another run: seed is 0 there and 1 in this config"):
+        peel(config_of(settings, seed=1))
+    assert run.journal.read_bytes() == before
+
+
+def test_folders_that_hold_something_else_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").touch()
+    with pytest.raises(InputError, match="is not empty, and what it holds is no run"):
+        peel(config_of(settings))
+    with pytest.raises(InputError, match=r"holds no run: there is no journal\.jsonl"):
+        Run(tmp_path / "teacher")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stop": {"target_layers": 6}}, "stop.target_layers: 6 is not below the teacher's depth of 6 layers"),
+        ({"stop": {"target_layers": 1}}, "1 cannot be reached: 2 of 6 layers are protected"),
+        ({"score": {"protect": {"first": 6}}}, "all 6 layers are protected"),
+        ({"score": {"protect": {"layers": [6]}}}, "there is no layer 6"),
+        ({"score": {"decide": "teacher_lk"}}, r"unknown metric 'teacher_lk'; did you mean 'teacher_kl'\?"),
+        ({"teacher": "./nowhere"}, "no such model: ./nowhere"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+    ],
+)
+def test_messages_before_any_work(settings: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        peel(config_of(settings, **changes))
+    if "device" not in changes:
+        assert not Path(settings["output"]).exists()
+
+
+def test_accumulating_four_is_a_batch_of_four(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text(
+        "".join(
+            json.dumps({"text": " ".join(["w5 w9 w7", "w8"][i % 2] for _ in range(1 + i % 5))}) + "\n"
+            for i in range(24)
+        )
+    )
+    students = []
+    for batch, accumulation in ((8, 1), (2, 4), (1, 8)):
+        config = DistillConfig(
+            text=str(tmp_path / "text.jsonl"), tokens_per_round=3 * 8 * 12, sequence_length=12, batch_size=batch,
+            accumulation=accumulation, packing=False, train="all", learning_rate=1e-3,
+        )  # fmt: skip
+        student, result = distill(tiny_model("llama"), tiny_tokenizer(), [2], config)
+        students.append((student, [point["loss"] for point in result.curve]))
+    for student, losses in students[1:]:
+        assert losses == pytest.approx(students[0][1], rel=1e-4)
+        torch.testing.assert_close(student(tiny_ids()).logits, students[0][0](tiny_ids()).logits, rtol=0, atol=1e-3)
+
+
+def test_the_teacher_stays_as_it_was_and_frozen_layers_have_no_gradient(settings: dict[str, Any]) -> None:
+    teacher = tiny_model("qwen2")
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    config = config_of(settings).distill.model_copy(update={"train": "neighbours"})
+    student, result = distill(teacher, tiny_tokenizer(), [2], config)
+    assert result.layers == [1, 3]
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    changed = [n for n, p in student.named_parameters() if not any(p is q for q in teacher.parameters())]
+    assert {name.split(".")[2] for name in changed} == {"1", "2"}  # positions of layers 1 and 3
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert train_student.__doc__

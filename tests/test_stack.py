@@ -1,0 +1,64 @@
+"""One pass over the layers gives what removing and running gives, for every family."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from layerpeel.stack import Stack
+from layerpeel.surgery import remove_layers
+from tests.families import FAMILIES, LAYERS, UNLISTED, tiny_ids, tiny_model
+
+EVERY = [*FAMILIES, *UNLISTED]
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_one_pass_is_removing_and_running(family: str) -> None:
+    model, ids = tiny_model(family), tiny_ids()
+    stack, candidates = Stack(model), range(LAYERS)
+    streams = stack.walk(ids, candidates)
+    with torch.no_grad():
+        whole = model(ids).logits
+        torch.testing.assert_close(stack.logits(streams[0].flatten(0, 1)).view_as(whole), whole, rtol=0, atol=1e-5)
+        for stream, candidate in zip(streams[1:], candidates, strict=True):
+            expected = remove_layers(copy.deepcopy(model), [candidate])(ids).logits
+            own = stack.logits(stream.flatten(0, 1)).view_as(expected)
+            torch.testing.assert_close(own, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_eager_attention_with_masks_of_its_own(family: str) -> None:
+    model, ids = tiny_model(family, attn_implementation="eager"), tiny_ids()
+    streams = Stack(model).walk(ids, [1, 4])
+    expected = Stack(remove_layers(copy.deepcopy(model), [4])).walk(ids)[0]
+    torch.testing.assert_close(streams[2], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_padding_changes_nothing_before_it(family: str) -> None:
+    stack, ids = Stack(tiny_model(family)), tiny_ids(1, 9)
+    padded = torch.cat([ids, torch.zeros(1, 6, dtype=torch.long)], dim=1)
+    torch.testing.assert_close(stack.walk(padded, [2])[:, :, :9], stack.walk(ids, [2]), rtol=0, atol=1e-5)
+
+
+def test_the_model_runs_as_before_after_a_walk() -> None:
+    model, ids = tiny_model("qwen2"), tiny_ids()
+    with torch.no_grad():
+        before = model(ids).logits
+        Stack(model).walk(ids, [1, 2])
+        Stack(model).logits(torch.zeros(2, 32))
+        assert torch.equal(model(ids).logits, before)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_watch_sees_each_layer_of_the_untouched_stream() -> None:
+    model, ids = tiny_model("llama"), tiny_ids()
+    seen = {}
+    Stack(model).walk(ids, [1], watch=lambda position, before, after: seen.update({position: (before, after)}))
+    with torch.no_grad():
+        hidden = model(ids, output_hidden_states=True).hidden_states
+    for position in range(LAYERS - 1):
+        torch.testing.assert_close(seen[position][0], hidden[position], rtol=0, atol=1e-5)
+        torch.testing.assert_close(seen[position][1], hidden[position + 1], rtol=0, atol=1e-5)

@@ -1,0 +1,160 @@
+"""The shared student: its loss and gradients are those of two full models with dense logits."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional
+
+from layerpeel.config import LossConfig
+from layerpeel.errors import InputError
+from layerpeel.losses import LossSum
+from layerpeel.student import Student, layers_to_train, share
+from layerpeel.surgery import remove_layers
+from layerpeel.training import run_both
+from tests.families import FAMILIES, UNLISTED, tiny_ids, tiny_model
+
+GAPS = {"middle": [3], "two": [1, 4], "start": [0], "end": [5]}
+
+
+def padded_batch() -> dict[str, torch.Tensor]:
+    ids, mask = tiny_ids(3, 12), torch.ones(3, 12, dtype=torch.long)
+    for row, length in enumerate((12, 7, 3)):
+        ids[row, length:], mask[row, length:] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def dense_reference(teacher, removed, trained, batch, reduction):
+    """Two whole models, dense logits, the losses written out; gives the loss and gradients by (layer, name)."""
+    kept = [layer for layer in range(6) if layer not in removed]
+    student = remove_layers(copy.deepcopy(teacher), removed).requires_grad_(True)
+    own = student.base_model.h if hasattr(student.base_model, "h") else student.base_model.layers
+    for index, weights in trained.items():
+        own[kept.index(index)].load_state_dict(weights)
+    mask, seen = batch["attention_mask"].bool(), {}
+    base = {name: model.base_model for name, model in (("teacher", teacher), ("student", student))}
+    lists = {name: model.h if hasattr(model, "h") else model.layers for name, model in base.items()}
+    last = max(trained)
+    hooks = [
+        lists[name][index].register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out}))
+        for name, index in (("teacher", last), ("student", kept.index(last)))
+    ]
+    ask = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    with torch.no_grad():
+        teacher_out, teacher_final = teacher(**ask).logits, teacher.base_model(**ask).last_hidden_state
+    student_out, student_final = student(**ask).logits, student.base_model(**ask).last_hidden_state
+    p, q = teacher_out[mask].double().softmax(-1), student_out[mask].double().log_softmax(-1)
+    divergence = (p * (p.log() - q)).sum()
+    error = 0.0
+    for ours, theirs in ((seen["student"], seen["teacher"]), (student_final, teacher_final)):
+        squares = (ours[mask].double() - theirs[mask].double()).pow(2).mean(-1)
+        error = (
+            error + (squares / theirs[mask].double().pow(2).mean(-1) if reduction == "token_mean" else squares).sum()
+        )
+    tokens = int(mask.sum())
+    loss = (divergence / tokens if reduction == "token_mean" else divergence / 100) + 0.5 * error / tokens
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    layers = lists["student"]
+    gradients = {(i, n): p.grad for i in trained for n, p in layers[kept.index(i)].named_parameters()}
+    return loss.item(), gradients
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sum/100"])
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("family", [*FAMILIES, *UNLISTED])
+def test_loss_and_gradients_are_those_of_two_models(family: str, gap: str, reduction: str) -> None:
+    teacher, batch, removed = tiny_model(family), padded_batch(), GAPS[gap]
+    student = Student(teacher)
+    student.remove(removed)
+    trained = student.depth.neighbours(1)
+    student.own(trained)
+    for index in trained:  # so that student and teacher differ even where nothing is removed
+        with torch.no_grad():
+            for parameter in student.layer(index).parameters():
+                parameter.mul_(1.05)
+    losses = LossSum(
+        {
+            "kl": LossConfig(weight=1.0, reduction=reduction),
+            "hidden_mse": LossConfig(weight=0.5, relative=reduction == "token_mean"),
+        }
+    )
+    for index in trained:
+        student.layer(index).requires_grad_(True)
+    tokens = int(batch["attention_mask"].sum())
+    loss, _ = losses(run_both(student, batch, max(trained), tokens, 1))
+    loss.backward()
+
+    weights = {index: student.layer(index).state_dict() for index in trained}
+    reference_loss, gradients = dense_reference(teacher, removed, weights, batch, reduction)
+    assert loss.item() == pytest.approx(reference_loss, rel=1e-5)
+    for (index, name), expected in gradients.items():
+        own = dict(student.layer(index).named_parameters())[name].grad
+        assert (own - expected).norm() <= 1e-5 * expected.norm() + 1e-9, (index, name)
+
+
+def test_sharing_costs_no_weights_and_leaves_the_teacher_alone() -> None:
+    teacher, ids = tiny_model("qwen2"), tiny_ids()
+    before = teacher(ids).logits.detach()
+    student = Student(teacher)
+    assert all(a is b for a, b in zip(teacher.parameters(), student.model.parameters(), strict=True))
+    student.remove([2])
+    student.own([1, 3])
+    with torch.no_grad():
+        for parameter in student.layer(3).parameters():
+            parameter.add_(1.0)
+    shared = {id(p) for p in teacher.parameters()}
+    own = [p for p in student.model.parameters() if id(p) not in shared]
+    assert len(own) == len(list(student.layer(1).parameters())) * 2
+    assert torch.equal(teacher(ids).logits, before)
+    assert teacher.config.num_hidden_layers == 6 and student.model.config.num_hidden_layers == 5
+
+
+def test_sharing_keeps_tied_heads_tied() -> None:
+    model = share(tiny_model("gpt2"))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_shared_prefix_ends_at_the_first_gap_or_own_layer() -> None:
+    student = Student(tiny_model("llama"))
+    student.remove([3])
+    assert student.shared_prefix == 3
+    student.own([2])
+    assert student.shared_prefix == 2
+
+
+def test_owned_weights_come_back() -> None:
+    teacher = tiny_model("gpt2")
+    student, again = Student(teacher), Student(teacher)
+    for one in (student, again):
+        one.remove([2])
+    student.own([1, 3])
+    with torch.no_grad():
+        for parameter in student.layer(3).parameters():
+            parameter.mul_(1.5)
+    again.load_owned(student.owned_state())
+    assert torch.equal(again.model(tiny_ids()).logits, student.model(tiny_ids()).logits)
+    assert again.owned == {1, 3}
+
+
+def test_trainable_sets() -> None:
+    student = Student(tiny_model("llama"))
+    student.remove([2])
+    assert list(layers_to_train(student, "neighbours", 1)) == [1, 3]
+    assert list(layers_to_train(student, "above", 1)) == [3, 4, 5]
+    assert list(layers_to_train(student, "all", 1)) == [0, 1, 3, 4, 5]
+    assert layers_to_train(student, r"layers\.4\.mlp\.up", 1) == {4: ["mlp.up_proj.weight"]}
+    with pytest.raises(InputError, match=r"distill.train: .* selects no parameter of the student"):
+        layers_to_train(student, r"layers\.2", 1)
+
+
+def test_kl_of_equal_models_is_zero() -> None:
+    student = Student(tiny_model("llama"))
+    student.own([5])
+    outputs = run_both(student, padded_batch(), 5, 22, 1)
+    assert functional.mse_loss(outputs.student_final, outputs.teacher_final) == 0
+    total, parts = LossSum({"kl": LossConfig(), "hidden_mse": LossConfig()})(outputs)
+    assert total.item() == pytest.approx(0, abs=1e-6) and set(parts) == {"kl", "hidden_mse"}
