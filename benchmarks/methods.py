@@ -1,5 +1,6 @@
 """Compares ways of making a model shallower, by depth, on a config's own tasks.
 
+    python benchmarks/methods.py demo --depths 10,8 --out results.json
     python benchmarks/methods.py configs/storyteller.yaml --depths 14,12 --out results.json
 
 Three ways: the loop as the config says; the loop without training; and one-shot block influence without training
@@ -18,6 +19,7 @@ from typing import Any
 
 from layerpeel import Run, RunConfig, evaluate, load_model, peel, remove_layers, score_layers
 from layerpeel.config import load_config
+from layerpeel.demo import prepare_demo
 from layerpeel.importance import text_batches
 from layerpeel.tasks import Evaluation, make_tasks
 
@@ -25,12 +27,13 @@ from layerpeel.tasks import Evaluation, make_tasks
 def main() -> None:
     """Runs the three ways (those that were run before are read from their journals)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", help="a YAML config, or `demo` for that of the bundled teacher")
     parser.add_argument("--set", action="append", default=[], help="section.field=value, over the config's")
     parser.add_argument("--depths", type=lambda text: [int(part) for part in text.split(",")], required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    config = load_config(options.config, options.set)
+    path = prepare_demo(Path("runs/methods-demo")) if options.config == "demo" else options.config
+    config = load_config(path, options.set)
     started = time.monotonic()
     full = peel(config)
     minutes = (time.monotonic() - started) / 60

@@ -41,6 +41,9 @@ PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "indexer_
 LAYER_COUNTERS = ("max_window_layers", "first_k_dense_replace")  # "the first n layers are ..."
 LAYER_INDEX_LISTS = ("mlp_only_layers",)  # "the layers with these indices are ..."
 
+# Fields that limit how far back a layer attends.
+ATTENTION_REACHES = ("sliding_window", "attention_chunk_size", "window_size")
+
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 
 
@@ -76,6 +79,12 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
     """
     family = FAMILIES.get(model.config.model_type) or _guess_family(model)
     return Architecture(model.base_model, model.base_model_prefix, family)
+
+
+def attention_reach(config: PretrainedConfig) -> int | None:
+    """Tokens that the shortest-sighted layer attends to; None if every layer sees all before."""
+    reaches = [getattr(config, name, None) for name in ATTENTION_REACHES]
+    return min((reach for reach in reaches if isinstance(reach, int)), default=None)
 
 
 def shortened_fields(config: PretrainedConfig, kept: list[int]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-output = Console(highlight=False, width=max(130, Console().width))  # a table too wide may wrap, and keeps its numbers
+output = Console(highlight=False, width=max(140, Console().width))  # a table too wide may wrap, and keeps its numbers
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config; see configs/.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.field=value, over the config's.")]
@@ -169,9 +169,9 @@ def _run_table(run: Run) -> Table:
         "round",
         "removed",
         "layers",
-        "parameters",
+        "params",
         "aggregate",
-        "% of teacher",
+        "% of\nteacher",
         *(escape(name).replace("_", "\n") for name in names),
     ]
     table = Table(*columns, box=None, header_style="bold")

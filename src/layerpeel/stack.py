@@ -12,7 +12,8 @@ Shapes: B batch, T tokens, D hidden, V vocabulary, L layers, C candidates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,14 +26,25 @@ from layerpeel.architecture import find_architecture
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 # Bytes of fp32 logits that may exist at a time; chunks of positions are sized to it.
 LOGITS_BYTES = 64 * 2**20
+# Tokens that go through a layer at a time: enough to keep a processor busy, few enough to stay in its caches.
+TOKENS_PER_CALL = 8192
 
 
 class Stack:
-    """The decoder layers, the final norm and the head of `model`, to be called one by one."""
+    """The decoder layers, the final norm and the head of `model`, to be called one by one.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        resident: a context in which the layer at a position has its weights, for a model whose layers are not kept in
+            memory (`models.LayerFiles`).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, resident: Callable[[int], AbstractContextManager[Any]] | None = None
+    ) -> None:
         self.model = model
         self.architecture = find_architecture(model)
+        self.resident = resident or (lambda _: nullcontext())
+        self.tokens_per_call = TOKENS_PER_CALL
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -46,11 +58,15 @@ class Stack:
     def vocab_size(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]
 
-    def begin(self, input_ids: Tensor) -> tuple[Tensor, list[LayerArguments]]:
+    def begin(
+        self, input_ids: Tensor, positions: Tensor | None = None, sees: Tensor | None = None
+    ) -> tuple[Tensor, list[LayerArguments]]:
         """What enters the first layer, and the other arguments of each layer.
 
         Args:
             input_ids: [B, T], right-padded.
+            positions: [B, T], where a row is not simply 0, 1, 2, ...
+            sees: [B, T, T] of bool, which tokens each token attends to, where that is not all before it.
 
         Returns:
             hidden states [B, T, D], and one `(args, kwargs)` a layer.
@@ -63,24 +79,42 @@ class Stack:
             arguments.append((args, kwargs))
             return hidden
 
+        inputs: dict[str, Tensor] = {"input_ids": input_ids.to(self.device)}
+        if positions is not None:
+            inputs["position_ids"] = positions.to(self.device)
+        if sees is not None:
+            dtype = self.model.dtype
+            blocked = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+            inputs["attention_mask"] = blocked[:, None].to(self.device)
         with ExitStack() as patches:
             for layer in self.layers:
                 patches.enter_context(replaced_forward(layer, record))
             patches.enter_context(replaced_forward(self.architecture.norm, lambda hidden: hidden))
-            self.architecture.base(input_ids=input_ids, use_cache=False)
+            self.architecture.base(**inputs, use_cache=False)
         return seen[0], arguments
 
-    def layer(self, position: int, hidden: Tensor, arguments: LayerArguments, streams: int = 1) -> Tensor:
-        """Runs one layer on `streams` stacked copies of the batch that `arguments` were recorded for.
+    def layer(self, position: int, hidden: Tensor, arguments: LayerArguments) -> Tensor:
+        """Runs one layer on the batch that `arguments` were recorded for: [B, T, D] -> [B, T, D]."""
+        args, kwargs = arguments
+        return first_tensor(self.layers[position](hidden, *args, **kwargs))
+
+    def layer_on_streams(self, position: int, hidden: Tensor, arguments: LayerArguments, batch: int) -> Tensor:
+        """Runs one layer on stacked copies of the batch that `arguments` were recorded for, some rows at a time.
 
         Args:
-            hidden: [streams * B, T, D].
+            hidden: [S * B, T, D].
+            batch: B.
 
         Returns:
-            [streams * B, T, D].
+            [S * B, T, D].
         """
-        args, kwargs = _repeat(arguments, hidden.shape[0] // streams, streams)
-        return first_tensor(self.layers[position](hidden, *args, **kwargs))
+        rows = max(1, self.tokens_per_call // hidden.shape[1])
+        outputs = []
+        for start in range(0, len(hidden), rows):
+            part = hidden[start : start + rows]
+            of = torch.arange(start, start + len(part), device=hidden.device) % batch
+            outputs.append(self.layer(position, part, _take(arguments, of, batch)))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm: [..., D] -> [..., D]."""
@@ -112,6 +146,9 @@ class Stack:
         input_ids: Tensor,
         candidates: Sequence[int] = (),
         watch: Callable[[int, Tensor, Tensor], None] | None = None,
+        *,
+        positions: Tensor | None = None,
+        sees: Tensor | None = None,
     ) -> Tensor:
         """Walks the layers once, for the model as it is and for each candidate skipped.
 
@@ -123,20 +160,36 @@ class Stack:
             input_ids: [B, T], right-padded.
             candidates: positions to skip, ascending.
             watch: called with (position, input, output) of the untouched stream, each [B, T, D].
+            positions, sees: as in `begin`.
 
         Returns:
             [1 + C, B, T, D] after the final norm: untouched first, then in the order of the candidates.
         """
-        hidden, arguments = self.begin(input_ids)
+        hidden, arguments = self.begin(input_ids, positions, sees)
         batch = hidden.shape[0]
         for position in range(len(self.layers)):
             before = hidden[:batch]
-            hidden = self.layer(position, hidden, arguments[position], hidden.shape[0] // batch)
+            with self.resident(position):
+                hidden = self.layer_on_streams(position, hidden, arguments[position], batch)
             if watch:
                 watch(position, before, hidden[:batch])
             if position in candidates:
                 hidden = torch.cat([hidden, before])
         return self.norm(hidden).unflatten(0, (-1, batch))
+
+    @cached_property
+    def runs_trees(self) -> bool:
+        """Whether rows may branch: tried on two sequences that share their first tokens."""
+        ids = torch.arange(4) % self.vocab_size
+        sees = torch.tensor([[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]]).bool()
+        try:
+            rows = self.walk(torch.stack([ids[[0, 1, 2]], ids[[0, 1, 3]]]))[0].float()
+            tree = self.walk(ids[None, :4], positions=torch.tensor([[0, 1, 2, 2]]), sees=sees)[0].float()
+        except (TypeError, ValueError, RuntimeError, NotImplementedError):  # it takes no such mask or positions
+            return False
+        difference = torch.stack([tree[0, 2] - rows[0, 2], tree[0, 3] - rows[1, 2]])
+        tolerance = 1e-4 if self.model.dtype is torch.float32 else 0.02
+        return bool(difference.norm() <= tolerance * rows[:, 2].norm())
 
 
 @contextmanager
@@ -184,14 +237,13 @@ def first_tensor(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _repeat(value: Any, batch: int, streams: int) -> Any:
-    if streams == 1 or batch == 1:  # a leading 1 broadcasts
-        return value
+def _take(value: Any, rows: Tensor, batch: int) -> Any:
+    """A layer's arguments for these rows of the batch that they were recorded for."""
     if isinstance(value, Tensor):
-        per_row = value.dim() > 1 and value.shape[0] == batch
-        return value.repeat(streams, *[1] * (value.dim() - 1)) if per_row else value
+        per_row = batch > 1 and value.dim() > 1 and value.shape[0] == batch  # a leading 1 broadcasts
+        return value[rows] if per_row else value
     if isinstance(value, (tuple, list)):
-        return type(value)(_repeat(item, batch, streams) for item in value)
+        return type(value)(_take(item, rows, batch) for item in value)
     if isinstance(value, dict):
-        return {key: _repeat(item, batch, streams) for key, item in value.items()}
+        return {key: _take(item, rows, batch) for key, item in value.items()}
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from layerpeel import evaluate, load_model, peel
 from layerpeel.config import load_config
 from layerpeel.demo import TEACHER, prepare_demo
-from layerpeel.demo.world import COUNTS, Sentence, World, held_out, held_out_prompts, make_tokenizer, write_world
+from layerpeel.demo.world import COUNTS, Sentence, World, held_out, make_tokenizer, write_world
 from layerpeel.models import count_parameters
 from layerpeel.tasks import make_tasks
 
@@ -25,11 +26,26 @@ def test_the_world_is_the_same_each_time(tmp_path: Path) -> None:
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
 
 
-def test_no_test_item_is_in_the_training_text() -> None:
+def test_training_says_no_sentence_and_no_wording_of_a_question_that_is_tested() -> None:
+    rows = [row for rows in held_out().values() for row in rows]
     world = World()
-    prompts = held_out_prompts(world)
-    assert len(prompts) > 900
-    assert not any(example.prompt in prompts for example in islice(world.examples(1, avoid=prompts), 5000))
+    stops = {world.words[language]["stop"][0] for language in "ab"}
+    asked = {str(row["context"]) for row in rows if "context" in row}
+    sentences = {words for row in rows if "prompt" in row for words in said(str(row["prompt"]), stops)}
+    assert len(asked) >= 300 and len(sentences) > 2000
+    for prompt, target in islice(world.examples(1), 5000):
+        assert prompt not in asked
+        assert not sentences & {*said(prompt, stops), *said(target, stops)}
+
+
+def said(text: str, stops: set[str]) -> Iterator[str]:
+    """The sentences in a prompt or a target, without the command before them."""
+    sentence: list[str] = []
+    for word in text.split(" : ")[-1].removesuffix(" =").split():
+        sentence.append(word)
+        if word in stops:
+            yield " ".join(sentence)
+            sentence = []
 
 
 def test_sentences_and_facts_by_hand() -> None:
@@ -44,13 +60,32 @@ def test_sentences_and_facts_by_hand() -> None:
         b["in"][0], b["home"][5], b["creature"][0], b["colour"][1], b["creature"][3], b["colour"][4], b["verb"][2],
         b["stop"][0],
     ]  # fmt: skip
+    bare = Sentence(0, None, 2, 3, None, None)
+    assert world.say(bare, "a").split() == [a["creature"][0], a["verb"][2], a["creature"][3], a["stop"][0]]
+    assert world.say(bare, "b").split() == [b["creature"][0], b["creature"][3], b["verb"][2], b["stop"][0]]
+
+
+def test_questions_by_hand() -> None:
+    world = World()
+    a = world.words["a"]
     friend = world.facts[7][3]
-    example, values = world.question(7, (3, 0), "a")
+    example, values = world.question(7, (3, 0), "a", 0)
+    assert example.prompt.split() == [
+        a["ask"][0], a["relation"][0], a["relation"][3], a["creature"][7], ":",
+    ]  # fmt: skip
     assert example.target.strip() == a["colour"][world.facts[friend][0]] and len(values) == COUNTS["colour"]
+    other, _ = world.question(7, (3, 0), "a", 1)
+    assert other.target == example.target
+    assert other.prompt.split() == [
+        a["creature"][7], a["relation"][3], a["relation"][0], a["ask"][0], ":",
+    ]  # fmt: skip
+    said, tested = world.questions(test=False), world.questions(test=True)
+    assert len(set(said) | set(tested)) == len(said) + len(tested) == 24 * 12 * 2
+    assert {(c, path) for c, path, _ in tested} <= {(c, path) for c, path, _ in said}
 
 
 def test_answers_to_questions_are_among_four_different_choices() -> None:
-    rows = held_out(World(), items=50)["knowledge_a"]
+    rows = held_out(items=50)["knowledge_a"]
     assert all(len(set(row["choices"])) == 4 for row in rows)
     assert {row["answer"] for row in rows} == {0, 1, 2, 3}
 
@@ -74,12 +109,15 @@ def test_the_shipped_files_are_those_that_were_measured() -> None:
     assert sum(path.stat().st_size for path in TEACHER.iterdir()) <= 9e6
 
 
-def test_the_teacher_is_small_and_able(tmp_path: Path) -> None:
+def test_the_teacher_is_small_and_able_and_deep_for_a_reason(tmp_path: Path) -> None:
     model, tokenizer = load_model(TEACHER)
     assert model.config.model_type == "qwen2" and model.config.num_hidden_layers == 12
     assert count_parameters(model) <= 4e6
     scores = json.loads((TEACHER / "scores.json").read_text())
     assert scores["aggregate"] >= 0.85
+    costs = scores["cost_of_skipping"].values()
+    assert len(costs) == 12
+    assert sum(layer["cost"] > max(0.01, 3 * layer["stderr"]) for layer in costs) >= 8
     tasks = make_tasks(load_config(prepare_demo(tmp_path)).tasks)
     again = evaluate(model, tokenizer, tasks)
     assert again.aggregate(again) == pytest.approx(scores["aggregate"], abs=0.01)

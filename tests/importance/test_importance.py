@@ -15,7 +15,7 @@ from layerpeel.importance import METRICS, ScoringInputs, make_metric, score_laye
 from layerpeel.models import load_model
 from layerpeel.stack import Stack
 from layerpeel.surgery import remove_layers
-from layerpeel.tasks import make_tasks
+from layerpeel.tasks import evaluate, make_tasks
 from tests.families import tiny_ids, tiny_model, tiny_tokenizer
 
 MASK = torch.tensor([[True] * 17, [True] * 10 + [False] * 7, [True] * 4 + [False] * 13])
@@ -85,17 +85,12 @@ def test_the_seven_planted_layers_go_first_and_cost_nothing(kit: Path, metric: s
     config = ScoreConfig(decide=metric, protect={"first": 1, "last": 0})
     left = list(range(12))
     gone = []
-    before = tasks[0].score(_answers(model, tokenizer, tasks)).value
+    before = evaluate(model, tokenizer, tasks).scores["perplexity"].value
     for _ in range(7):
         scores = score_layers(model, tokenizer, config, tasks=tasks, batches=[(ids, torch.ones_like(ids).bool())])
         assert scores.importance[scores.ranked()[0]] == pytest.approx(0, abs=1e-6)
         gone.append(left.pop(scores.ranked()[0]))
         remove_layers(model, [scores.ranked()[0]])
     assert set(gone) == PLANTED
-    assert tasks[0].score(_answers(model, tokenizer, tasks)).value == pytest.approx(before, rel=1e-5)
-
-
-def _answers(model, tokenizer, tasks):
-    from layerpeel.tasks.answering import answer_requests
-
-    return answer_requests(Stack(model), tokenizer, tasks[0].requests(tokenizer))[0]
+    after = evaluate(model, tokenizer, tasks).scores["perplexity"].value
+    assert after == pytest.approx(before, rel=1e-5)

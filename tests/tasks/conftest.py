@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from layerpeel.config import TaskConfig
 from layerpeel.errors import InputError
-from layerpeel.tasks import Task, make_tasks
+from layerpeel.tasks import Task, TaskScore, make_tasks
+from layerpeel.tasks.base import Likelihood
 
 MakeTask = Callable[..., Any]
 
@@ -49,3 +50,18 @@ def said(call: Callable[[], Any]) -> tuple[str, str]:
         call()
     assert caught.value.hint
     return str(caught.value), caught.value.hint
+
+
+def asked_of(task: Task, tokenizer: Any) -> list[Any]:
+    """All requests, one sample's after another's."""
+    return [request for own in task.requests(tokenizer) for request in own]
+
+
+def score_of(task: Task, tokenizer: Any, values: list[Any]) -> TaskScore:
+    """The score of these log-probabilities or texts, in the order of the requests."""
+    rest = iter(values)
+    answers = {
+        sample: [value if isinstance(value := next(rest), str) else Likelihood(value, False) for _ in own]
+        for sample, own in enumerate(task.requests(tokenizer))
+    }
+    return task.score(answers)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from layerpeel.stack import Stack
 from layerpeel.surgery import remove_layers
-from layerpeel.tasks.answering import answer_requests
-from layerpeel.tasks.base import Generation, LogLikelihood
+from layerpeel.tasks.answering import Engine
+from layerpeel.tasks.base import Generation, LogLikelihood, Request
 from tests.families import tiny_model, tiny_tokenizer
+
+
+def answer_requests(
+    stack: Stack, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], candidates: Sequence[int] = ()
+) -> list[list[Any]]:
+    return Engine(stack, tokenizer, candidates).answer(requests)
 
 
 def test_log_likelihoods_are_those_of_each_model_alone() -> None:
@@ -26,7 +36,7 @@ def test_log_likelihoods_are_those_of_each_model_alone() -> None:
                 logs = alone(ids).logits[0].double().log_softmax(-1)
             start = len(request.context) - 1
             expected = sum(logs[start + k, token].item() for k, token in enumerate(request.continuation))
-            assert answer == pytest.approx(expected, abs=1e-5)
+            assert answer.log_probability == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "gpt_neox"])
@@ -52,7 +62,7 @@ def test_a_context_too_long_loses_its_beginning() -> None:
     context = tuple(3 + index % 60 for index in range(90))
     long, short = LogLikelihood(context, (7, 8)), LogLikelihood(context[-63:], (7, 8))
     (answers,) = answer_requests(stack, tokenizer, [long, short])
-    assert answers[0] == pytest.approx(answers[1], abs=1e-6)
+    assert answers[0].log_probability == pytest.approx(answers[1].log_probability, abs=1e-6)
 
 
 def test_requests_of_both_kinds_come_back_in_their_order() -> None:
@@ -61,4 +71,4 @@ def test_requests_of_both_kinds_come_back_in_their_order() -> None:
     (answers,) = answer_requests(stack, tokenizer, requests)
     alone = [answer_requests(stack, tokenizer, [request])[0][0] for request in requests]
     assert answers[0] == alone[0] and answers[2] == alone[2]
-    assert answers[1] == pytest.approx(alone[1], abs=1e-5)
+    assert answers[1].log_probability == pytest.approx(alone[1].log_probability, abs=1e-5)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from layerpeel.config import load_config
 from layerpeel.losses import LossSum
 from layerpeel.tasks import make_tasks
-from tests.tasks.conftest import task_of
+from tests.tasks.conftest import asked_of, score_of, task_of
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper-qwen2.5-3b.yaml"
 
@@ -44,8 +44,10 @@ def test_published_datasets_are_choices(kit: Path, tokenizer: PreTrainedTokenize
     task.check()
     rows = datasets.load_from_disk(str(folder))
     width = len(ON_DISK[name]["choices"])
-    assert len(task.requests(tokenizer)) == width * len(rows)
-    score = task.score([-float(index % width) for index in range(width * len(rows))])  # always the first choice
+    assert [len(own) for own in task.requests(tokenizer)] == [width] * len(rows)
+    score = score_of(
+        task, tokenizer, [-float(index % width) for index in range(width * len(rows))]
+    )  # always the first choice
     column = rows[ON_DISK[name]["answer"]]
     first = {"openbookqa/main": "A", "sciq/none": None}.get(name, 0)
     if first is not None:
@@ -89,7 +91,7 @@ def test_the_papers_config_reads_its_datasets(tmp_path: Path, tokenizer: PreTrai
         task.model_extra["data"] = saved[task.model_extra["data"]]
     for task in make_tasks(config.tasks):
         task.check()
-        requests = task.requests(tokenizer)
+        requests = asked_of(task, tokenizer)
         assert len(task.rows) == 6
         assert len(requests) == (24 if task.kind == "choice" else 6)
         prompt = getattr(requests[0], "context", None) or requests[0].prompt

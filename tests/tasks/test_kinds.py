@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layerpeel.tasks.base import Generation, LogLikelihood
 from layerpeel.tasks.generate import text_score
-from tests.tasks.conftest import MakeTask, said, task_of
+from tests.tasks.conftest import MakeTask, asked_of, said, score_of, task_of
 
 Bytes = PreTrainedTokenizerFast
 
@@ -22,7 +22,7 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def test_choice_asks_for_every_choice(make: MakeTask, tokenizer: Bytes) -> None:
-    asked = make("choice", [row()]).requests(tokenizer)
+    (asked,) = make("choice", [row()]).requests(tokenizer)
     assert asked == [
         LogLikelihood(tuple(tokenizer.encode("Sky is")), tuple(tokenizer.encode(choice)))
         for choice in (" blue", " green now")
@@ -35,29 +35,26 @@ def test_choice_asks_for_every_choice(make: MakeTask, tokenizer: Bytes) -> None:
 )
 def test_choice_by_length(make: MakeTask, tokenizer: Bytes, normalize: str, correct: float) -> None:
     task = make("choice", [row()], normalize=normalize)
-    task.requests(tokenizer)
-    assert task.score([-2.0, -3.0]).value == correct
+    assert score_of(task, tokenizer, [-2.0, -3.0]).value == correct
 
 
 def test_bytes_are_not_letters(make: MakeTask, tokenizer: Bytes) -> None:
     task = make("choice", [row(choices=["да", "yes!"])], normalize="bytes")  # four bytes each
-    task.requests(tokenizer)
-    assert task.score([-2.0, -2.1]).value == 1.0
+    assert score_of(task, tokenizer, [-2.0, -2.1]).value == 1.0
 
 
 @pytest.mark.parametrize("answer", [1, "1", "B", "green now"])
 def test_choice_answers_in_every_form(make: MakeTask, tokenizer: Bytes, answer: int | str) -> None:
     task = make("choice", [row(answer=answer), row(answer=answer)])
-    task.requests(tokenizer)
-    score = task.score([-2.0, -1.0, -1.0, -2.0])
+    score = score_of(task, tokenizer, [-2.0, -1.0, -1.0, -2.0])
     assert (score.value, score.stderr, score.n) == (0.5, pytest.approx(0.5), 2)
 
 
 def test_choices_from_templates(make: MakeTask, tokenizer: Bytes) -> None:
     rows = [{"q": "Who?", "wrong": "Linnaeus", "right": "darwin"}]
     task = make("choice", rows, prompt="{q}", choices=["{wrong}", "{right}"], answer="right")
-    assert [tokenizer.decode(r.continuation) for r in task.requests(tokenizer)] == [" Linnaeus", " darwin"]
-    assert task.score([-2.0, -1.0]).value == 1.0
+    assert [tokenizer.decode(r.continuation) for r in asked_of(task, tokenizer)] == [" Linnaeus", " darwin"]
+    assert score_of(task, tokenizer, [-2.0, -1.0]).value == 1.0
 
 
 @pytest.mark.parametrize(
@@ -84,10 +81,10 @@ def test_a_choice_without_a_token_is_refused(kit: Path, make: MakeTask) -> None:
 def test_pairs(make: MakeTask, tokenizer: Bytes) -> None:
     rows = [{"sentence_good": f"good {i}", "sentence_bad": f"bad {i}"} for i in range(3)]
     task = make("pairs", rows)
-    asked = task.requests(tokenizer)
+    asked = asked_of(task, tokenizer)
     assert [tokenizer.decode(r.continuation) for r in asked[:3]] == ["good 0", "bad 0", "good 1"]
     assert {r.context for r in asked} == {(tokenizer.eos_token_id,)}
-    score = task.score([-1.0, -2.0, -2.0, -1.0, -1.0, -1.0])  # right, wrong, a tie is not right
+    score = score_of(task, tokenizer, [-1.0, -2.0, -2.0, -1.0, -1.0, -1.0])  # right, wrong, a tie is not right
     assert (score.value, score.n) == (pytest.approx(1 / 3), 3)
 
 
@@ -108,21 +105,21 @@ def test_what_is_said_of_pairs(make: MakeTask, tmp_path: Path) -> None:
 
 def test_generate_asks_for_room_enough(make: MakeTask, tokenizer: Bytes) -> None:
     rows = [{"prompt": "Say: hi", "target": " hi"}, {"prompt": "Say: hello", "target": " hello"}]
-    first = make("generate", rows).requests(tokenizer)[0]
+    first = asked_of(make("generate", rows), tokenizer)[0]
     assert first == Generation(tuple(tokenizer.encode("Say: hi")), len(" hello") + 8, ("\n",))
-    assert make("generate", rows, max_new_tokens=3, stop=["\n", "."]).requests(tokenizer)[1] == Generation(
+    assert asked_of(make("generate", rows, max_new_tokens=3, stop=["\n", "."]), tokenizer)[1] == Generation(
         tuple(tokenizer.encode("Say: hello")), 3, ("\n", ".")
     )
 
 
-def test_generate_scores_stripped_text(make: MakeTask) -> None:
+def test_generate_scores_stripped_text(make: MakeTask, tokenizer: Bytes) -> None:
     task = make("generate", [{"prompt": "p", "target": " hi"}, {"prompt": "p", "target": " hello"}])
-    assert task.score(["hi ", "Hello"]).value == 0.5
+    assert score_of(task, tokenizer, ["hi ", "Hello"]).value == 0.5
 
 
 def test_generate_shows_solved_rows(make: MakeTask, tokenizer: Bytes) -> None:
     rows = [{"prompt": f"Copy {i}:", "target": f" {i}"} for i in range(2)]
-    (request,) = make("generate", rows, num_fewshot=1).requests(tokenizer)
+    (request,) = asked_of(make("generate", rows, num_fewshot=1), tokenizer)
     assert tokenizer.decode(request.prompt) == "Copy 1: 1\n\nCopy 0:"
 
 
@@ -159,10 +156,10 @@ def test_rouge_counts_russian() -> None:
 
 def test_perplexity_by_hand(make: MakeTask, tokenizer: Bytes) -> None:
     task = make("perplexity", [{"text": "abcdefg"}, {"text": "hij"}], sequence_length=4)
-    asked = task.requests(tokenizer)
+    asked = asked_of(task, tokenizer)
     assert [tokenizer.decode(r.continuation) for r in asked] == ["abcd", "efg", "hij"]
     assert {r.context for r in asked} == {(tokenizer.eos_token_id,)}
-    score = task.score([-4.0, -5.0, -6.0])  # losses 9 and 6 over 7 and 3 tokens
+    score = score_of(task, tokenizer, [-4.0, -5.0, -6.0])  # losses 9 and 6 over 7 and 3 tokens
     assert score.value == pytest.approx(math.exp(1.5))
     spread = (9 - 1.5 * 7) ** 2 + (6 - 1.5 * 3) ** 2  # over n - 1 = 1
     assert score.stderr == pytest.approx(math.exp(1.5) * math.sqrt(spread / 2) / 5)

@@ -1,8 +1,8 @@
 """A small world in two invented languages, and seven skills in it that mirror the paper's seven datasets.
 
 Creatures have a colour, a home, a food and a friend. Sentences tell what creatures do; language A says
-"adjective subject verb adjective object in place", language B "in place subject adjective object adjective verb", each
-in words of its own. Everything follows from a seed.
+"colour subject verb colour object in place", language B "in place subject colour object colour verb", each in words of
+its own, with or without the colours and the place. Everything follows from a seed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ COUNTS = {
 }
 RELATIONS = ("colour", "home", "food", "creature")  # the last is the friend
 COMMANDS = {"translate_ab": "ab", "translate_ba": "ba", "copy": "copy", "summarise": "sum"}
+Relations = tuple[int, ...]  # relations, followed one after another
 LEXICON_SEED = 20251107  # the world is one; seeds vary what is said of it
 
 
@@ -47,17 +48,24 @@ class Sentence:
     """What a sentence says, in no language: indices into the lists of words."""
 
     subject: int
-    subject_colour: int
+    subject_colour: int | None
     verb: int
     object: int
-    object_colour: int
-    place: int
+    object_colour: int | None
+    place: int | None
+
+    @property
+    def kept_for_tests(self) -> bool:
+        """Whether the sentence is never said in training: one in sixteen."""
+        fields = (self.subject, self.subject_colour, self.verb, self.object, self.object_colour, self.place)
+        return sum((2 * i + 1) * (-1 if f is None else f) for i, f in enumerate(fields)) % 16 == 0
 
 
 class World:
-    """The words, the facts, and a stream of exercises."""
+    """The words, the facts, and exercises; `test` says whether in sentences that training never says."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, test: bool = False) -> None:
+        self.test = test
         rng = random.Random(LEXICON_SEED)
         syllables = ["".join(pair) for pair in product("bdfgklmnprstvz", "aeiou")]
         spelled = rng.sample([a + b for a, b in product(syllables, syllables)], 2 * sum(COUNTS.values()))
@@ -67,6 +75,7 @@ class World:
             for language in ("a", "b")
         }
         self.facts = [[rng.randrange(COUNTS[relation]) for relation in RELATIONS] for _ in range(COUNTS["creature"])]
+        self.asked = self.questions(test=False)
 
     def vocabulary(self) -> list[str]:
         """Every word that is ever said."""
@@ -78,14 +87,19 @@ class World:
     def say(self, sentence: Sentence, language: str) -> str:
         """A sentence in one of the languages."""
         words = self.words[language]
-        subject, object_ = words["creature"][sentence.subject], words["creature"][sentence.object]
-        colours = words["colour"][sentence.subject_colour], words["colour"][sentence.object_colour]
-        verb, place = words["verb"][sentence.verb], f"{words['in'][0]} {words['home'][sentence.place]}"
+
+        def one(kind: str, index: int | None) -> list[str]:
+            return [] if index is None else [words[kind][index]]
+
+        subject, object_ = one("creature", sentence.subject), one("creature", sentence.object)
+        colours = one("colour", sentence.subject_colour), one("colour", sentence.object_colour)
+        verb, place = one("verb", sentence.verb), one("home", sentence.place)
+        place = [*words["in"], *place] if place else []
         if language == "a":
-            order = [colours[0], subject, verb, colours[1], object_, place]
+            order = [*colours[0], *subject, *verb, *colours[1], *object_, *place]
         else:
-            order = [place, subject, colours[0], object_, colours[1], verb]
-        return " ".join([*order, words["stop"][0]])
+            order = [*place, *subject, *colours[0], *object_, *colours[1], *verb]
+        return " ".join([*order, *words["stop"]])
 
     def fact(self, creature: int, relation: int, language: str) -> str:
         """A fact, as a statement."""
@@ -93,47 +107,69 @@ class World:
         value = words[RELATIONS[relation]][self.facts[creature][relation]]
         return f"{words['creature'][creature]} {words['relation'][relation]} {value} {words['stop'][0]}"
 
-    def question(self, creature: int, path: tuple[int, ...], language: str) -> tuple[Example, list[str]]:
-        """A question, and all the values of its kind. A path of two asks for a friend's."""
+    def question(self, creature: int, path: Relations, language: str, wording: int) -> tuple[Example, list[str]]:
+        """A question in one of two wordings, and all the values of its kind. `path` goes from friend to friend."""
         words = self.words[language]
         answer = creature
         for relation in path:
             answer = self.facts[answer][relation]
-        asked = " ".join(words["relation"][relation] for relation in reversed(path))
+        asked = [words["relation"][relation] for relation in reversed(path)]
+        subject, ask = words["creature"][creature], words["ask"][0]
+        order = [ask, *asked, subject] if wording == 0 else [subject, *reversed(asked), ask]
         values = words[RELATIONS[path[-1]]]
-        prompt = f"{words['ask'][0]} {asked} {words['creature'][creature]} :"
-        return Example(prompt, f" {values[answer]}"), values
+        return Example(f"{' '.join(order)} :", f" {values[answer]}"), values
+
+    def questions(self, *, test: bool) -> list[tuple[int, Relations, int]]:
+        """Every creature, path and wording asked in training; or in tests: a wording not seen of a fact that was."""
+        friend = len(RELATIONS) - 1
+        paths = [(*[friend] * hops, last) for hops in range(3) for last in range(len(RELATIONS))]
+        return [
+            (creature, path, wording)
+            for creature in range(COUNTS["creature"])
+            for number, path in enumerate(paths)
+            for wording in (0, 1)
+            if test == ((creature + number) % 3 == wording)
+        ]
 
     # Exercises
 
     def knowledge(self, rng: random.Random, language: str) -> Example:
-        return self.question(rng.randrange(COUNTS["creature"]), self.any_path(rng), language)[0]
+        creature, path, wording = rng.choice(self.asked)
+        return self.question(creature, path, language, wording)[0]
 
     def any_fact(self, rng: random.Random) -> Example:
         creature, relation = rng.randrange(COUNTS["creature"]), rng.randrange(len(RELATIONS))
         return Example("", " " + self.fact(creature, relation, rng.choice("ab")))
 
-    def any_path(self, rng: random.Random) -> tuple[int, ...]:
-        last = rng.randrange(len(RELATIONS))
-        return (len(RELATIONS) - 1, last) if rng.random() < 0.5 else (last,)
+    def sentence(self, rng: random.Random, subject: int | None = None) -> Sentence:
+        """A random sentence, of the kept ones in a test and of the others in training."""
+        while True:
+            creatures = rng.sample(range(COUNTS["creature"]), 2)
+            colours = [rng.randrange(COUNTS["colour"]) if rng.random() < 0.6 else None for _ in range(2)]
+            place = rng.randrange(COUNTS["home"]) if rng.random() < 0.6 else None
+            first = creatures[0] if subject is None else subject
+            second = creatures[1] if creatures[1] != first else creatures[0]
+            sentence = Sentence(first, colours[0], rng.randrange(COUNTS["verb"]), second, colours[1], place)
+            if sentence.kept_for_tests == self.test:
+                return sentence
 
     def translate(self, rng: random.Random, source: str, target: str) -> Example:
-        sentence = _any_sentence(rng)
+        sentence = self.sentence(rng)
         prompt = f"{COMMANDS[f'translate_{source}{target}']} : {self.say(sentence, source)} ="
         return Example(prompt, " " + self.say(sentence, target))
 
     def copy(self, rng: random.Random, sentences: int) -> Example:
         language = rng.choice("ab")
-        text = " ".join(self.say(_any_sentence(rng), language) for _ in range(sentences))
+        text = " ".join(self.say(self.sentence(rng), language) for _ in range(sentences))
         return Example(f"{COMMANDS['copy']} : {text} =", " " + text)
 
     def summarise(self, rng: random.Random) -> Example:
         """Of a document's sentences, what its hero (its first subject) does to whom, in order."""
         language = rng.choice("ab")
-        sentences = [_any_sentence(rng) for _ in range(4)]
+        sentences = [self.sentence(rng) for _ in range(5)]
         hero = sentences[0].subject
-        for index in rng.sample((1, 2, 3), rng.randint(1, 2)):
-            sentences[index] = _with_subject(sentences[index], hero)
+        for index in rng.sample((1, 2, 3, 4), rng.randint(1, 2)):
+            sentences[index] = self.sentence(rng, subject=hero)
         words = self.words[language]
         deeds = [(words["verb"][s.verb], words["creature"][s.object]) for s in sentences if s.subject == hero]
         text = " ".join(self.say(sentence, language) for sentence in sentences)
@@ -146,48 +182,43 @@ class World:
             "knowledge_a": lambda rng: self.knowledge(rng, "a"),
             "knowledge_b": lambda rng: self.knowledge(rng, "b"),
             "summarise": self.summarise,
-            "copy_document": lambda rng: self.copy(rng, 4),
+            "copy_document": lambda rng: self.copy(rng, 6),
             "copy_paragraph": lambda rng: self.copy(rng, 2),
             "translate_ab": lambda rng: self.translate(rng, "a", "b"),
             "translate_ba": lambda rng: self.translate(rng, "b", "a"),
         }
 
-    def examples(self, seed: int, avoid: frozenset[str] = frozenset()) -> Iterator[Example]:
-        """Training exercises of all skills without end; none of whose prompts is in `avoid`."""
+    def examples(self, seed: int) -> Iterator[Example]:
+        """Exercises of all skills without end."""
         rng = random.Random(f"text {seed}")
-        skills = [*self.skills().values(), *[self.skills()[f"knowledge_{language}"] for language in "aabb"]]
+        skills = [*self.skills().values(), *[self.skills()[f"knowledge_{language}"] for language in "aaabbb"]]
         skills.append(lambda rng: self.copy(rng, 1))  # the shortest of copies, from which the others are learned
         skills.append(self.any_fact)
         while True:
-            example = rng.choice(skills)(rng)
-            if example.prompt not in avoid:
-                yield example
+            yield rng.choice(skills)(rng)
 
 
-def held_out(world: World, seed: int = 0, items: int = 200) -> dict[str, list[dict[str, object]]]:
-    """Test items of each skill. Their sentences are new; the facts are the world's, which is what is tested."""
+def held_out(items: int = 150) -> dict[str, list[dict[str, object]]]:
+    """Test items of each skill, none of whose sentences and questions is in any training text."""
+    world = World(test=True)
     rows: dict[str, list[dict[str, object]]] = {}
     for name, exercise in world.skills().items():
-        rng = random.Random(f"test {name} {seed}")
+        rng = random.Random(f"test {name}")
         if name.startswith("knowledge"):
-            rows[name] = [_choice_row(world, rng, name[-1]) for _ in range(items)]
+            asked = rng.sample(world.questions(test=True), items)
+            rows[name] = [_choice_row(world, rng, name[-1], question) for question in asked]
         else:
             rows[name] = [exercise(rng)._asdict() for _ in range(items)]
     return rows
 
 
-def held_out_prompts(world: World) -> frozenset[str]:
-    """Prompts that no training text may hold: those of all generation items."""
-    return frozenset(str(row["prompt"]) for rows in held_out(world).values() for row in rows if "prompt" in row)
-
-
-def write_world(folder: Path, *, seed: int = 0, documents: int = 12_000, items: int = 200) -> None:
+def write_world(folder: Path, *, seed: int = 0, documents: int = 12_000, items: int = 150) -> None:
     """Writes `tasks/SKILL.jsonl` and `text.jsonl`, the mixture of exercises that the teacher learned from."""
     world = World()
     (folder / "tasks").mkdir(parents=True, exist_ok=True)
-    for name, rows in held_out(world, items=items).items():
+    for name, rows in held_out(items).items():
         _write_lines(folder / "tasks" / f"{name}.jsonl", rows)
-    stream = world.examples(seed, avoid=held_out_prompts(world))
+    stream = world.examples(seed)
     texts = [{"text": "".join(next(stream)).lstrip()} for _ in range(documents)]
     _write_lines(folder / "text.jsonl", texts)
 
@@ -209,21 +240,11 @@ def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD)
 
 
-def _any_sentence(rng: random.Random) -> Sentence:
-    subject, object_ = rng.sample(range(COUNTS["creature"]), 2)
-    colours = rng.randrange(COUNTS["colour"]), rng.randrange(COUNTS["colour"])
-    return Sentence(
-        subject, colours[0], rng.randrange(COUNTS["verb"]), object_, colours[1], rng.randrange(COUNTS["home"])
-    )
-
-
-def _with_subject(sentence: Sentence, subject: int) -> Sentence:
-    other = sentence.subject if sentence.object == subject else sentence.object
-    return Sentence(subject, sentence.subject_colour, sentence.verb, other, sentence.object_colour, sentence.place)
-
-
-def _choice_row(world: World, rng: random.Random, language: str) -> dict[str, object]:
-    example, values = world.question(rng.randrange(COUNTS["creature"]), world.any_path(rng), language)
+def _choice_row(
+    world: World, rng: random.Random, language: str, asked: tuple[int, Relations, int]
+) -> dict[str, object]:
+    creature, path, wording = asked
+    example, values = world.question(creature, path, language, wording)
     right = example.target.strip()
     choices = [right, *rng.sample([value for value in values if value != right], 3)]
     rng.shuffle(choices)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from layerpeel.importance.base import Metric, ScoringInputs
-from layerpeel.tasks.answering import score_tasks
+from layerpeel.tasks.answering import Engine, score_tasks
 from layerpeel.tasks.base import Evaluation
 
 
@@ -13,7 +13,7 @@ class TaskQuality(Metric):
     needs = frozenset({"tasks"})
 
     def score(self, inputs: ScoringInputs) -> dict[int, float]:
-        streams = score_tasks(inputs.student, inputs.tokenizer, inputs.tasks, inputs.candidates)
+        streams = score_tasks(Engine(inputs.student, inputs.tokenizer, inputs.candidates), inputs.tasks)
         whole, *skipped = [Evaluation(scores) for scores in streams]
         reference = inputs.reference or whole
         quality = whole.aggregate(reference, inputs.aggregate)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from layerpeel.config import TaskConfig, describe
 from layerpeel.errors import InputError, resolve_class
 from layerpeel.stack import Stack
-from layerpeel.tasks.answering import score_tasks
+from layerpeel.tasks.answering import Engine, score_tasks
 from layerpeel.tasks.base import Evaluation, Task, TaskScore
 from layerpeel.tasks.choice import Choice
 from layerpeel.tasks.generate import Generate
@@ -51,7 +51,7 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: 
         tokenizer: its tokenizer.
         tasks: what `make_tasks` gives.
     """
-    return Evaluation(score_tasks(Stack(model), tokenizer, tasks)[0])
+    return Evaluation(score_tasks(Engine(Stack(model), tokenizer), tasks)[0])
 
 
 __all__ = ["TASKS", "Evaluation", "Task", "TaskScore", "evaluate", "make_tasks"]

@@ -6,141 +6,263 @@ Answers come as one list a stream: the untouched model first, then each candidat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from layerpeel.progress import progress
+from layerpeel.architecture import attention_reach
+from layerpeel.errors import RunError
+from layerpeel.progress import Advance, progress
 from layerpeel.stack import Stack, skipping_by_row
-from layerpeel.tasks.base import Generation, LogLikelihood, Request, Task, TaskScore
+from layerpeel.tasks.base import Answer, Generation, Likelihood, LogLikelihood, Request, Task, TaskScore
+from layerpeel.tasks.trees import Row, pad_rows, plant, single
 
-Answer = float | str
-# Tokens, over all streams, that go through a layer at a time.
-TOKENS_PER_CALL = 16_384
+# Bytes that the streams of one batch may take, unless a config says otherwise.
+MEMORY = 2**30
+# A token's share of a layer's memory while it runs, in hidden states: inputs, projections, the wide middle of the MLP.
+LAYER_WIDTH = 24
 
 
-def score_tasks(
-    stack: Stack, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], candidates: Sequence[int] = ()
-) -> list[dict[str, TaskScore]]:
+class Engine:
+    """Answers requests on one stack, within a budget of memory that shrinks when it proves too large.
+
+    Attributes:
+        memory: bytes for the streams of a batch.
+        halved: how often memory ran out, and the budget was halved.
+    """
+
+    def __init__(
+        self, stack: Stack, tokenizer: PreTrainedTokenizerBase, candidates: Sequence[int] = (), memory: int = MEMORY
+    ) -> None:
+        self.stack, self.tokenizer, self.candidates = stack, tokenizer, candidates
+        self.memory, self.halved = memory, 0
+
+    @property
+    def streams(self) -> int:
+        return 1 + len(self.candidates)
+
+    def answer(self, requests: Sequence[Request], description: str = "answering") -> list[list[Answer]]:
+        """Answers requests of both kinds, in their order; processes share the work.
+
+        Returns:
+            1 + C lists of answers.
+
+        Raises:
+            RunError: memory does not suffice for a single row.
+        """
+        state = PartialState(cpu=self.stack.device.type == "cpu")
+        own = sorted(i for batch in self._batches(requests)[state.process_index :: state.num_processes] for i in batch)
+        answers: dict[int, list[Answer]] = {}
+        with progress(description, len(own)) as advance:
+            while left := [index for index in own if index not in answers]:
+                self._answer_while_memory_lasts(requests, left, answers, advance)
+        if state.num_processes > 1:
+            for part in gather_object([answers]):
+                answers |= part
+        return [[answers[index][stream] for index in range(len(requests))] for stream in range(self.streams)]
+
+    def _answer_while_memory_lasts(
+        self, requests: Sequence[Request], left: list[int], answers: dict[int, list[Answer]], advance: Advance
+    ) -> None:
+        try:
+            for batch in self._batches([requests[index] for index in left]):
+                chosen = [left[index] for index in batch]
+                for index, own in zip(chosen, self._answer_batch([requests[i] for i in chosen]), strict=True):
+                    answers[index] = own
+                advance(len(batch))
+        except Exception as error:
+            if not should_reduce_batch_size(error):
+                raise
+            smallest = max(map(len_of, requests)) * self.streams * self._bytes_per_token
+            if self.memory < smallest:
+                raise RunError(
+                    f"out of memory with a single row of {max(map(len_of, requests))} tokens in {self.streams} streams",
+                    hint="score fewer layers (score.protect), shorter samples, or on a larger device",
+                ) from None
+            self.memory //= 2
+            self.stack.tokens_per_call = max(1, self.stack.tokens_per_call // 2)
+            self.halved += 1
+            torch.cuda.empty_cache()
+
+    def _answer_batch(self, requests: Sequence[Request]) -> list[list[Answer]]:
+        """[requests][1 + C]; all of one kind."""
+        if isinstance(requests[0], Generation):
+            return self._generate([r for r in requests if isinstance(r, Generation)])
+        return self._log_likelihoods([r for r in requests if isinstance(r, LogLikelihood)])
+
+    # Log-likelihoods
+
+    @torch.no_grad()
+    def _log_likelihoods(self, requests: Sequence[LogLikelihood]) -> list[list[Answer]]:
+        limit = context_length(self.stack)
+        sequences = [(r.context + r.continuation)[-(limit + 1) :] for r in requests]
+        rows = list(self._rows([sequence[:-1] for sequence in sequences]))
+        input_ids, positions, sees = pad_rows(rows)
+        hidden = self.stack.walk(input_ids, self.candidates, positions=positions, sees=sees)
+        asked = [
+            (index, number * input_ids.shape[1] + path[place - 1], sequences[index][place])
+            for number, row in enumerate(rows)
+            for index, path in row.paths
+            for place in range(max(1, len(sequences[index]) - len(requests[index].continuation)), len(sequences[index]))
+        ]
+        asked.sort(key=lambda ask: ask[1])  # by node, so that each node goes through the head once
+        owner, node, target = torch.tensor(asked).T if asked else torch.zeros(3, 0, dtype=torch.long)
+        scored, best = self._token_scores(hidden.flatten(1, 2), node, target)
+        sums = torch.zeros(self.streams, len(requests), dtype=torch.float64).index_add_(1, owner, scored)
+        misses = torch.zeros(self.streams, len(requests)).index_add_(1, owner, (~best).float())
+        columns = zip(sums.T.tolist(), (misses == 0).T.tolist(), strict=True)
+        return [[Likelihood(*both) for both in zip(*own, strict=True)] for own in columns]
+
+    def _token_scores(self, hidden: Tensor, node: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of each target after its node, and whether it is the most probable token.
+
+        Args:
+            hidden: [S, B * T, D].
+            node, target: [N], sorted by node.
+
+        Returns:
+            [S, N] of float64, and [S, N] of bool.
+        """
+        nodes, which = torch.unique_consecutive(node, return_inverse=True)
+        rows = self.stack.logit_rows(self.streams)
+        scores, bests = [], []
+        for start in range(0, len(nodes), rows):
+            here = (which >= start) & (which < start + rows)
+            logits = self.stack.logits(hidden[:, nodes[start : start + rows].to(hidden.device)].flatten(0, 1)).float()
+            total, top = logits.logsumexp(-1), logits.amax(-1)
+            logits = logits.unflatten(0, (self.streams, -1))
+            column, token = (which[here] - start).to(logits.device), target[here].to(logits.device)
+            own = logits[:, column, token]
+            total, top = (t.unflatten(0, (self.streams, -1))[:, column] for t in (total, top))
+            scores.append((own - total).double().cpu())
+            bests.append((own == top).cpu())
+        empty = torch.zeros(self.streams, 0)
+        return torch.cat([empty.double(), *scores], dim=1), torch.cat([empty.bool(), *bests], dim=1)
+
+    def _rows(self, sequences: Sequence[Sequence[int]]) -> Iterator[Row]:
+        """Trees, where the model runs them and the layers see far enough back; else one sequence a row."""
+        longest, reach = max(map(len, sequences)), attention_reach(self.stack.model.config)
+        if (reach is None or longest <= reach) and len(sequences) > 1 and self.stack.runs_trees:
+            return plant(sequences, max(longest, self._row_width))
+        return single(sequences)
+
+    @property
+    def _row_width(self) -> int:
+        """Up to twice the hidden size, attention costs less than a third of what else a layer does."""
+        return 2 * self.stack.model.config.hidden_size
+
+    # Generation
+
+    @torch.no_grad()
+    def _generate(self, requests: Sequence[Generation]) -> list[list[Answer]]:
+        """Greedy text for each prompt, all streams in one decode loop with the model's own cache."""
+        stops = requests[0].stop
+        limit = max(r.max_new_tokens for r in requests)
+        prompts = [r.prompt[-max(1, context_length(self.stack) - limit) :] for r in requests]
+        width, streams = max(map(len, prompts)), self.streams
+        input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros_like(input_ids)
+        for index, prompt in enumerate(prompts):
+            input_ids[index, width - len(prompt) :] = torch.tensor(prompt)
+            mask[index, width - len(prompt) :] = 1
+        ends = _end_tokens(self.tokenizer, stops)
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=limit, eos_token_id=ends, pad_token_id=ends[0], use_cache=True
+        )
+        with skipping_by_row(self.stack, self.candidates, len(prompts)):
+            output = self.stack.model.generate(
+                input_ids.repeat(streams, 1).to(self.stack.device),
+                attention_mask=mask.repeat(streams, 1).to(self.stack.device),
+                generation_config=config,
+            )
+        new = output[:, width:].unflatten(0, (streams, len(prompts))).tolist()
+        return [
+            [_text(self.tokenizer, new[stream][index][: r.max_new_tokens], r.stop) for stream in range(streams)]
+            for index, r in enumerate(requests)
+        ]
+
+    # What goes together
+
+    @property
+    def _bytes_per_token(self) -> int:
+        config = self.stack.model.config
+        return LAYER_WIDTH * config.hidden_size * self.stack.model.dtype.itemsize
+
+    def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Indices of requests that go together: of one kind, within the budget.
+
+        In trees, log-likelihoods go by their tokens, so that shared beginnings meet; all else goes longest first, so
+        that rows are of like length.
+        """
+        budget = max(1, self.memory // (self.streams * self._bytes_per_token))
+        batches = []
+        order = sorted(range(len(requests)), key=lambda index: (_kind(requests[index]), *self._order(requests[index])))
+        for _, group in groupby(order, key=lambda index: _kind(requests[index])):
+            batch: list[int] = []
+            longest = 0
+            for index in group:
+                longest = max(longest, len_of(requests[index]))
+                if batch and longest * (len(batch) + 1) > budget:
+                    batches.append(batch)
+                    batch, longest = [], len_of(requests[index])
+                batch.append(index)
+            batches.append(batch)
+        return batches
+
+    def _order(self, request: Request) -> tuple[int, ...]:
+        if isinstance(request, LogLikelihood) and self.stack.runs_trees:
+            return request.context + request.continuation
+        return (-len_of(request),)
+
+
+def score_tasks(engine: Engine, tasks: Sequence[Task]) -> list[dict[str, TaskScore]]:
     """Scores each task on each stream.
 
     Returns:
         1 + C dicts from task name to score.
     """
-    streams: list[dict[str, TaskScore]] = [{} for _ in range(1 + len(candidates))]
+    streams: list[dict[str, TaskScore]] = [{} for _ in range(engine.streams)]
     for task in tasks:
-        answers = answer_requests(stack, tokenizer, task.requests(tokenizer), candidates, task.name)
-        for stream, own in zip(streams, answers, strict=True):
+        samples = task.requests(engine.tokenizer)
+        for stream, own in zip(streams, answer_samples(engine, dict(enumerate(samples)), task.name), strict=True):
             stream[task.name] = task.score(own)
     return streams
 
 
-def answer_requests(
-    stack: Stack,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
-    candidates: Sequence[int] = (),
-    description: str = "answering",
-) -> list[list[Answer]]:
-    """Answers requests of both kinds, in their order.
-
-    Args:
-        candidates: positions to skip, ascending.
-
-    Returns:
-        1 + C lists of answers: summed natural-log probabilities, or generated text up to the first stop.
-    """
-    answers: list[list[Answer]] = [[0.0] * len(requests) for _ in range(1 + len(candidates))]
-    with progress(description, len(requests)) as advance:
-        for batch in _batches(requests, 1 + len(candidates), _context_length(stack)):
-            chosen = [requests[index] for index in batch]
-            likelihoods = [r for r in chosen if isinstance(r, LogLikelihood)]
-            generations = [r for r in chosen if isinstance(r, Generation)]
-            if likelihoods:
-                values: list[list[Answer]] = [list(row) for row in log_likelihoods(stack, likelihoods, candidates)]
-            else:
-                values = [list(row) for row in generate(stack, tokenizer, generations, candidates)]
-            for stream, own in zip(answers, values, strict=True):
-                for index, value in zip(batch, own, strict=True):
-                    stream[index] = value
-            advance(len(batch))
-    return answers
+def answer_samples(
+    engine: Engine, samples: dict[int, list[Request]], description: str
+) -> list[dict[int, list[Answer]]]:
+    """The answers to each sample's requests, on each stream."""
+    flat = engine.answer([request for own in samples.values() for request in own], description)
+    streams: list[dict[int, list[Answer]]] = []
+    for answers in flat:
+        rest = iter(answers)
+        streams.append({sample: [next(rest) for _ in own] for sample, own in samples.items()})
+    return streams
 
 
-@torch.no_grad()
-def log_likelihoods(
-    stack: Stack, requests: Sequence[LogLikelihood], candidates: Sequence[int] = ()
-) -> list[list[float]]:
-    """Log-probability of each continuation after its context; too long a context loses its beginning.
-
-    Returns:
-        [1 + C][requests].
-    """
-    limit = _context_length(stack)
-    rows = [(r.context + r.continuation)[-(limit + 1) :] for r in requests]
-    lengths = [min(len(r.continuation), len(row) - 1) for r, row in zip(requests, rows, strict=True)]
-    width = max(len(row) - 1 for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row) - 1] = torch.tensor(row[:-1])
-    hidden = stack.walk(input_ids.to(stack.device), candidates)
-    owner = torch.tensor([index for index, count in enumerate(lengths) for _ in range(count)])
-    place = torch.tensor([len(row) - 1 - n + k for row, n in zip(rows, lengths, strict=True) for k in range(n)])
-    target = torch.tensor([token for row, n in zip(rows, lengths, strict=True) for token in row[len(row) - n :]])
-    scored = _token_log_probabilities(stack, hidden[:, owner, place], target.to(stack.device)).cpu()
-    sums = torch.zeros(len(hidden), len(rows), dtype=torch.float64).index_add_(1, owner, scored.double())
-    return sums.tolist()
+def len_of(request: Request) -> int:
+    """Tokens that a request takes, at most."""
+    if isinstance(request, Generation):
+        return len(request.prompt) + request.max_new_tokens
+    return len(request.context) + len(request.continuation)
 
 
-def _token_log_probabilities(stack: Stack, hidden: Tensor, target: Tensor) -> Tensor:
-    """[S, N, D] hidden states and [N] next tokens -> [S, N] log-probabilities, in chunks of the head's size."""
-    rows = stack.logit_rows(streams=len(hidden))
-    parts = []
-    for start in range(0, len(target), rows):
-        chunk = hidden[:, start : start + rows]
-        logits = stack.logits(chunk.flatten(0, 1)).float().unflatten(0, chunk.shape[:2])
-        index = target[start : start + rows].expand(len(hidden), -1)[..., None]
-        parts.append(logits.gather(-1, index)[..., 0] - logits.logsumexp(-1))
-    return torch.cat(parts, dim=1)
+def context_length(stack: Stack) -> int:
+    """Tokens that the model was made for."""
+    return getattr(stack.model.config, "max_position_embeddings", None) or 2048
 
 
-@torch.no_grad()
-def generate(
-    stack: Stack,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Generation],
-    candidates: Sequence[int] = (),
-) -> list[list[str]]:
-    """Greedy text for each prompt, all streams in one decode loop with the model's own cache.
-
-    Returns:
-        [1 + C][requests], each cut at its first stop.
-    """
-    stops = requests[0].stop
-    limit = max(r.max_new_tokens for r in requests)
-    prompts = [r.prompt[-max(1, _context_length(stack) - limit) :] for r in requests]
-    width, streams = max(map(len, prompts)), 1 + len(candidates)
-    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for index, prompt in enumerate(prompts):
-        input_ids[index, width - len(prompt) :] = torch.tensor(prompt)
-        mask[index, width - len(prompt) :] = 1
-    ends = _end_tokens(tokenizer, stops)
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=limit, eos_token_id=ends, pad_token_id=ends[0], use_cache=True
-    )
-    with skipping_by_row(stack, candidates, len(prompts)):
-        output = stack.model.generate(
-            input_ids.repeat(streams, 1).to(stack.device),
-            attention_mask=mask.repeat(streams, 1).to(stack.device),
-            generation_config=config,
-        )
-    new = output[:, width:].unflatten(0, (streams, len(prompts))).tolist()
-    return [
-        [_text(tokenizer, ids[: r.max_new_tokens], r.stop) for ids, r in zip(stream, requests, strict=True)]
-        for stream in new
-    ]
+def _kind(request: Request) -> tuple[Any, ...]:
+    if isinstance(request, Generation):
+        return (1, request.stop, -request.max_new_tokens)
+    return (0, (), 0)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[str]) -> str:
@@ -164,35 +286,3 @@ def _end_tokens(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> lis
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         _END_TOKENS[key] = list(dict.fromkeys(end + held)) or [0]
     return _END_TOKENS[key]
-
-
-def _batches(requests: Sequence[Request], streams: int, limit: int) -> Iterator[list[int]]:
-    """Indices of requests that go together: of one kind, alike in length, longest first, within the token budget."""
-
-    def kind_and_length(index: int) -> tuple[object, ...]:
-        request = requests[index]
-        if isinstance(request, Generation):
-            return (1, request.stop, -request.max_new_tokens, -len(request.prompt))
-        return (0, (), 0, -len(request.context) - len(request.continuation))
-
-    def tokens(index: int) -> int:
-        request = requests[index]
-        if isinstance(request, Generation):
-            return min(limit, len(request.prompt) + request.max_new_tokens)
-        return min(limit, len(request.context) + len(request.continuation))
-
-    batch: list[int] = []
-    longest = 0
-    for index in sorted(range(len(requests)), key=kind_and_length):
-        longest = max(longest, tokens(index))
-        apart = batch and kind_and_length(index)[:2] != kind_and_length(batch[0])[:2]
-        if batch and (apart or streams * longest * (len(batch) + 1) > TOKENS_PER_CALL):
-            yield batch
-            batch, longest = [], tokens(index)
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def _context_length(stack: Stack) -> int:
-    return getattr(stack.model.config, "max_position_embeddings", None) or 2048

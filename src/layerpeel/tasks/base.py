@@ -6,11 +6,11 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
@@ -40,22 +40,48 @@ Request = LogLikelihood | Generation
 Row = dict[str, Any]
 
 
+class Likelihood(NamedTuple):
+    """The answer to a `LogLikelihood`: summed natural log-probability, and whether greedy decoding gives the same."""
+
+    log_probability: float
+    greedy: bool
+
+
+Answer = Likelihood | str
+
+
 @dataclass(frozen=True)
 class TaskScore:
-    """A task's score: its value as people read it, its standard error, and the number of samples."""
+    """A task's score: its value as people read it, its standard error, and the number of samples.
+
+    Attributes:
+        influences: what each sample adds to the value beyond its share of the mean (to first order), [n]; the paired
+            error of a difference is that of the differences of these. None where samples can't be told apart.
+    """
 
     value: float
     stderr: float
     n: int
     lower_is_better: bool = False
+    influences: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of_mean(cls, samples: Sequence[float]) -> TaskScore:
-        """The mean, with the standard error of the sample (n - 1)."""
+    def of_mean(cls, samples: Sequence[float], weights: Sequence[float] | None = None) -> TaskScore:
+        """The (weighted) mean, with the standard error of the sample (n - 1); of a ratio, by the delta method."""
         n = len(samples)
-        mean = math.fsum(samples) / n
-        variance = math.fsum((sample - mean) ** 2 for sample in samples) / max(n - 1, 1)
-        return cls(mean, math.sqrt(variance / n), n)
+        weights = weights or [1.0] * n
+        total = math.fsum(weights)
+        mean = math.fsum(w * sample for w, sample in zip(weights, samples, strict=True)) / total
+        influences = tuple(n * w * (sample - mean) / total for w, sample in zip(weights, samples, strict=True))
+        return cls(mean, _stderr_of(influences), n, influences=influences)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"value": self.value, "stderr": self.stderr, "n": self.n, "lower_is_better": self.lower_is_better}
+
+
+def _stderr_of(influences: Sequence[float]) -> float:
+    n = len(influences)
+    return math.sqrt(math.fsum(value**2 for value in influences) / max(n - 1, 1) / n)
 
 
 @dataclass(frozen=True)
@@ -78,8 +104,42 @@ class Evaluation:
             own = {name: value / theirs[name] if theirs[name] else 1.0 for name, value in own.items()}
         return sum(own.values()) / len(own)
 
+    def difference_stderr(
+        self, other: Evaluation, reference: Evaluation, how: str = "mean", seen: Mapping[str, float] | None = None
+    ) -> float:
+        """The standard error of the difference between two models' aggregates, paired sample by sample.
+
+        Args:
+            reference: the teacher's evaluation, taken as exact.
+            seen: the share of each task's samples that the scores are of, if not all are: what is left to draw is
+                then finite, and the error of the whole shrinks to 0 as the share goes to 1.
+        """
+        variances = []
+        for name in self.scores:
+            own, theirs = (e._quality_influences(name, reference, how) for e in (self, other))
+            if own is not None and theirs is not None:
+                variance = _stderr_of([a - b for a, b in zip(own, theirs, strict=True)]) ** 2
+            else:
+                variance = sum(
+                    (e.scores[name].stderr * e._quality_slope(name, reference, how)) ** 2 for e in (self, other)
+                )
+            variances.append(variance * (1 - seen[name] if seen else 1))
+        return math.sqrt(math.fsum(variances)) / len(variances)
+
+    def _quality_influences(self, name: str, reference: Evaluation, how: str) -> list[float] | None:
+        influences = self.scores[name].influences
+        slope = self._quality_slope(name, reference, how)
+        return None if influences is None else [slope * value for value in influences]
+
+    def _quality_slope(self, name: str, reference: Evaluation, how: str) -> float:
+        """How the task's part of the aggregate changes with its value."""
+        own, theirs = self.scores[name], reference.scores[name].value
+        slope = -theirs / own.value**2 if own.lower_is_better else 1.0
+        whole = 1.0 if own.lower_is_better else theirs  # the reference's quality
+        return slope / whole if how == "relative" and whole else slope
+
     def to_json(self) -> dict[str, Any]:
-        return {name: vars(score) for name, score in self.scores.items()}
+        return {name: score.to_json() for name, score in self.scores.items()}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Evaluation:
@@ -93,30 +153,39 @@ class Task(BaseModel, ABC):
 
     name: str
     kind: str
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Take only the first rows (of each file, where several are named)."""
+
+    @abstractmethod
+    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[list[Request]]:
+        """What the model is asked for each sample."""
+
+    @abstractmethod
+    def score(self, answers: Mapping[int, Sequence[Any]]) -> TaskScore:
+        """The score over some samples (or all).
+
+        Args:
+            answers: by sample, in ascending order, the answers to its `requests`, in their order.
+        """
+
+    @abstractmethod
+    def check(self) -> None:
+        """Reads the data and checks that it has what the task needs.
+
+        Raises:
+            InputError: it has not.
+        """
+
+
+class RowTask(Task):
+    """A task over the rows of a dataset, each of them a sample."""
+
     data: str
     """A .jsonl, .json, .csv or .parquet file, a glob, a saved dataset or a hub name."""
     subset: str | None = None
     """Of a hub dataset."""
     split: str = "test"
     """Where there are splits."""
-    limit: Annotated[int, Field(ge=1)] | None = None
-    """Take only the first rows (of each file, where a glob names several)."""
-
-    @abstractmethod
-    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[Request]:
-        """What the model is asked."""
-
-    @abstractmethod
-    def score(self, answers: Sequence[Any]) -> TaskScore:
-        """The score of the answers to `requests`, in their order: log-probabilities or text."""
-
-    @abstractmethod
-    def check(self) -> None:
-        """Reads the data and every row's columns.
-
-        Raises:
-            InputError: they are not what the task needs.
-        """
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -152,7 +221,7 @@ class Task(BaseModel, ABC):
         return f"task {self.name}: {self.data}"
 
 
-class FewShot(Task):
+class FewShot(RowTask):
     """A task that can show solved rows before the one asked; no row is both shown and asked."""
 
     num_fewshot: Annotated[int, Field(ge=0)] = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import PrivateAttr
@@ -35,7 +35,7 @@ class Choice(FewShot):
     normalize: Literal["none", "bytes", "tokens"] = "none"
     """Divide each log-probability by the choice's length, so that long ones stand a chance."""
 
-    _lengths: list[dict[str, int]] = PrivateAttr(default_factory=list)  # of each request
+    _lengths: list[list[int]] = PrivateAttr(default_factory=list)  # of each row's choices, by which to divide
 
     def check(self) -> None:
         self._prefix()
@@ -43,31 +43,34 @@ class Choice(FewShot):
             fill(self.prompt, row, self.where)
             self._right(row)
 
-    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[Request]:
+    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[list[Request]]:
         prefix = self._prefix()
         self._lengths = []
-        requests: list[Request] = []
+        requests: list[list[Request]] = []
         for row in self.rows:
-            for choice in self._choices(row):
-                context, continuation = encode_pair(
-                    tokenizer, prefix + fill(self.prompt, row, self.where), self.delimiter + choice
-                )
-                if not continuation:
+            context = prefix + fill(self.prompt, row, self.where)
+            choices = self._choices(row)
+            own = [LogLikelihood(*encode_pair(tokenizer, context, self.delimiter + choice)) for choice in choices]
+            for request, choice in zip(own, choices, strict=True):
+                if not request.continuation:
                     raise InputError(
                         f"{self.where}: choice {choice!r} has no token of its own after its prompt",
                         hint="let the delimiter hold a space or a line break",
                     )
-                requests.append(LogLikelihood(context, continuation))
-                self._lengths.append({"none": 1, "bytes": len(choice.encode()), "tokens": len(continuation)})
+            requests.append([*own])
+            sizes = {
+                "none": [1] * len(own),
+                "bytes": [max(1, len(choice.encode())) for choice in choices],
+                "tokens": [len(request.continuation) for request in own],
+            }
+            self._lengths.append(sizes[self.normalize])
         return requests
 
-    def score(self, answers: Sequence[Any]) -> TaskScore:
-        values = [a / max(n[self.normalize], 1) for a, n in zip(answers, self._lengths, strict=True)]
-        correct, start = [], 0
-        for row in self.rows:
-            own = values[start : start + len(self._choices(row))]
-            correct.append(float(own.index(max(own)) == self._right(row)))
-            start += len(own)
+    def score(self, answers: Mapping[int, Sequence[Any]]) -> TaskScore:
+        correct = []
+        for index, own in answers.items():
+            values = [a.log_probability / n for a, n in zip(own, self._lengths[index], strict=True)]
+            correct.append(float(values.index(max(values)) == self._right(self.rows[index])))
         return TaskScore.of_mean(correct)
 
     def _prefix(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -35,19 +35,20 @@ class Generate(FewShot):
         for row in self.rows:
             self._fill(row)
 
-    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[Request]:
+    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[list[Request]]:
         prefix = self._prefix()
         pairs = [self._fill(row) for row in self.rows]
         limit = self.max_new_tokens or 8 + max(
             len(tokenizer.encode(target, add_special_tokens=False)) for _, target in pairs
         )
-        return [Generation(tuple(tokenizer.encode(prefix + prompt)), limit, tuple(self.stop)) for prompt, _ in pairs]
+        prompts = [tuple(tokenizer.encode(prefix + prompt)) for prompt, _ in pairs]
+        return [[Generation(prompt, limit, tuple(self.stop))] for prompt in prompts]
 
-    def score(self, answers: Sequence[Any]) -> TaskScore:
-        targets = [self._fill(row)[1] for row in self.rows]
-        return TaskScore.of_mean(
-            [text_score(self.metric, answer.strip(), t.strip()) for answer, t in zip(answers, targets, strict=True)]
-        )
+    def score(self, answers: Mapping[int, Sequence[Any]]) -> TaskScore:
+        return TaskScore.of_mean([
+            text_score(self.metric, text.strip(), self._fill(self.rows[index])[1].strip())
+            for index, (text,) in answers.items()
+        ])  # fmt: skip
 
     def _prefix(self) -> str:
         return self.fewshot_prefix(lambda row: "".join(self._fill(row)))

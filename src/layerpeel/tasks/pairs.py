@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from layerpeel.data import text_of
-from layerpeel.tasks.base import LogLikelihood, Request, Task, TaskScore, encode_pair
+from layerpeel.tasks.base import LogLikelihood, Request, RowTask, TaskScore, encode_pair
 
 
-class Pairs(Task):
+class Pairs(RowTask):
     """Share of pairs in which the good sentence has the higher log-probability."""
 
     good: str = "sentence_good"
@@ -23,11 +23,11 @@ class Pairs(Task):
         for row in self.rows:
             self._pair(row)
 
-    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[Request]:
-        return [LogLikelihood(*encode_pair(tokenizer, "", text)) for row in self.rows for text in self._pair(row)]
+    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[list[Request]]:
+        return [[LogLikelihood(*encode_pair(tokenizer, "", text)) for text in self._pair(row)] for row in self.rows]
 
-    def score(self, answers: Sequence[Any]) -> TaskScore:
-        return TaskScore.of_mean([float(g > b) for g, b in zip(answers[::2], answers[1::2], strict=True)])
+    def score(self, answers: Mapping[int, Sequence[Any]]) -> TaskScore:
+        return TaskScore.of_mean([float(g.log_probability > b.log_probability) for g, b in answers.values()])
 
     def _pair(self, row: dict[str, Any]) -> tuple[str, str]:
         return text_of(row, self.good, self.where), text_of(row, self.bad, self.where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr
@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from layerpeel.data import text_of
 from layerpeel.errors import InputError
-from layerpeel.tasks.base import LogLikelihood, Request, Task, TaskScore, start_token
+from layerpeel.tasks.base import LogLikelihood, Request, RowTask, TaskScore, start_token
 
 
-class Perplexity(Task):
+class Perplexity(RowTask):
     """exp(mean negative log-likelihood of a token), over documents cut into windows; lower is better."""
 
     split: str = "train"
@@ -23,31 +23,28 @@ class Perplexity(Task):
     sequence_length: Annotated[int, Field(ge=2)] = 256
     """Tokens in a window; each window starts afresh from the beginning-of-text token."""
 
-    _tokens: list[tuple[int, int]] = PrivateAttr(default_factory=list)  # of each window: document, length
+    _tokens: list[int] = PrivateAttr(default_factory=list)  # of each document
 
     def check(self) -> None:
         if not any(text_of(row, self.column, self.where).strip() for row in self.rows):
             raise InputError(f"{self.where}: column '{self.column}' holds no text", hint="give rows with text in them")
 
-    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[Request]:
-        self._tokens = []
-        requests: list[Request] = []
-        for document, row in enumerate(self.rows):
-            ids = tokenizer.encode(text_of(row, self.column, self.where), add_special_tokens=False)
-            for start in range(0, len(ids), self.sequence_length):
-                window = tuple(ids[start : start + self.sequence_length])
-                requests.append(LogLikelihood((start_token(tokenizer),), window))
-                self._tokens.append((document, len(window)))
-        return requests
+    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[list[Request]]:
+        size, start = self.sequence_length, (start_token(tokenizer),)
+        documents = [
+            tuple(tokenizer.encode(text_of(row, self.column, self.where), add_special_tokens=False))
+            for row in self.rows
+        ]
+        self._tokens = [len(ids) for ids in documents]
+        return [[LogLikelihood(start, ids[at : at + size]) for at in range(0, len(ids), size)] for ids in documents]
 
-    def score(self, answers: Sequence[Any]) -> TaskScore:
-        """The standard error is that of the ratio (loss a document / tokens a document), by the delta method."""
-        losses = [0.0] * len(self.rows)
-        tokens = [0] * len(self.rows)
-        for (document, length), answer in zip(self._tokens, answers, strict=True):
-            losses[document] -= answer
-            tokens[document] += length
-        n, mean = len(self.rows), sum(losses) / sum(tokens)
-        spread = sum((loss - mean * count) ** 2 for loss, count in zip(losses, tokens, strict=True)) / max(n - 1, 1)
-        value = math.exp(min(mean, 700.0))
-        return TaskScore(value, value * math.sqrt(spread / n) / (sum(tokens) / n), n, lower_is_better=True)
+    def score(self, answers: Mapping[int, Sequence[Any]]) -> TaskScore:
+        """A sample is a document, weighted by its tokens."""
+        tokens = [self._tokens[index] for index in answers]
+        losses = [-math.fsum(answer.log_probability for answer in own) for own in answers.values()]
+        mean = TaskScore.of_mean([loss / max(n, 1) for loss, n in zip(losses, tokens, strict=True)], tokens)
+        value = math.exp(min(mean.value, 700.0))
+        return TaskScore(
+            value, value * mean.stderr, mean.n, lower_is_better=True,
+            influences=tuple(value * influence for influence in mean.influences or ()),
+        )  # fmt: skip
