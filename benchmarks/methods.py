@@ -20,7 +20,7 @@ from typing import Any
 from layerpeel import Run, RunConfig, evaluate, load_model, peel, remove_layers, score_layers
 from layerpeel.config import load_config
 from layerpeel.demo import prepare_demo
-from layerpeel.importance import text_batches
+from layerpeel.importance import scoring_text
 from layerpeel.tasks import Evaluation, make_tasks
 
 
@@ -78,7 +78,7 @@ def one_shot(config: RunConfig, run: Run, depths: list[int]) -> dict[str, Any]:
     results = {}
     for depth in depths:
         model, tokenizer = load_model(config.teacher, device=config.device, dtype=config.dtype)
-        ranked = score_layers(model, tokenizer, score, batches=text_batches(config, tokenizer)).ranked()
+        ranked = score_layers(model, tokenizer, score, text=scoring_text(config, tokenizer)).ranked()
         total = model.config.num_hidden_layers
         gone = ranked[: total - depth]
         remove_layers(model, gone)

@@ -172,12 +172,6 @@ def test_too_little_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> 
         load_rows(sources, tokenizer, sequence_length=256)
 
 
-def test_batches_keep_order(tmp_path: Path) -> None:
-    rows = Rows(torch.arange(10).view(5, 2), torch.ones(5, 2, dtype=torch.bool))
-    assert torch.equal(torch.cat([ids for ids, _ in rows.batches(2)]), rows.input_ids)
-    assert [len(ids) for ids, _ in rows.batches(2)] == [2, 2, 1]
-
-
 def test_cycles_show_every_row_as_often() -> None:
     rows = Rows(torch.arange(6)[:, None], torch.ones(6, 1, dtype=torch.bool))
     seen = [batch["input_ids"].flatten().tolist() for batch in cycle_batches(rows, 2, seed=3, steps=6)]

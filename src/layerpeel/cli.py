@@ -22,14 +22,17 @@ from rich.table import Table
 from layerpeel.config import RunConfig, load_config
 from layerpeel.demo import prepare_demo
 from layerpeel.errors import InputError, LayerpeelError
-from layerpeel.importance import LayerScores, score_layers, text_batches
+from layerpeel.importance import Estimate, LayerScores, score_layers, scoring_text
 from layerpeel.journal import Run
 from layerpeel.loop import peel
-from layerpeel.models import count_parameters, load_model, save_model, stored_dtype
+from layerpeel.models import count_parameters, fingerprint, load_model, load_streamed, save_model, stored_dtype
 from layerpeel.preflight import check
-from layerpeel.progress import console
+from layerpeel.progress import RANK, console
+from layerpeel.report import draw_importance
+from layerpeel.stack import Stack
 from layerpeel.surgery import remove_layers
 from layerpeel.tasks import Evaluation, evaluate
+from layerpeel.tasks.store import AnswerStore
 from layerpeel.training import distill
 
 app = typer.Typer(
@@ -38,12 +41,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-output = Console(highlight=False, width=max(140, Console().width))  # a table too wide may wrap, and keeps its numbers
+output = Console(
+    highlight=False, width=max(140, Console().width), quiet=RANK > 0
+)  # a table too wide may wrap, and keeps its numbers
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config; see configs/.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.field=value, over the config's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Layers = Annotated[str, typer.Option("--layers", help="Layers to remove, counted from 0: 5,7 or 5-8.")]
+ScoreFolder = Annotated[
+    Path | None, typer.Option("--output", "-o", help="A folder for scores and picture; OUTPUT-score if not given.")
+]
 Folder = Annotated[Path, typer.Option("--output", "-o", help="Where to write the student.")]
 
 
@@ -54,17 +62,33 @@ def run(config: ConfigFile, set_: Overrides = [], as_json: AsJson = False) -> No
 
 
 @app.command()
-def score(config: ConfigFile, set_: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
-    """Rank the teacher's layers by what is lost when each is skipped; nothing is changed or written."""
+def score(
+    config: ConfigFile,
+    set_: Overrides = [],  # noqa: B006
+    output_: ScoreFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rank the teacher's layers by what is lost when each is skipped. Running again after an interruption resumes."""
     settings = load_config(config, set_)
     tasks = check(settings)
-    model, tokenizer = _load(settings)
-    batches = text_batches(settings, tokenizer)
-    scores = score_layers(model, tokenizer, settings.score, tasks=tasks, batches=batches, aggregate=settings.aggregate)
+    folder = output_ or settings.output.with_name(f"{settings.output.name}-score")
+    stack, tokenizer = _load_stack(settings)
+    store = AnswerStore(folder / f"answers.{RANK}.jsonl", fingerprint(settings.teacher, stack.model.dtype))
+    scores = score_layers(
+        stack, tokenizer, settings.score, tasks=tasks, text=scoring_text(settings, tokenizer),
+        aggregate=settings.aggregate, store=store, announce=_announce,
+    )  # fmt: skip
+    if RANK:
+        return
+    found = json.dumps(scores.to_json(), ensure_ascii=False)
+    (folder / "scores.json").write_text(found + "\n", encoding="utf-8")
+    draw_importance(scores, folder / "importance.png")
     if as_json:
-        print(json.dumps(scores.to_json()))
+        print(found)
     else:
         output.print(_score_table(scores))
+        output.print(f"scores   {escape(str(folder / 'scores.json'))}", soft_wrap=True)
+        output.print(f"picture  {escape(str(folder / 'importance.png'))}", soft_wrap=True)
 
 
 @app.command()
@@ -111,7 +135,7 @@ def eval_(
     tasks = check(settings)
     loaded, tokenizer = _load(settings)
     evaluation = evaluate(loaded, tokenizer, tasks)
-    if as_json:
+    if as_json and not RANK:
         print(json.dumps(evaluation.to_json()))
     else:
         output.print(_evaluation_table(evaluation))
@@ -185,10 +209,40 @@ def _run_table(run: Run) -> Table:
 
 
 def _score_table(scores: LayerScores) -> Table:
-    table = Table("rank", "layer", f"{escape(scores.metric)}: lost when skipped", box=None, header_style="bold")
+    columns = ["rank", "layer", f"{escape(scores.metric)}:\nlost when skipped", ""]
+    table = Table(*columns[:3], *(["± stderr"] if scores.stderr else []), columns[3], box=None, header_style="bold")
+    span = max(map(abs, scores.importance.values())) or 1.0
     for rank, layer in enumerate(scores.ranked(), start=1):
-        table.add_row(str(rank), str(layer), f"{scores.importance[layer]:.5f}")
+        value = scores.importance[layer]
+        error = [f"{scores.stderr[layer]:.5f}"] if scores.stderr else []
+        share = scores.dropped.get(layer)
+        note = f" given up after {share:.0%} of the samples" if share else ""
+        bar = "█" * round(40 * abs(value) / span)
+        colour = "green" if value < 0 else "blue"
+        table.add_row(str(rank), str(layer), f"{value:.5f}", *error, f"[{colour}]{bar}[/]{note}")
+    if len(scores.tied()) > 1:
+        table.caption = f"tied: layers {', '.join(map(str, scores.tied()))}; the lowest index goes first"
     return table
+
+
+def _announce(estimates: list[Estimate]) -> None:
+    for each in estimates:
+        console.print(
+            f"{each.metric}: {each.tokens:,} tokens, {each.layer_runs} layer runs on each (one by one: "
+            f"{each.one_by_one}), about {each.seconds:,.0f} s",
+            style="dim",
+        )
+
+
+def _load_stack(settings: RunConfig) -> tuple[Stack, Any]:
+    options: Any = {
+        "device": settings.device, "dtype": settings.dtype, "trust_remote_code": settings.trust_remote_code,
+    }  # fmt: skip
+    if settings.score.weights == "stream":
+        files, tokenizer = load_streamed(settings.teacher, **options)
+        return Stack(files.model, files.resident), tokenizer
+    model, tokenizer = load_model(settings.teacher, **options)
+    return Stack(model), tokenizer
 
 
 def _evaluation_table(evaluation: Evaluation) -> Table:

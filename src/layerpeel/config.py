@@ -48,6 +48,12 @@ def _parse_count(value: Any) -> Any:
     return int(float(match[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[match[2].lower()]) if match else value
 
 
+def _parse_bytes(value: Any) -> Any:
+    """Reads 8GB, 500 MB as numbers of bytes."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)i?B\s*", value, re.IGNORECASE) if isinstance(value, str) else None
+    return int(float(match[1]) * 2 ** (10 * " KMGT".index(match[2].upper() or " "))) if match else value
+
+
 class StopConfig(Section):
     """When a run is over; the first that holds ends it."""
 
@@ -85,6 +91,24 @@ class ProtectConfig(Section):
     """And these."""
 
 
+class RaceConfig(Section):
+    """Task scores in growing shares of the samples; candidates that are surely worse get no more of them."""
+
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.99
+    """How sure, for one candidate in one comparison with the best (one-sided, paired on the same samples)."""
+    first_share: Annotated[float, Field(gt=0, le=0.5)] = 0.125
+    """The share of each task's samples after which candidates first drop out; it doubles until all are used."""
+
+
+class HealConfig(Section):
+    """A short distillation of the last few candidates before the choice."""
+
+    keep: Annotated[int, Field(ge=2)] = 2
+    """How many."""
+    steps: Annotated[int, Field(ge=1)] = 20
+    """Optimizer steps for each, as `distill` says, but for their number."""
+
+
 class ScoreConfig(Section):
     """How layers are scored."""
 
@@ -98,8 +122,15 @@ class ScoreConfig(Section):
     """Text for the metrics that read it; that of `distill` if not given."""
     tokens: Annotated[int, Field(ge=1)] = 16_384
     """How many tokens of it."""
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    """Rows at a time."""
+    race: RaceConfig | None = None
+    """Stop early on candidates that are surely worse; for metrics that run tasks."""
+    heal: HealConfig | None = None
+    """In a run: before the choice, distil the gap of the best few for a moment, and choose by what tasks say then."""
+    memory: Annotated[int, BeforeValidator(_parse_bytes), Field(ge=2**20)] | None = None
+    """Bytes for the streams of all candidates, as 8GB; 1GB on a CPU, half of what is free on a GPU, if not given."""
+    weights: Literal["memory", "stream"] = "memory"
+    """stream: layers are read from the checkpoint one at a time while the model is scored (`score` only), so that a
+    model larger than memory can be."""
 
 
 class TaskConfig(BaseModel):
@@ -108,7 +139,7 @@ class TaskConfig(BaseModel):
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
     kind: str
-    """choice, pairs, generate, perplexity, or module:Class."""
+    """choice, pairs, generate, perplexity, harness, or module:Class."""
     name: str = ""
     """What it is called in tables; the kind if not given."""
 
@@ -199,6 +230,8 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         if self.distill.tokens_per_round and not self.distill.text:
             raise ValueError("distill.text: expected text to train on (or distill.tokens_per_round: 0)")
+        if self.score.heal and not self.distill.text:
+            raise ValueError("distill.text: expected text to heal candidates on (or no score.heal)")
         if not self.tasks:
             raise ValueError("tasks: expected at least one, to say what quality is")
         names = [task.name for task in self.tasks]
@@ -263,7 +296,7 @@ def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
         text.path = _resolve(text.path, folder)
     for task in config.tasks:
         extra = task.model_extra or {}
-        for key in ("data", "fewshot_data"):
+        for key in ("data", "fewshot_data", "include_path", *(["task"] if task.kind == "harness" else [])):
             if isinstance(extra.get(key), str):
                 extra[key] = _resolve(extra[key], folder)
     return config

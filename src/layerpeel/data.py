@@ -132,10 +132,6 @@ class Rows:
         """A batch of rows, as a model takes it."""
         return {"input_ids": self.input_ids[indices], "attention_mask": self.mask[indices].long()}
 
-    def batches(self, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-        """All rows in order: ids and mask, each [B, T]."""
-        return list(zip(self.input_ids.split(batch_size), self.mask.split(batch_size), strict=True))
-
 
 def load_rows(
     sources: Sequence[TextConfig],

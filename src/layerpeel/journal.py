@@ -25,8 +25,10 @@ from layerpeel.config import RunConfig
 from layerpeel.errors import InputError, RunError
 from layerpeel.importance import LayerScores
 from layerpeel.models import count_parameters, replace_folder
+from layerpeel.progress import RANK
 from layerpeel.student import Student
 from layerpeel.tasks.base import Evaluation
+from layerpeel.tasks.store import AnswerStore
 from layerpeel.training import TrainingResult
 
 LIBRARIES = ("layerpeel", "torch", "transformers", "accelerate", "datasets", "tokenizers")
@@ -147,12 +149,17 @@ class Run:
         _write_json(partial / "training.json", training.summary() | {"curve": training.curve})
         save_file({k: v.contiguous() for k, v in student.owned_state().items()}, partial / "trained.safetensors")
         replace_folder(partial, self._round_folder(number))
+        shutil.rmtree(self._answers_folder, ignore_errors=True)
         self.record(
             "round", round=number, removed=removed, kept=list(student.depth.kept),
             parameters=count_parameters(student.model),
             scores=scores.to_json(), training=training.summary(), evaluation=evaluation.to_json(),
             **self._quality(evaluation, self.reference),
         )  # fmt: skip
+
+    def answers(self) -> AnswerStore:
+        """What tasks were answered in the round that is running; kept until the round is recorded."""
+        return AnswerStore(self._answers_folder / f"{RANK}.jsonl", f"round {len(self.rounds) + 1}")
 
     def restore(self, student: Student, number: int | None = None) -> None:
         """Brings a fresh student to where a round (the last one, unless named) left it.
@@ -181,6 +188,10 @@ class Run:
 
     def _round_folder(self, number: int) -> Path:
         return self.folder / "rounds" / f"{number:02d}"
+
+    @property
+    def _answers_folder(self) -> Path:
+        return self.folder / "rounds" / ".answers"
 
     def _last(self, kind: str) -> dict[str, Any] | None:
         return next((event for event in reversed(self.events) if event["event"] == kind), None)

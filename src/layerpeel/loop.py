@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from layerpeel.config import RunConfig
-from layerpeel.importance import ScoringInputs, score_candidates, text_batches
+from layerpeel.importance import ScoringInputs, score_candidates, scoring_text
 from layerpeel.journal import Run
 from layerpeel.models import count_parameters, load_model, save_model, stored_dtype
-from layerpeel.preflight import check, removable
+from layerpeel.preflight import check_run, removable
 from layerpeel.progress import console
 from layerpeel.student import Student
 from layerpeel.tasks import evaluate
-from layerpeel.training import train_student
+from layerpeel.training import heal_candidates, train_student
 
 
 def peel(config: RunConfig) -> Run:
@@ -20,14 +20,14 @@ def peel(config: RunConfig) -> Run:
         InputError: the config, the model or the data will not do; found before any long work.
         RunError: training diverged, or the run's files are damaged.
     """
-    tasks = check(config)
+    tasks = check_run(config)
     run = Run.open(config)
     if run.finish:
         return run
     teacher, tokenizer = load_model(
         config.teacher, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
-    storage, text = stored_dtype(config.teacher), text_batches(config, tokenizer)
+    storage, text = stored_dtype(config.teacher), scoring_text(config, tokenizer)
     student = Student(teacher)
     if not run.teacher:
         run.record_teacher(student, evaluate(teacher, tokenizer, tasks))
@@ -38,9 +38,12 @@ def peel(config: RunConfig) -> Run:
         console.print(f"round {number}: {len(student.depth)} layers")
         candidates = [student.depth.position(layer) for layer in removable(student.depth, config)]
         inputs = ScoringInputs(
-            student.stack, student.teacher, tokenizer, candidates, text, tasks, run.reference, config.aggregate
-        )
-        scores = score_candidates(inputs, student.depth, config.score)
+            student.stack, student.teacher, tokenizer, candidates, text, tasks, run.reference, config.aggregate,
+            config.score, run.answers(),
+        )  # fmt: skip
+        scores = score_candidates(inputs, student.depth)
+        if config.score.heal:
+            heal_candidates(student, inputs, scores, config)
         removed = scores.ranked()[0]
         student.remove([removed])
         training = train_student(student, tokenizer, config.distill, seed=config.seed + number, storage=storage)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,6 +27,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from layerpeel.architecture import find_architecture
 from layerpeel.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,7 +86,7 @@ def load_model(
     """
     config = load_config_of(path, trust_remote_code=trust_remote_code)
     target = pick_device(device)
-    wanted = DTYPES.get(dtype) or (torch.float32 if target.type == "cpu" else config.dtype or torch.float32)
+    wanted = _wanted_dtype(config, target, dtype)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=wanted, use_safetensors=True, trust_remote_code=trust_remote_code,
@@ -95,6 +105,131 @@ def load_model(
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     check_vocabulary(model, tokenizer, path)
     return model.to(target).eval(), tokenizer
+
+
+class LayerFiles:
+    """The layers of a model that stay in its safetensors files: each is read when it runs, and dropped afterwards.
+
+    While one runs the next is read, so that no more than two are ever in memory.
+
+    Attributes:
+        model: with all but its layers loaded.
+    """
+
+    def __init__(self, model: PreTrainedModel, files: Mapping[str, Path], path: str | Path) -> None:
+        """Checks that each layer can be read on its own.
+
+        Args:
+            model: its layers without weights (on the meta device).
+            files: for each tensor of the checkpoint, the file that holds it.
+            path: of the checkpoint, for messages.
+
+        Raises:
+            InputError: the checkpoint stores layers under other names than the model has.
+        """
+        self.model, self._files = model, files
+        self._architecture = find_architecture(model)
+        for position in range(len(self._architecture.layers)):
+            absent = [name for name in self._names(position).values() if name not in files]
+            if absent:
+                raise InputError(
+                    f"{path}: layer {position} cannot be read on its own: the files have no tensor {absent[0]}",
+                    hint="use score.weights: memory",
+                )
+        self._reader = ThreadPoolExecutor(max_workers=1)
+        self._read_ahead: dict[int, Future[dict[str, Tensor]]] = {}
+
+    @contextmanager
+    def resident(self, position: int) -> Iterator[None]:
+        """Lets the layer at a position have its weights for the time of the context."""
+        layer = self._architecture.layers[position]
+        ready = self._read_ahead.pop(position, None) or self._reader.submit(self._read, position)
+        self._read_ahead.clear()
+        layer.load_state_dict(ready.result(), strict=False, assign=True)
+        if position + 1 < len(self._architecture.layers):
+            self._read_ahead[position + 1] = self._reader.submit(self._read, position + 1)
+        try:
+            yield
+        finally:
+            meta = {name: p.to("meta") for name, p in layer.named_parameters()}
+            layer.load_state_dict(meta, strict=False, assign=True)
+
+    def _names(self, position: int) -> dict[str, str]:
+        """The layer's parameters, and what the checkpoint calls them."""
+        prefix = f"{self._architecture.layer_prefix()}.{position}."
+        return {name: prefix + name for name, _ in self._architecture.layers[position].named_parameters()}
+
+    def _read(self, position: int) -> dict[str, Tensor]:
+        names = self._names(position)
+        tensors = read_tensors(
+            {full: self._files[full] for full in names.values()}, self.model.device, self.model.dtype
+        )
+        return {name: tensors[full] for name, full in names.items()}
+
+
+def load_streamed(
+    path: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[LayerFiles, PreTrainedTokenizerBase]:
+    """Loads a causal language model but for its layers, which are read one at a time as they run.
+
+    Args, errors: as `load_model`.
+    """
+    config = load_config_of(path, trust_remote_code=trust_remote_code)
+    target, wanted = pick_device(device), _wanted_dtype(config, pick_device(device), dtype)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    files = _tensor_files(path)
+    layers = f"{find_architecture(model).layer_prefix()}."
+    outside = [name for name, _ in model.named_parameters() if not name.startswith(layers)]
+    tensors = read_tensors({name: files[name] for name in outside if name in files}, target, wanted)
+    for name, tensor in tensors.items():
+        set_module_tensor_to_device(model, name, target, value=tensor)
+    model.tie_weights()
+    missing = [n for n, p in model.named_parameters() if p.device.type == "meta" and not n.startswith(layers)]
+    if missing:
+        raise InputError(
+            f"{path}: the checkpoint lacks weights of its model: {', '.join(sorted(missing)[:3])}",
+            hint="the model would run on random values; fetch a complete checkpoint",
+        )
+    for name, buffer in model.named_buffers():
+        set_module_tensor_to_device(model, name, target, value=buffer)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    check_vocabulary(model, tokenizer, path)
+    return LayerFiles(model.eval().requires_grad_(False), files, path), tokenizer
+
+
+def read_tensors(files: Mapping[str, Path], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors by name from the safetensors files that hold them; floating-point ones in `dtype`."""
+    tensors = {}
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="pt") as file:
+            for name in (name for name, holder in files.items() if holder == path):
+                value = file.get_tensor(name)
+                # A copy, so that the mapped file can be let go of.
+                tensors[name] = value.to(device, dtype if value.is_floating_point() else None, copy=True)
+    return tensors
+
+
+def _tensor_files(path: str | Path) -> dict[str, Path]:
+    """For each tensor of a checkpoint, the file that holds it.
+
+    Raises:
+        InputError: there are no safetensors.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+    files = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            files.update(dict.fromkeys(opened.keys(), file))
+    if not files:
+        raise InputError(f"{path}: there are no safetensors files", hint="convert other formats with save_pretrained")
+    return files
+
+
+def _wanted_dtype(config: PretrainedConfig, device: torch.device, dtype: str) -> torch.dtype:
+    return DTYPES.get(dtype) or (torch.float32 if device.type == "cpu" else config.dtype or torch.float32)
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -131,6 +266,14 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 def stored_dtype(path: str | Path) -> torch.dtype:
     """The dtype that a checkpoint is stored in, by its config (float32 if it does not say)."""
     return load_config_of(path).dtype or torch.float32
+
+
+def fingerprint(path: str | Path, dtype: torch.dtype) -> str:
+    """Says which weights a path holds, without reading them: names, sizes and times of its files, and the dtype."""
+    folder = Path(path)
+    files = sorted(folder.glob("*")) if folder.is_dir() else []
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((str(path), stats, dtype)).encode()).hexdigest()
 
 
 def count_parameters(model: PreTrainedModel) -> int:

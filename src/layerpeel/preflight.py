@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from layerpeel.config import RunConfig
 from layerpeel.data import read_documents
 from layerpeel.errors import InputError
@@ -28,6 +30,24 @@ def check(config: RunConfig) -> list[Task]:
     for source in [*config.distill.text, *(config.score.text or [])]:
         next(read_documents(source), None)
     return tasks
+
+
+def check_run(config: RunConfig) -> list[Task]:
+    """What a run needs beyond `check`.
+
+    Raises:
+        InputError: it says what will not do.
+    """
+    if config.score.weights == "stream":
+        raise InputError(
+            "score.weights: stream is for `layerpeel score`; a run trains, and needs the model in memory",
+            hint="set score.weights: memory",
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "a run uses one process so far", hint="start it without a launcher; `score` and `eval` run on several"
+        )
+    return check(config)
 
 
 def removable(depth: Depth, config: RunConfig) -> tuple[int, ...]:

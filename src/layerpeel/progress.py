@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False)
+RANK = int(os.environ.get("RANK", "0"))  # of this process among those that a launcher started
+console = Console(stderr=True, highlight=False, quiet=RANK > 0)
 
 
 class Advance(Protocol):

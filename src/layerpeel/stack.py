@@ -17,17 +17,67 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from layerpeel.architecture import find_architecture
+from layerpeel.errors import RunError
 
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 # Bytes of fp32 logits that may exist at a time; chunks of positions are sized to it.
 LOGITS_BYTES = 64 * 2**20
 # Tokens that go through a layer at a time: enough to keep a processor busy, few enough to stay in its caches.
 TOKENS_PER_CALL = 8192
+
+
+# A token's share of a layer's memory while it runs, in hidden states: inputs, projections, the wide middle of the MLP.
+LAYER_WIDTH = 24
+
+
+class Budget:
+    """Bytes that the streams of a batch may take; halved when memory runs out all the same.
+
+    Attributes:
+        bytes: what is left of it.
+        halved: how often it was halved.
+    """
+
+    def __init__(self, size: int | None, device: torch.device) -> None:
+        """Takes 1 GiB on a CPU and half of what is free on a GPU, where no size is given."""
+        if size is None:
+            size = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**30
+        self.bytes, self.halved = size, 0
+
+    def tokens(self, stack: Stack, streams: int) -> int:
+        """Tokens of the batch that fit, with all streams of them."""
+        return max(
+            1, self.bytes // (streams * LAYER_WIDTH * stack.model.config.hidden_size * stack.model.dtype.itemsize)
+        )
+
+    def shrink(self, error: Exception, stack: Stack, streams: int, row: int) -> None:
+        """After an error: halves the budget, if memory has run out and there is something left to halve.
+
+        Args:
+            row: tokens of the longest row, which cannot be split.
+
+        Raises:
+            RunError: not even one row fits.
+            Exception: the error, if it is another.
+        """
+        if not should_reduce_batch_size(error):
+            raise error
+        if self.tokens(stack, streams) < row:
+            raise RunError(
+                f"out of memory with a single row of {row} tokens in {streams} streams",
+                hint="score fewer candidates (score.protect), shorter samples, or on a larger device",
+            ) from None
+        self.bytes //= 2
+        self.halved += 1
+        stack.tokens_per_call = max(1, stack.tokens_per_call // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 class Stack:
@@ -43,6 +93,7 @@ class Stack:
     ) -> None:
         self.model = model
         self.architecture = find_architecture(model)
+        self.streamed = resident is not None
         self.resident = resident or (lambda _: nullcontext())
         self.tokens_per_call = TOKENS_PER_CALL
 

@@ -49,6 +49,13 @@ class Student:
         self.depth = depth
         self.owned -= set(layers)
 
+    def branch(self) -> Student:
+        """Another student of the same teacher, at the same point, to try something on."""
+        other = Student(self.teacher.model)
+        other.remove(self.depth.removed)
+        other.load_owned(self.owned_state())
+        return other
+
     def own(self, layers: Iterable[int]) -> None:
         """Gives the student its own copy of these layers' weights, to be trained."""
         for index in sorted(set(layers) - self.owned):

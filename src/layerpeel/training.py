@@ -14,12 +14,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
-from layerpeel.config import DistillConfig
+from layerpeel.config import DistillConfig, RunConfig
 from layerpeel.data import cycle_batches, load_rows
 from layerpeel.errors import InputError, RunError
+from layerpeel.importance import LayerScores, ScoringInputs
 from layerpeel.losses import LossSum, StepOutputs
 from layerpeel.progress import progress
 from layerpeel.student import Student, layers_to_train
+from layerpeel.tasks import evaluate
 
 
 @dataclass
@@ -100,6 +102,23 @@ def train_student(
     student.round_owned(storage)
     result.seconds = time.monotonic() - started
     return result
+
+
+def heal_candidates(student: Student, inputs: ScoringInputs, scores: LayerScores, config: RunConfig) -> None:
+    """Removes each of the best few candidates on trial, distils for a few steps, and notes what the tasks lose then."""
+    assert config.score.heal and inputs.reference
+    started = time.monotonic()
+    distill = config.distill
+    per_step = distill.batch_size * distill.accumulation * distill.sequence_length
+    distill = distill.model_copy(update={"tokens_per_round": config.score.heal.steps * per_step})
+    whole = inputs.reference.aggregate(inputs.reference, config.aggregate)
+    for layer in scores.ranked()[: config.score.heal.keep]:
+        trial = student.branch()
+        trial.remove([layer])
+        train_student(trial, inputs.tokenizer, distill, seed=config.seed, description=f"healing without layer {layer}")
+        evaluation = evaluate(trial.model, inputs.tokenizer, inputs.tasks)
+        scores.healed[layer] = whole - evaluation.aggregate(inputs.reference, config.aggregate)
+    scores.heal_seconds = time.monotonic() - started
 
 
 class _Trainer:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from layerpeel.config import ScoreConfig, TaskConfig
+from layerpeel.data import Rows
 from layerpeel.errors import InputError
 from layerpeel.importance import METRICS, ScoringInputs, make_metric, score_layers
 from layerpeel.models import load_model
@@ -24,7 +25,7 @@ PLANTED = {1, 3, 4, 6, 8, 9, 11}
 
 def text_inputs(candidates: list[int]) -> ScoringInputs:
     stack = Stack(tiny_model("qwen2"))
-    return ScoringInputs(stack, stack, tiny_tokenizer(), candidates, [(tiny_ids(), MASK)])
+    return ScoringInputs(stack, stack, tiny_tokenizer(), candidates, Rows(tiny_ids(), MASK))
 
 
 def test_teacher_kl_is_the_dense_formula_of_each_shorter_model() -> None:
@@ -32,7 +33,7 @@ def test_teacher_kl_is_the_dense_formula_of_each_shorter_model() -> None:
     model = inputs.student.model
     with torch.no_grad():
         teacher = model(tiny_ids()).logits[MASK].double().log_softmax(-1)
-        for candidate, own in make_metric("teacher_kl").score(inputs).items():
+        for candidate, own in make_metric("teacher_kl").score(inputs).importance.items():
             logits = remove_layers(copy.deepcopy(model), [candidate])(tiny_ids()).logits[MASK]
             student = logits.double().log_softmax(-1)
             expected = (teacher.exp() * (teacher - student)).sum(-1).mean().item()
@@ -43,7 +44,7 @@ def test_block_influence_is_one_minus_the_mean_cosine() -> None:
     inputs = text_inputs([1, 2])
     with torch.no_grad():
         hidden = inputs.student.model(tiny_ids(), output_hidden_states=True).hidden_states
-    for position, own in make_metric("block_influence").score(inputs).items():
+    for position, own in make_metric("block_influence").score(inputs).importance.items():
         a, b = hidden[position][MASK].double(), hidden[position + 1][MASK].double()
         cosines = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
         assert own == pytest.approx(1 - cosines.mean().item(), rel=1e-5)
@@ -54,7 +55,7 @@ def test_every_metric_scores_just_the_candidates(name: str, tmp_path: Path) -> N
     (tmp_path / "text.jsonl").write_text('{"text": "w5 w6 w7 w8"}\n{"text": "w9 w3 w4"}\n')
     inputs = text_inputs([2, 4])
     inputs.tasks = make_tasks([TaskConfig(kind="perplexity", data=str(tmp_path / "text.jsonl"))])
-    scores = make_metric(name).score(inputs)
+    scores = make_metric(name).score(inputs).importance
     assert set(scores) == {2, 4} and all(math.isfinite(value) for value in scores.values())
 
 
@@ -62,7 +63,7 @@ def test_a_shortlist_leaves_the_choice_to_the_deciding_metric(tmp_path: Path) ->
     (tmp_path / "text.jsonl").write_text('{"text": "w5 w6 w7 w8"}\n{"text": "w9 w3 w4"}\n')
     tasks = make_tasks([TaskConfig(kind="perplexity", data=str(tmp_path / "text.jsonl"))])
     config = ScoreConfig(decide="task_quality", shortlist={"by": "teacher_kl", "keep": 2})
-    scores = score_layers(tiny_model("llama"), tiny_tokenizer(), config, tasks=tasks, batches=[(tiny_ids(), MASK)])
+    scores = score_layers(tiny_model("llama"), tiny_tokenizer(), config, tasks=tasks, text=Rows(tiny_ids(), MASK))
     assert scores.cheap is not None
     assert set(scores.importance) == set(scores.cheap.ranked()[:2])
     said = scores.to_json()
@@ -87,7 +88,7 @@ def test_the_seven_planted_layers_go_first_and_cost_nothing(kit: Path, metric: s
     gone = []
     before = evaluate(model, tokenizer, tasks).scores["perplexity"].value
     for _ in range(7):
-        scores = score_layers(model, tokenizer, config, tasks=tasks, batches=[(ids, torch.ones_like(ids).bool())])
+        scores = score_layers(model, tokenizer, config, tasks=tasks, text=Rows(ids, torch.ones_like(ids).bool()))
         assert scores.importance[scores.ranked()[0]] == pytest.approx(0, abs=1e-6)
         gone.append(left.pop(scores.ranked()[0]))
         remove_layers(model, [scores.ranked()[0]])

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config import RunConfig, ScoreConfig
-from layerpeel.data import load_rows
+from layerpeel.data import Rows, load_rows
 from layerpeel.errors import InputError, resolve_class
-from layerpeel.importance.base import Metric, ScoringInputs
+from layerpeel.importance.base import Findings, Metric, ScoringInputs
 from layerpeel.importance.block_influence import BlockInfluence
 from layerpeel.importance.task_quality import TaskQuality
 from layerpeel.importance.teacher_kl import TeacherKL
 from layerpeel.stack import Stack
 from layerpeel.surgery import Depth
 from layerpeel.tasks import Task
-from layerpeel.tasks.base import Evaluation
+from layerpeel.tasks.answering import len_of
+from layerpeel.tasks.base import Evaluation, Generation, LogLikelihood
+from layerpeel.tasks.store import AnswerStore
 
 METRICS: dict[str, type[Metric]] = {
     "task_quality": TaskQuality,
@@ -36,30 +38,56 @@ class LayerScores:
     Attributes:
         metric: the metric that decides.
         importance: of the candidates it scored.
+        stderr: the standard error of each importance, where the metric runs tasks.
         evaluations: task scores of each candidate, where the metric runs tasks.
+        dropped: candidates that a race gave up, with the share of the samples after which it did.
         seconds: what it took.
+        memory: the budget in bytes, and how often memory ran out and it was halved.
         cheap: the scores that made the shortlist, if one was asked for.
+        healed: aggregate lost to the teacher after a short distillation, of the few that were healed on trial.
+        heal_seconds: what that took.
     """
 
     metric: str
     importance: dict[int, float]
+    stderr: dict[int, float] = field(default_factory=dict)
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    dropped: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0
+    memory: dict[str, int] = field(default_factory=dict)
     cheap: LayerScores | None = None
+    healed: dict[int, float] = field(default_factory=dict)
+    heal_seconds: float = 0.0
 
     def ranked(self) -> list[int]:
-        """Teacher layers, least important first; ties go to the lower index."""
-        return sorted(self.importance, key=lambda layer: (self.importance[layer], layer))
+        """Teacher layers, least important first.
+
+        Those healed on trial come first, by what they lost then; those that a race gave up last; ties go by index.
+        """
+
+        def key(layer: int) -> tuple[Any, ...]:
+            lost = self.healed.get(layer, self.importance[layer])
+            return (layer not in self.healed, layer in self.dropped, lost, layer)
+
+        return sorted(self.importance, key=key)
+
+    def tied(self) -> list[int]:
+        """The layers that share the least importance to the last digit; the first of them goes, by its index."""
+        least = min(self.importance[layer] for layer in self.importance if layer not in self.dropped)
+        return [layer for layer in sorted(self.importance) if self.importance[layer] == least]
 
     def to_json(self) -> dict[str, Any]:
         """For the journal; with a shortlist, whether the cheap metric alone would have chosen the same layer."""
-        own: dict[str, Any] = {
-            "metric": self.metric,
-            "seconds": round(self.seconds, 3),
-            "importance": {str(layer): value for layer, value in sorted(self.importance.items())},
-        }
+        own: dict[str, Any] = {"metric": self.metric, "seconds": round(self.seconds, 3), **self.memory}
+        for name in ("importance", "stderr", "dropped", "healed"):
+            if values := getattr(self, name):
+                own[name] = {str(layer): value for layer, value in sorted(values.items())}
+        if len(self.tied()) > 1:
+            own["tied"] = self.tied()
         if self.evaluations:
             own["evaluations"] = {str(layer): e.to_json() for layer, e in sorted(self.evaluations.items())}
+        if self.healed:
+            own["heal_seconds"] = round(self.heal_seconds, 3)
         if self.cheap:
             own["cheap"] = self.cheap.to_json()
             own["cheap_chooses_same"] = self.cheap.ranked()[0] == self.ranked()[0]
@@ -75,19 +103,18 @@ def make_metric(name: str) -> Metric:
     return resolve_class(name, METRICS, "metric")()
 
 
-def text_batches(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
-    """The text that metrics read, as batches of token ids and masks, each [B, T]; none if the config has no text."""
+def scoring_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
+    """The text that metrics read; None if the config has no text."""
     text = config.score.text or config.distill.text
     if not text:
-        return []
-    rows = load_rows(
+        return None
+    return load_rows(
         text,
         tokenizer,
         sequence_length=config.distill.sequence_length,
         max_tokens=config.score.tokens,
         seed=config.seed,
     )
-    return rows.batches(config.score.batch_size)
 
 
 def check_metrics(config: ScoreConfig, *, has_text: bool, has_tasks: bool) -> None:
@@ -107,12 +134,13 @@ def check_metrics(config: ScoreConfig, *, has_text: bool, has_tasks: bool) -> No
             raise InputError(f"{field_name}: {name} needs tasks, and none are given", hint="list some under tasks")
 
 
-def score_candidates(inputs: ScoringInputs, depth: Depth, config: ScoreConfig) -> LayerScores:
+def score_candidates(inputs: ScoringInputs, depth: Depth) -> LayerScores:
     """Scores the candidates: the cheap metric on all, the deciding one on its shortlist (or on all without one).
 
     Args:
         depth: which teacher layers the positions in `inputs` stand for.
     """
+    config = inputs.config
     cheap = None
     if config.shortlist and len(inputs.candidates) > config.shortlist.keep:
         cheap = _scores(config.shortlist.by, inputs, depth)
@@ -124,49 +152,146 @@ def score_candidates(inputs: ScoringInputs, depth: Depth, config: ScoreConfig) -
 
 
 def score_layers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Stack,
     tokenizer: PreTrainedTokenizerBase,
     config: ScoreConfig,
     *,
     tasks: Sequence[Task] = (),
-    batches: Sequence[tuple[Tensor, Tensor]] = (),
+    text: Rows | None = None,
     aggregate: str = "mean",
+    store: AnswerStore | None = None,
+    announce: Callable[[list[Estimate]], None] | None = None,
 ) -> LayerScores:
     """Scores the layers of a model on its own: what would be lost if each were skipped.
 
     Args:
+        model: a causal language model, or the stack of one whose layers are streamed (`models.load_streamed`).
         config: which metric, which layers are protected.
         tasks: for metrics that need them, from `make_tasks`.
-        batches: for metrics that read text, from `text_batches`.
+        text: for metrics that read text, from `scoring_text`.
+        store: where to look for answers that were given before, and to keep new ones.
+        announce: called with the estimate before the work begins.
+
+    Raises:
+        InputError: all layers are protected, or a streamed model would have to generate.
     """
-    depth, stack = Depth.full(len(Stack(model).layers)), Stack(model)
+    stack = model if isinstance(model, Stack) else Stack(model)
+    depth = Depth.full(len(stack.layers))
     candidates = depth.removable(config.protect.first, config.protect.last, config.protect.layers)
     if not candidates:
         raise InputError("no layer may be removed: all are protected", hint="protect fewer (score.protect)")
-    inputs = ScoringInputs(stack, stack, tokenizer, candidates, batches, tasks, None, aggregate)
-    return score_candidates(inputs, depth, config)
+    inputs = ScoringInputs(stack, stack, tokenizer, candidates, text, tasks, None, aggregate, config, store)
+    if stack.streamed and "tasks" in make_metric(config.decide).needs:
+        _refuse_generation(tasks, tokenizer)
+    if announce:
+        announce(estimate(inputs))
+    return score_candidates(inputs, depth)
+
+
+def _refuse_generation(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> None:
+    for task in tasks:
+        if any(isinstance(request, Generation) for own in task.requests(tokenizer) for request in own):
+            raise InputError(
+                f"task {task.name} generates text, for which every layer would be read from disk for every token",
+                hint="score it with score.weights: memory, or leave it out; log-likelihood tasks can be streamed",
+            )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a metric will take.
+
+    Attributes:
+        metric: its name.
+        tokens: tokens of the text or the tasks.
+        layer_runs: how often a layer runs on each of them, over all candidates.
+        one_by_one: how often it would, if each candidate were removed and run.
+        seconds: about how long, by the time of one layer and of the head on a few tokens.
+    """
+
+    metric: str
+    tokens: int
+    layer_runs: int
+    one_by_one: int
+    seconds: float
+
+
+def estimate(inputs: ScoringInputs) -> list[Estimate]:
+    """What scoring will take, from counting tokens and timing one layer and the head; racing may take less."""
+    config, count = inputs.config, len(inputs.candidates)
+    short = config.shortlist is not None and count > config.shortlist.keep
+    steps = [(config.shortlist.by, count)] if short and config.shortlist else []
+    steps.append((config.decide, config.shortlist.keep if short and config.shortlist else count))
+    per_layer, per_logit = _time_a_token(inputs.student)
+    depth = len(inputs.student.layers)
+    estimates = []
+    for name, candidates in steps:
+        needs = make_metric(name).needs
+        read = int(inputs.text.mask.sum()) if "text" in needs and inputs.text else 0
+        requests = (
+            [r for task in inputs.tasks for own in task.requests(inputs.tokenizer) for r in own]
+            if "tasks" in needs
+            else []
+        )
+        written = [r for r in requests if isinstance(r, Generation)]
+        asked = sum(len_of(r) for r in requests if isinstance(r, LogLikelihood))
+        walked = read + asked + sum(len(r.prompt) for r in written)
+        decoded = sum(r.max_new_tokens for r in written)
+        runs = depth + sum(depth - 1 - position for position in list(inputs.candidates)[:candidates])
+        scored = read * (2 if read else 0) + sum(len(r.continuation) for r in requests if isinstance(r, LogLikelihood))
+        seconds = (walked * runs + decoded * depth * (1 + candidates)) * per_layer
+        seconds += (scored + decoded) * (1 + candidates) * per_logit
+        estimates.append(Estimate(name, walked + decoded, runs, depth + candidates * (depth - 1), seconds))
+    return estimates
+
+
+@torch.no_grad()
+def _time_a_token(stack: Stack) -> tuple[float, float]:
+    """Seconds for a token in a layer, and in the head."""
+    rows = min(256, stack.logit_rows())
+    hidden, arguments = stack.begin(torch.zeros(4, 128, dtype=torch.long))
+    few = hidden.flatten(0, 1)[:rows]
+    times: list[tuple[float, float]] = []
+    with stack.resident(0):
+        for _ in range(3):
+            started = time.perf_counter()
+            stack.layer(0, hidden, arguments[0])
+            between = time.perf_counter()
+            stack.logits(few).logsumexp(-1).sum().item()
+            times.append((between - started, time.perf_counter() - between))
+    layers, heads = zip(*times, strict=True)
+    return min(layers) / 512, min(heads) / rows
 
 
 def _scores(name: str, inputs: ScoringInputs, depth: Depth) -> LayerScores:
-    inputs = replace(inputs, evaluations={})
     started = time.monotonic()
-    importance = make_metric(name).score(inputs)
+    found = make_metric(name).score(inputs)
+
+    def by_layer(values: dict[int, Any]) -> dict[int, Any]:
+        return {depth.kept[position]: value for position, value in values.items()}
+
     return LayerScores(
         metric=name,
-        importance={depth.kept[position]: value for position, value in importance.items()},
-        evaluations={depth.kept[position]: value for position, value in inputs.evaluations.items()},
+        importance=by_layer(found.importance),
+        stderr=by_layer(found.stderr),
+        evaluations=by_layer(found.evaluations),
+        dropped=by_layer(found.dropped),
         seconds=time.monotonic() - started,
+        memory={"memory": inputs.budget.bytes, "memory_halved": inputs.budget.halved},
     )
 
 
 __all__ = [
     "METRICS",
+    "Estimate",
+    "Findings",
     "LayerScores",
     "Metric",
     "ScoringInputs",
     "check_metrics",
+    "estimate",
     "make_metric",
     "score_candidates",
     "score_layers",
-    "text_batches",
+    "scoring_text",
 ]

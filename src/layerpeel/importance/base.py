@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.stack import Stack
+from layerpeel.config import ScoreConfig
+from layerpeel.data import Rows
+from layerpeel.progress import progress
+from layerpeel.stack import Budget, Stack
 from layerpeel.tasks import Task
 from layerpeel.tasks.base import Evaluation
+from layerpeel.tasks.store import AnswerStore
 
 
 @dataclass
@@ -23,22 +31,46 @@ class ScoringInputs:
         teacher: the frozen original; the student itself when a model is scored on its own.
         tokenizer: of both.
         candidates: positions in the student that may be skipped, ascending.
-        batches: token ids, [B, T] each with its mask [B, T], for metrics that read text.
+        text: for metrics that read text.
         tasks: for metrics that measure quality.
         reference: the teacher's evaluation on the tasks; None where the student is its own reference.
         aggregate: `mean` or `relative`.
-        evaluations: what the tasks gave for each candidate, filled in by a metric that runs them.
+        config: how to score.
+        store: answers of a scoring that was interrupted.
     """
 
     student: Stack
     teacher: Stack
     tokenizer: PreTrainedTokenizerBase
     candidates: Sequence[int]
-    batches: Sequence[tuple[Tensor, Tensor]] = ()
+    text: Rows | None = None
     tasks: Sequence[Task] = ()
     reference: Evaluation | None = None
     aggregate: str = "mean"
+    config: ScoreConfig = field(default_factory=ScoreConfig)
+    store: AnswerStore | None = None
+
+    @cached_property
+    def budget(self) -> Budget:
+        """Shared by all metrics of a scoring."""
+        return Budget(self.config.memory, self.student.device)
+
+
+@dataclass
+class Findings:
+    """What a metric found, by position.
+
+    Attributes:
+        importance: quality lost when the layer is skipped; low goes first.
+        stderr: the standard error of each importance, paired sample by sample, where there are samples.
+        evaluations: task scores with the layer skipped, where the metric runs tasks.
+        dropped: for each candidate that a race gave up, the share of the samples after which it did.
+    """
+
+    importance: dict[int, float]
+    stderr: dict[int, float] = field(default_factory=dict)
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    dropped: dict[int, float] = field(default_factory=dict)
 
 
 class Metric(ABC):
@@ -47,5 +79,40 @@ class Metric(ABC):
     needs: frozenset[str]
 
     @abstractmethod
-    def score(self, inputs: ScoringInputs) -> dict[int, float]:
-        """The importance of each candidate position: quality lost when it is skipped; low goes first."""
+    def score(self, inputs: ScoringInputs) -> Findings:
+        """Scores each candidate position."""
+
+
+def mean_over_text(
+    inputs: ScoringInputs, streams: int, measure: Callable[[Tensor, Tensor], Tensor], description: str
+) -> list[float]:
+    """The mean over all real tokens of what `measure` sums; processes share the rows.
+
+    Args:
+        streams: how many of them `measure` holds at a time.
+        measure: gives [M] sums of float64, from token ids [B, T] and where real tokens are [B, T].
+
+    Returns:
+        M means.
+    """
+    assert inputs.text is not None
+    state = PartialState(cpu=inputs.student.device.type == "cpu")
+    ids, mask = (t[state.process_index :: state.num_processes] for t in (inputs.text.input_ids, inputs.text.mask))
+    width, device = ids.shape[1], inputs.student.device
+    total, start = torch.zeros(0, dtype=torch.float64), 0
+    with progress(description, len(ids)) as advance:
+        while start < len(ids):
+            rows = slice(start, start + max(1, inputs.budget.tokens(inputs.student, streams) // width))
+            try:
+                part = measure(ids[rows].to(device), mask[rows].to(device)).cpu()
+            except Exception as error:
+                inputs.budget.shrink(error, inputs.student, streams, width)
+                continue
+            total = part if not start else total + part
+            start += len(ids[rows])
+            advance(len(ids[rows]))
+    if state.num_processes > 1:
+        parts = [torch.tensor(part, dtype=torch.float64) for part in gather_object([total.tolist()]) if part]
+        total = torch.stack(parts).sum(0)
+    means: list[float] = (total / inputs.text.mask.sum()).tolist()
+    return means

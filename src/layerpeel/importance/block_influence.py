@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from layerpeel.importance.base import Metric, ScoringInputs
-from layerpeel.progress import progress
+from layerpeel.importance.base import Findings, Metric, ScoringInputs, mean_over_text
 
 
 class BlockInfluence(Metric):
@@ -15,18 +14,16 @@ class BlockInfluence(Metric):
 
     needs = frozenset({"text"})
 
-    def score(self, inputs: ScoringInputs) -> dict[int, float]:
-        total = torch.zeros(len(inputs.student.layers), dtype=torch.float64)
-        tokens = 0
-        with progress("scoring by block_influence", len(inputs.batches)) as advance:
-            for input_ids, mask in inputs.batches:
-                input_ids, mask = input_ids.to(inputs.student.device), mask.to(inputs.student.device)
+    def score(self, inputs: ScoringInputs) -> Findings:
+        def measure(input_ids: Tensor, mask: Tensor) -> Tensor:
+            turned = torch.zeros(len(inputs.student.layers), dtype=torch.float64)
 
-                def watch(position: int, before: Tensor, after: Tensor, mask: Tensor = mask) -> None:
-                    cosine = functional.cosine_similarity(before[mask].float(), after[mask].float(), dim=-1)
-                    total[position] += (1 - cosine).double().sum().cpu()
+            def watch(position: int, before: Tensor, after: Tensor) -> None:
+                cosine = functional.cosine_similarity(before[mask].float(), after[mask].float(), dim=-1)
+                turned[position] = (1 - cosine).double().sum().cpu()
 
-                inputs.student.walk(input_ids, watch=watch)
-                tokens += int(mask.sum())
-                advance()
-        return {position: float(total[position] / tokens) for position in inputs.candidates}
+            inputs.student.walk(input_ids, watch=watch)
+            return turned
+
+        means = mean_over_text(inputs, 1, measure, "scoring by block_influence")
+        return Findings({position: means[position] for position in inputs.candidates})

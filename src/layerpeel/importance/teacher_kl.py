@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from layerpeel.importance.base import Metric, ScoringInputs
-from layerpeel.progress import progress
+from layerpeel.importance.base import Findings, Metric, ScoringInputs, mean_over_text
 from layerpeel.stack import Stack
 
 
@@ -20,19 +19,15 @@ class TeacherKL(Metric):
     needs = frozenset({"text"})
 
     @torch.no_grad()
-    def score(self, inputs: ScoringInputs) -> dict[int, float]:
-        total = torch.zeros(1 + len(inputs.candidates), dtype=torch.float64)
-        tokens = 0
-        with progress("scoring by teacher_kl", len(inputs.batches)) as advance:
-            for input_ids, mask in inputs.batches:
-                input_ids, mask = input_ids.to(inputs.student.device), mask.to(inputs.student.device)
-                target = inputs.teacher.walk(input_ids)[0][mask]
-                streams = inputs.student.walk(input_ids, inputs.candidates)[:, mask]
-                total += _divergence(inputs.teacher, target, inputs.student, streams).cpu()
-                tokens += int(mask.sum())
-                advance()
-        means = (total / tokens).tolist()
-        return {position: mean - means[0] for position, mean in zip(inputs.candidates, means[1:], strict=True)}
+    def score(self, inputs: ScoringInputs) -> Findings:
+        def measure(input_ids: Tensor, mask: Tensor) -> Tensor:
+            streams = inputs.student.walk(input_ids, inputs.candidates)[:, mask]
+            alone = inputs.teacher is inputs.student
+            target = streams[0] if alone else inputs.teacher.walk(input_ids)[0][mask]
+            return _divergence(inputs.teacher, target, inputs.student, streams)
+
+        own, *skipped = mean_over_text(inputs, 1 + len(inputs.candidates), measure, "scoring by teacher_kl")
+        return Findings({position: mean - own for position, mean in zip(inputs.candidates, skipped, strict=True)})
 
 
 def _divergence(teacher: Stack, target: Tensor, student: Stack, streams: Tensor) -> Tensor:

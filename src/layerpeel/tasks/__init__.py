@@ -14,12 +14,14 @@ from layerpeel.tasks.answering import Engine, score_tasks
 from layerpeel.tasks.base import Evaluation, Task, TaskScore
 from layerpeel.tasks.choice import Choice
 from layerpeel.tasks.generate import Generate
+from layerpeel.tasks.harness import Harness
 from layerpeel.tasks.pairs import Pairs
 from layerpeel.tasks.perplexity import Perplexity
 
 TASKS: dict[str, type[Task]] = {
     "choice": Choice,
     "generate": Generate,
+    "harness": Harness,
     "pairs": Pairs,
     "perplexity": Perplexity,
 }

@@ -5,6 +5,7 @@ Answers come as one list a stream: the untouched model first, then each candidat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -12,36 +13,38 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from layerpeel.architecture import attention_reach
-from layerpeel.errors import RunError
 from layerpeel.progress import Advance, progress
-from layerpeel.stack import Stack, skipping_by_row
+from layerpeel.stack import Budget, Stack, skipping_by_row
 from layerpeel.tasks.base import Answer, Generation, Likelihood, LogLikelihood, Request, Task, TaskScore
+from layerpeel.tasks.store import AnswerStore
 from layerpeel.tasks.trees import Row, pad_rows, plant, single
-
-# Bytes that the streams of one batch may take, unless a config says otherwise.
-MEMORY = 2**30
-# A token's share of a layer's memory while it runs, in hidden states: inputs, projections, the wide middle of the MLP.
-LAYER_WIDTH = 24
 
 
 class Engine:
-    """Answers requests on one stack, within a budget of memory that shrinks when it proves too large.
+    """Answers requests on one stack, all candidates at once, within a budget of memory.
 
-    Attributes:
-        memory: bytes for the streams of a batch.
-        halved: how often memory ran out, and the budget was halved.
+    Args:
+        candidates: positions to skip, ascending.
+        budget: shared with whoever else works on the stack.
+        store: answers that were given before, and a place for new ones.
     """
 
     def __init__(
-        self, stack: Stack, tokenizer: PreTrainedTokenizerBase, candidates: Sequence[int] = (), memory: int = MEMORY
+        self,
+        stack: Stack,
+        tokenizer: PreTrainedTokenizerBase,
+        candidates: Sequence[int] = (),
+        *,
+        budget: Budget | None = None,
+        store: AnswerStore | None = None,
     ) -> None:
         self.stack, self.tokenizer, self.candidates = stack, tokenizer, candidates
-        self.memory, self.halved = memory, 0
+        self.budget = budget or Budget(None, stack.device)
+        self.store = store
 
     @property
     def streams(self) -> int:
@@ -56,6 +59,14 @@ class Engine:
         Raises:
             RunError: memory does not suffice for a single row.
         """
+        windows = [_windows(request, context_length(self.stack)) for request in requests]
+        streams = []
+        for answers in self._answer([window for own in windows for window in own], description):
+            rest = iter(answers)
+            streams.append([_joined([next(rest) for _ in own]) for own in windows])
+        return streams
+
+    def _answer(self, requests: Sequence[Request], description: str) -> list[list[Answer]]:
         state = PartialState(cpu=self.stack.device.type == "cpu")
         own = sorted(i for batch in self._batches(requests)[state.process_index :: state.num_processes] for i in batch)
         answers: dict[int, list[Answer]] = {}
@@ -77,24 +88,20 @@ class Engine:
                     answers[index] = own
                 advance(len(batch))
         except Exception as error:
-            if not should_reduce_batch_size(error):
-                raise
-            smallest = max(map(len_of, requests)) * self.streams * self._bytes_per_token
-            if self.memory < smallest:
-                raise RunError(
-                    f"out of memory with a single row of {max(map(len_of, requests))} tokens in {self.streams} streams",
-                    hint="score fewer layers (score.protect), shorter samples, or on a larger device",
-                ) from None
-            self.memory //= 2
-            self.stack.tokens_per_call = max(1, self.stack.tokens_per_call // 2)
-            self.halved += 1
-            torch.cuda.empty_cache()
+            self.budget.shrink(error, self.stack, self.streams, max(map(len_of, requests)))
 
     def _answer_batch(self, requests: Sequence[Request]) -> list[list[Answer]]:
         """[requests][1 + C]; all of one kind."""
+        found = self.store.find(requests, self.candidates) if self.store else None
+        if found:
+            return found
         if isinstance(requests[0], Generation):
-            return self._generate([r for r in requests if isinstance(r, Generation)])
-        return self._log_likelihoods([r for r in requests if isinstance(r, LogLikelihood)])
+            answers = self._generate([r for r in requests if isinstance(r, Generation)])
+        else:
+            answers = self._log_likelihoods([r for r in requests if isinstance(r, LogLikelihood)])
+        if self.store:
+            self.store.keep(requests, self.candidates, answers)
+        return answers
 
     # Log-likelihoods
 
@@ -109,7 +116,7 @@ class Engine:
             (index, number * input_ids.shape[1] + path[place - 1], sequences[index][place])
             for number, row in enumerate(rows)
             for index, path in row.paths
-            for place in range(max(1, len(sequences[index]) - len(requests[index].continuation)), len(sequences[index]))
+            for place in range(len(sequences[index]) - len(requests[index].continuation), len(sequences[index]))
         ]
         asked.sort(key=lambda ask: ask[1])  # by node, so that each node goes through the head once
         owner, node, target = torch.tensor(asked).T if asked else torch.zeros(3, 0, dtype=torch.long)
@@ -189,18 +196,13 @@ class Engine:
 
     # What goes together
 
-    @property
-    def _bytes_per_token(self) -> int:
-        config = self.stack.model.config
-        return LAYER_WIDTH * config.hidden_size * self.stack.model.dtype.itemsize
-
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
         """Indices of requests that go together: of one kind, within the budget.
 
         In trees, log-likelihoods go by their tokens, so that shared beginnings meet; all else goes longest first, so
         that rows are of like length.
         """
-        budget = max(1, self.memory // (self.streams * self._bytes_per_token))
+        budget = self.budget.tokens(self.stack, self.streams)
         batches = []
         order = sorted(range(len(requests)), key=lambda index: (_kind(requests[index]), *self._order(requests[index])))
         for _, group in groupby(order, key=lambda index: _kind(requests[index])):
@@ -257,6 +259,30 @@ def len_of(request: Request) -> int:
 def context_length(stack: Stack) -> int:
     """Tokens that the model was made for."""
     return getattr(stack.model.config, "max_position_embeddings", None) or 2048
+
+
+def _windows(request: Request, limit: int) -> list[Request]:
+    """A log-likelihood too long for the model, in the parts that lm-evaluation-harness cuts it to; all else whole.
+
+    Each part has `limit` tokens and the one before them as context, the last has as much context as there is room for.
+    """
+    if isinstance(request, Generation) or len(request.continuation) <= limit:
+        return [request]
+    tokens, before = request.continuation, request.context[-1:] + request.continuation
+    starts = range(0, len(tokens), limit)
+    ends = [min(start + limit, len(tokens)) for start in starts]
+    return [
+        LogLikelihood(before[max(0, end - limit) : start + 1], tokens[start:end])
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def _joined(answers: Sequence[Answer]) -> Answer:
+    """The answer to a request from those to its windows."""
+    parts = [answer for answer in answers if isinstance(answer, Likelihood)]
+    if len(parts) < len(answers):
+        return answers[0]
+    return Likelihood(math.fsum(part.log_probability for part in parts), all(part.greedy for part in parts))
 
 
 def _kind(request: Request) -> tuple[Any, ...]:

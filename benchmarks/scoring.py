@@ -1,0 +1,213 @@
+"""Times scoring every layer of the kit's storyteller-18 on Zorro and next_sentence (lm-evaluation-harness tasks).
+
+    python benchmarks/scoring.py --out results.json
+
+Three rivals of the one pass, all on the same samples:
+(a) a loop that removes each candidate and runs the model on padded batches (`loop`); and the same loop over the very
+    rows that the one pass runs, with shared beginnings (`loop_same_rows`);
+(b) the harness's own model class, HFLM, on each candidate (`harness`); and against it, the one pass with a shortlist
+    and a race (`raced_harness`).
+Checks that all give the same scores, and whether shortlist and race choose the layer that the full scores choose, from
+18 layers down to 8. (b) is timed on some candidates, and taken for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from layerpeel.config import ScoreConfig, TaskConfig, TextConfig
+from layerpeel.data import load_rows
+from layerpeel.importance import LayerScores, score_layers
+from layerpeel.models import load_model
+from layerpeel.stack import Stack
+from layerpeel.surgery import remove_layers
+from layerpeel.tasks import Evaluation, Task, make_tasks
+from layerpeel.tasks.answering import Engine, score_tasks
+from layerpeel.tasks.base import Likelihood, LogLikelihood, TaskScore
+
+KIT = Path(__file__).resolve().parents[1] / ".." / "shared" / "kit"
+TASKS = ("zorro", "next_sentence_en", "next_sentence_ru")
+TOKENS_PER_BATCH = 4096  # of the padded loop; more is slower on two cores
+
+
+def main() -> None:
+    """Runs all rivals and writes the ratios of their times over ours."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=3, help="timings of each, of which the median counts")
+    parser.add_argument("--harness-candidates", type=int, default=3, help="candidates that HFLM is timed on")
+    parser.add_argument("--limit", type=int, default=None, help="samples of each task, for a quick look")
+    parser.add_argument("--depth", type=int, default=8, help="where the comparison of choices ends")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    model, tokenizer = load_model(KIT / "models" / "storyteller-18")
+    tasks = make_tasks([
+        TaskConfig(kind="harness", name=name, task=name, include_path=str(KIT / "eval/lm_eval"), limit=options.limit)
+        for name in TASKS
+    ])  # fmt: skip
+    full, raced = ScoreConfig(), ScoreConfig(race={}, shortlist={"by": "teacher_kl", "keep": 6})  # type: ignore[arg-type]
+    candidates = list(range(1, 17))
+    text = load_rows(
+        [TextConfig(path=str(KIT / "text" / name)) for name in ("tinystories_2M.txt", "stories_ru.jsonl")],
+        tokenizer, sequence_length=256, max_tokens=4096,
+    )  # fmt: skip
+
+    def ours(config: ScoreConfig = full, shorter: PreTrainedModel = model) -> LayerScores:
+        return score_layers(shorter, tokenizer, config, tasks=tasks, text=text)
+
+    times: dict[str, list[float]] = {name: [] for name in ("ours", "raced", "loop", "loop_same_rows")}
+    for _ in range(options.repeats):
+        found = timed(times["ours"], ours)
+        timed(times["raced"], lambda: ours(raced))
+        by_loop = timed(times["loop"], lambda: loop(model, tokenizer, tasks, candidates, padded))
+        same_rows = timed(times["loop_same_rows"], lambda: loop(model, tokenizer, tasks, candidates, one_by_one))
+        print({name: round(values[-1], 1) for name, values in times.items()}, flush=True)
+    chosen = [None, *candidates[:: max(1, len(candidates) // options.harness_candidates)]][
+        : options.harness_candidates + 1
+    ]
+    per_candidate = []
+    theirs = {}
+    for candidate in chosen:
+        started = time.monotonic()
+        theirs[candidate] = harness(shortened(model, candidate), tokenizer, options.limit)
+        per_candidate.append(time.monotonic() - started)
+        print(candidate, round(per_candidate[-1], 1), flush=True)
+    scores = {candidate: {n: s.value for n, s in e.scores.items()} for candidate, e in found.evaluations.items()}
+    equal = {
+        "loop": all(by_loop[c] == scores[c] for c in candidates),
+        "loop_same_rows": all(same_rows[c] == scores[c] for c in candidates),
+        "harness": all(theirs[c] == scores[c] for c in chosen if c is not None) and theirs[None] == by_loop[None],
+    }
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    of_harness = statistics.median(per_candidate) * (len(candidates) + 1)
+    agreement = compare_choices(model, ours, full, raced, options.depth)
+    record = {
+        "command": "python benchmarks/scoring.py" + f" --limit {options.limit}" * (options.limit is not None),
+        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}",
+        "seconds": middle | {"harness": of_harness, "harness_per_candidate": per_candidate},
+        "all_seconds": times,
+        "ratios": {
+            "loop": middle["loop"] / middle["ours"],
+            "loop_same_rows": middle["loop_same_rows"] / middle["ours"],
+            "harness": of_harness / middle["ours"],
+            "raced_harness": of_harness / middle["raced"],
+        },
+        "same_scores": equal,
+        "agreement": sum(each["same"] for each in agreement) / len(agreement),
+        "rounds": agreement,
+    }
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({key: record[key] for key in ("ratios", "same_scores", "agreement")}, indent=1))
+
+
+def timed(times: list[float], call: Callable[[], Any]) -> Any:
+    """What a call gives; its seconds are added to `times`."""
+    started = time.monotonic()
+    result = call()
+    times.append(time.monotonic() - started)
+    return result
+
+
+def shortened(model: PreTrainedModel, candidate: int | None) -> PreTrainedModel:
+    """A copy of the model without one layer."""
+    return remove_layers(copy.deepcopy(model), [] if candidate is None else [candidate])
+
+
+def loop(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task], candidates: list[int],
+    answer: Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[Task]], dict[str, TaskScore]],
+) -> dict[int | None, dict[str, float]]:  # fmt: skip
+    """Each task's score for the model and for each candidate, removed and run."""
+    return {
+        candidate: {name: s.value for name, s in answer(shortened(model, candidate), tokenizer, tasks).items()}
+        for candidate in (None, *candidates)
+    }
+
+
+def one_by_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task]) -> dict[str, TaskScore]:
+    """Our own rows, for one model alone."""
+    return score_tasks(Engine(Stack(model), tokenizer), tasks)[0]
+
+
+@torch.no_grad()
+def padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task]) -> dict[str, TaskScore]:
+    """Padded batches of sequences of like length through the model's own forward, as one would write it by hand."""
+    scores = {}
+    for task in tasks:
+        samples = task.requests(tokenizer)
+        requests = [r for own in samples for r in own if isinstance(r, LogLikelihood)]
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].context + requests[i].continuation))
+        answers: list[Likelihood] = [Likelihood(0.0, False)] * len(requests)
+        while order:
+            width = len(requests[order[0]].context + requests[order[0]].continuation)
+            batch, order = order[: TOKENS_PER_BATCH // width], order[TOKENS_PER_BATCH // width :]
+            rows = [requests[i].context + requests[i].continuation for i in batch]
+            ids = torch.tensor([row + (0,) * (width - len(row)) for row in rows])
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+            logs = model(ids[:, :-1], attention_mask=mask[:, :-1]).logits.float().log_softmax(-1)
+            for index, row, own in zip(batch, rows, logs, strict=True):
+                start = len(requests[index].context)
+                target = torch.tensor(row[start:])
+                found = own[start - 1 : len(row) - 1]
+                total = found.gather(-1, target[:, None]).sum().item()
+                answers[index] = Likelihood(total, bool((found.argmax(-1) == target).all()))
+        rest = iter(answers)
+        scores[task.name] = task.score({sample: [next(rest) for _ in own] for sample, own in enumerate(samples)})
+    return scores
+
+
+def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> dict[str, float]:
+    """Each task's score by the harness with its own model class."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        manager = TaskManager(include_path=str(KIT / "eval/lm_eval"), include_defaults=False)
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=64)
+        found = lm_eval.simple_evaluate(
+            lm, tasks=list(TASKS), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
+        )
+    return {name: found["results"][name]["acc,none"] for name in TASKS}
+
+
+def compare_choices(
+    model: PreTrainedModel, ours: Callable[..., LayerScores], full: ScoreConfig, raced: ScoreConfig, depth: int
+) -> list[dict[str, Any]]:
+    """From the model's depth down, without training: the choice by full scores, and by shortlist and race."""
+    shorter, rounds = copy.deepcopy(model), []
+    while shorter.config.num_hidden_layers > depth:
+        by_full, by_race = ours(full, shorter), ours(raced, shorter)
+        best, other = by_full.ranked()[0], by_race.ranked()[0]
+        gap = by_full.importance[other] - by_full.importance[best]
+        error = Evaluation.difference_stderr(
+            by_full.evaluations[best], by_full.evaluations[other], by_full.evaluations[best]
+        )
+        rounds.append({
+            "layers": shorter.config.num_hidden_layers, "full": best, "raced": other, "same": best == other,
+            "gap": gap, "stderr": error, "within_one_stderr": gap <= error,
+            "seconds_full": by_full.seconds,
+            "seconds_raced": by_race.seconds + (by_race.cheap.seconds if by_race.cheap else 0),
+        })  # fmt: skip
+        print(rounds[-1], flush=True)
+        remove_layers(shorter, [best])
+    return rounds
+
+
+if __name__ == "__main__":
+    main()
