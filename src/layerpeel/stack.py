@@ -26,8 +26,9 @@ from layerpeel.architecture import find_architecture
 from layerpeel.errors import RunError
 
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
-# Bytes of fp32 logits that may exist at a time; chunks of positions are sized to it.
-LOGITS_BYTES = 64 * 2**20
+# Bytes of fp32 logits that may exist at a time, to which chunks of positions are sized; few on a CPU, for its caches.
+LOGITS_BYTES = {"cpu": 8 * 2**20}
+LOGITS_BYTES_ELSEWHERE = 64 * 2**20
 # Tokens that go through a layer at a time: enough to keep a processor busy, few enough to stay in its caches.
 TOKENS_PER_CALL = 8192
 
@@ -189,7 +190,8 @@ class Stack:
 
     def logit_rows(self, streams: int = 1) -> int:
         """How many positions of `streams` streams may go through the head at a time."""
-        return max(1, LOGITS_BYTES // (4 * self.vocab_size * streams))
+        size = LOGITS_BYTES.get(self.device.type, LOGITS_BYTES_ELSEWHERE)
+        return max(1, size // (4 * self.vocab_size * streams))
 
     @torch.no_grad()
     def walk(

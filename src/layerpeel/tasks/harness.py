@@ -10,7 +10,7 @@ import difflib
 import importlib.util
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -120,6 +120,7 @@ class Harness(Task):
             try:
                 loaded: dict[str, Any] = dict(manager.load(self.task))
                 for leaf in loaded["tasks"].values():
+                    _remember_templates(leaf)
                     if self.num_fewshot is not None and leaf.get_config("num_fewshot") != 0:  # as the harness does
                         leaf.set_config(key="num_fewshot", value=self.num_fewshot)
                     leaf.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -204,6 +205,24 @@ class Harness(Task):
             lower_is_better=not first.higher_is_better().get(self._metric_of(first)[0], True),
             influences=TaskScore.of_mean(samples, weights).influences if apart else None,
         )
+
+
+def _remember_templates(leaf: Any) -> None:
+    """Lets a task render each template once a document: the harness renders them anew for every model it scores."""
+    for name in ("doc_to_text", "doc_to_choice", "doc_to_target"):
+        setattr(leaf, name, _once_a_document(getattr(leaf, name)))
+
+
+def _once_a_document(render: Callable[..., Any]) -> Callable[..., Any]:
+    known: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # holds the document too, so that no other can get its id
+
+    def once(doc: Any, *args: Any, **options: Any) -> Any:
+        key = (id(doc), args, tuple(options.items()))
+        if key not in known:
+            known[key] = (doc, render(doc, *args, **options))
+        return known[key][1]
+
+    return once
 
 
 @cache
