@@ -105,6 +105,14 @@ class Stack:
         return self.architecture.layers
 
     @property
+    def norm_module(self) -> nn.Module:
+        return self.architecture.norm
+
+    @property
+    def head_module(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 
