@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from layerpeel.config import DistillConfig, RunConfig
-from layerpeel.data import cycle_batches, load_rows
+from layerpeel.data import cycle_batches, load_rows, positions_of
 from layerpeel.errors import InputError, RunError
 from layerpeel.importance import LayerScores, ScoringInputs
 from layerpeel.losses import LossSum, StepOutputs
-from layerpeel.progress import progress
+from layerpeel.progress import console, progress
 from layerpeel.student import Student, layers_to_train
 from layerpeel.tasks import evaluate
 
@@ -76,8 +76,11 @@ def train_student(
         return TrainingResult(layers=[])
     started = time.monotonic()
     chosen = layers_to_train(student, config.train, config.radius)
+    packing = config.packing and student.teacher.runs_packed
+    if packing != config.packing:
+        console.print("distill.packing: this model cannot keep documents of a row apart; one document a row")
     rows = load_rows(
-        config.text, tokenizer, sequence_length=config.sequence_length, packing=config.packing,
+        config.text, tokenizer, sequence_length=config.sequence_length, packing=packing,
         max_tokens=steps * tokens_per_step, seed=seed,
     )  # fmt: skip
     dtype = student.model.dtype
@@ -173,14 +176,14 @@ def run_both(
     """Teacher and student on one micro-batch; what they have in common runs once, without a graph.
 
     Args:
-        batch: `input_ids` and `attention_mask`, [B, T], right-padded.
+        batch: `input_ids` and `attention_mask`, [B, T], right-padded; `document` where a row holds several.
         last_trained: teacher index of the last trained layer.
     """
     device = student.model.device
     input_ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device).bool()
     shared, teacher = student.shared_prefix, student.teacher
     with torch.no_grad():
-        hidden, arguments = teacher.begin(input_ids)
+        hidden, arguments = teacher.begin(input_ids, positions_of(batch.get("document")))
         for index in range(shared):
             hidden = teacher.layer(index, hidden, arguments[index])
         theirs, teacher_inner = hidden, hidden
