@@ -45,6 +45,11 @@ def test_chats_are_found(make_source: MakeSource) -> None:
     assert said(make_source(rows, messages="chat")) == (": no column 'chat'", "columns there: messages, id")
 
 
+def test_rows_without_text_are_left_out(make_source: MakeSource) -> None:
+    assert list(read_documents(make_source([{"text": None}, "", " ", "a", {"text": None}]))) == ["a"]
+    assert said(make_source([{"text": None}, ""]))[0] == ": no text in it"
+
+
 def test_chats_from_a_table_have_no_keys_but_their_own(tmp_path: Any) -> None:
     call = {"role": "assistant", "tool_calls": [{"name": "clock"}]}
     datasets.Dataset.from_list([{"messages": [CHAT[0], call]}]).to_parquet(tmp_path / "a.parquet")
@@ -61,8 +66,9 @@ def test_chats_from_a_table_have_no_keys_but_their_own(tmp_path: Any) -> None:
         ),
         (["hi"], ": column 'messages', message 1: expected a role and a content, both text; found str"),
         (
-            [{"role": "user", "content": [{"type": "image"}]}],
-            ": column 'messages', message 1: expected a role and a content, both text; found a mapping of role, content",
+            [{"role": "user", "content": ["image"], "id": 1}],
+            ": column 'messages', message 1: expected a role and a content, both text; "
+            "found a mapping of role, content, id",
         ),
         (
             [{"role": "user"}],

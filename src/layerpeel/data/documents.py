@@ -26,9 +26,11 @@ def read_documents(source: TextConfig) -> Iterator[Document]:
     """
     count = 0
     for row in read_rows(source.path, split=source.split, name=source.name, stream=True):
-        column = _chat_column(row, source)
-        document = messages_of(row, column, source.path) if column else text_of(row, source.column, source.path)
-        if document if column else document.strip():  # type: ignore[union-attr]
+        chat = _chat_column(row, source)
+        if row.get(chat or source.column, "") is None:  # tables have such rows
+            continue
+        document = messages_of(row, chat, source.path) if chat else text_of(row, source.column, source.path)
+        if document if isinstance(document, list) else document.strip():
             count += 1
             yield document
     if not count:
