@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import glob
 import gzip
 import json
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -143,9 +146,20 @@ def _kind(path: Path) -> str:
 
 
 def _load_table(path: Path) -> Iterable[Row]:
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
     import datasets
 
     return datasets.load_dataset(TABLES[_kind(path)], data_files=glob.escape(str(path)), split="train", streaming=True)
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    """Some rows at a time, by pyarrow itself: a stream of datasets reads ahead in threads that hang a process's end."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path, memory_map=True) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
 
 
 def _read_dataset(load: Callable[[], Iterable[Row]], wrong: str, hint: str) -> Iterator[Row]:
@@ -216,8 +230,16 @@ def _load_hub(path: str, split: str, name: str | None, stream: bool) -> Iterable
     import datasets
 
     try:
+        if stream:
+            _wait_for_readers_at_exit()
         return datasets.load_dataset(path, name, split=split, streaming=stream)
     except Exception:
         if not stream:
             raise
     return datasets.load_dataset(path, name, split=split)  # without a network: what an earlier download left
+
+
+@cache
+def _wait_for_readers_at_exit() -> None:
+    """A stream that is left early still reads ahead in threads of pyarrow, which crash or hang a process that ends."""
+    atexit.register(time.sleep, 1)
