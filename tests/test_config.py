@@ -189,3 +189,9 @@ def test_nearest_and_resolve_class() -> None:
 def test_what_is_said_of_a_class(name: str, expected: str) -> None:
     with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
         resolve_class(name, {"path": Path}, "thing")
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan"), "much"])
+def test_what_is_said_of_a_weight(tmp_path: Path, weight: object) -> None:
+    with pytest.raises(InputError, match=r"config\.yaml: distill\.text\.0\.weight: input should be"):
+        load_config(write(tmp_path, distill={"text": [{"path": "a.txt", "weight": weight}]}))

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from layerpeel import Run, RunConfig, distill, load_model, peel
 from layerpeel.config import DistillConfig, parse_config
 from layerpeel.errors import InputError
-from layerpeel.tasks import evaluate, make_tasks
+from layerpeel.tasks import Evaluation, TaskScore, evaluate, make_tasks
 from layerpeel.training import train_student
 from tests.families import save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
@@ -104,18 +105,20 @@ def test_the_student_loads_without_our_package(settings: dict[str, Any]) -> None
     assert done.stdout.split() == ["4", "transformers.models.llama.modeling_llama"]
 
 
-def test_a_floor_gives_the_last_student_above_it(settings: dict[str, Any]) -> None:
-    free = peel(config_of(settings, stop={"target_layers": 3}))
-    shares = [event["kept_quality"] for event in free.rounds]
-    below = next(index for index, share in enumerate(shares) if share == min(shares))
-    floor = min(shares) + 1e-9
-    held = config_of(
-        settings, stop={"target_layers": 3, "min_quality": min(1.0, floor)}, output=settings["output"] + "2"
-    )
-    run = peel(held)
-    assert run.finish is not None and (run.finish["reason"], run.finish["round"]) == ("min_quality", below)
+def test_a_floor_gives_the_last_student_above_it(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def worse_with_each_layer(model: Any, *_: Any) -> Evaluation:
+        value = 10.0 * (7 - model.config.num_hidden_layers)  # qualities 1, 1/2, 1/3, 1/4
+        return Evaluation({"perplexity": TaskScore(value, 0.0, 5, lower_is_better=True)})
+
+    monkeypatch.setattr("layerpeel.loop.evaluate", worse_with_each_layer)
+    run = peel(config_of(settings, stop={"target_layers": 2, "min_quality": 0.4}))
+    assert run.finish is not None and (run.finish["reason"], run.finish["round"]) == ("min_quality", 1)
+    assert [event["kept_quality"] for event in run.rounds] == [1 / 2, 1 / 3]
     student, _ = load_model(run.student_folder)
-    assert student.config.num_hidden_layers == 6 - below
+    assert student.config.num_hidden_layers == 5
+    own = load_file(run.folder / "rounds/01/trained.safetensors")  # by teacher layer, of which one is gone
+    names = sorted(name for name in student.state_dict() if ".layers." in name)
+    assert all(torch.equal(student.state_dict()[name], value) for name, value in zip(names, own.values(), strict=True))
 
 
 def test_a_run_in_bfloat16_trains_and_keeps_what_was_measured(settings: dict[str, Any]) -> None:

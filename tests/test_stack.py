@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 
+from layerpeel.data import positions_of
 from layerpeel.stack import Stack
 from layerpeel.surgery import remove_layers
 from tests.families import FAMILIES, LAYERS, UNLISTED, tiny_ids, tiny_model
@@ -41,6 +43,28 @@ def test_padding_changes_nothing_before_it(family: str) -> None:
     stack, ids = Stack(tiny_model(family)), tiny_ids(1, 9)
     padded = torch.cat([ids, torch.zeros(1, 6, dtype=torch.long)], dim=1)
     torch.testing.assert_close(stack.walk(padded, [2])[:, :, :9], stack.walk(ids, [2]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_documents_of_a_row_are_as_if_alone(family: str) -> None:
+    """Also where they are longer than a window of 8 tokens, in batches of several rows, and with a layer skipped."""
+    stack, ids = Stack(tiny_model(family)), tiny_ids(2, 24)
+    lengths = [[3, 12, 9], [11, 13]]
+    document = torch.tensor([[n for n, length in enumerate(row) for _ in range(length)] for row in lengths])
+    packed = stack.walk(ids, [2], positions=positions_of(document))
+    assert stack.runs_packed
+    for row, parts in enumerate(lengths):
+        start = 0
+        for length in parts:
+            part = slice(start, start := start + length)
+            alone = stack.walk(ids[row : row + 1, part], [2])
+            torch.testing.assert_close(packed[:, row : row + 1, part], alone, rtol=0, atol=1e-5)
+
+
+def test_recurrent_models_are_known_to_mix_documents() -> None:
+    fields = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+    stack = Stack(transformers.MambaForCausalLM(transformers.MambaConfig(**fields)).eval())
+    assert not stack.runs_packed
 
 
 def test_the_model_runs_as_before_after_a_walk() -> None:

@@ -24,7 +24,8 @@ def padded_batch(lengths: Sequence[int] = (12, 7, 3)) -> dict[str, torch.Tensor]
     ids, mask = tiny_ids(len(lengths), 12), torch.ones(len(lengths), 12, dtype=torch.long)
     for row, length in enumerate(lengths):
         ids[row, length:], mask[row, length:] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": next_tokens(ids, mask)}
+    batch = {"input_ids": ids, "attention_mask": mask, "document": torch.zeros_like(ids)}
+    return batch | {"labels": next_tokens(batch)}
 
 
 def names_of(student: Student, layers: Sequence[int]) -> list[str]:
@@ -227,6 +228,10 @@ def test_kl_of_equal_models_is_zero() -> None:
     assert total.item() == pytest.approx(0, abs=1e-6) and set(parts) == {"kl", "hidden_mse"}
 
 
-def test_labels_are_the_next_real_tokens() -> None:
-    ids, mask = torch.tensor([[5, 6, 7, 0], [8, 0, 0, 0]]), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
-    assert next_tokens(ids, mask).tolist() == [[6, 7, -100, -100], [-100] * 4]
+def test_labels_are_the_next_real_tokens_of_the_same_document() -> None:
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 0], [8, 9, 4, 3]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
+        "document": torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1]]),
+    }
+    assert next_tokens(batch).tolist() == [[6, 7, -100, -100], [9, -100, 3, -100]]

@@ -150,17 +150,21 @@ def test_what_is_left_is_what_will_be_saved(text: Path) -> None:
 
 
 def test_with_the_cache_a_second_round_has_the_same_losses_to_bf16(text: Path, tmp_path: Path) -> None:
-    _, plain = train(text)
+    _, plain = train(text, fresh_text=False)
     cache = TeacherCache(tmp_path / "cache", "teacher", 2**30)
-    _, first = train(text, cache=cache)
+    _, first = train(text, cache=cache, fresh_text=False)
     files = list(tmp_path.rglob("*.safetensors"))
     assert first.cached < 1 and len(files) == 40
     cache.hits = cache.misses = 0
-    _, second = train(text, cache=cache)
+    _, second = train(text, cache=cache, fresh_text=False)
     assert second.cached == 1 and cache.misses == 0
     for a, b, c in zip(plain.curve, first.curve, second.curve, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-2) and b["loss"] == pytest.approx(c["loss"], rel=2e-2)
     assert plain.curve[0]["loss"] == first.curve[0]["loss"]  # nothing was there yet
+
+
+def batch_of(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "document": torch.zeros_like(ids)}
 
 
 def states(rows: int = 2) -> tuple[Tensor, dict[int, Tensor]]:
@@ -170,27 +174,28 @@ def states(rows: int = 2) -> tuple[Tensor, dict[int, Tensor]]:
 def test_cached_states_come_back_in_bfloat16(tmp_path: Path) -> None:
     ids, known = states()
     cache, model = TeacherCache(tmp_path, "one", 2**20), tiny_model("llama")
-    cache.keep(ids, known)
-    found = TeacherCache(tmp_path, "one", 2**20).find(ids.flip(0), [3, FINAL], model)
+    cache.keep(batch_of(ids), known)
+    found = TeacherCache(tmp_path, "one", 2**20).find(batch_of(ids.flip(0)), [3, FINAL], model)
     assert found is not None
     for layer, value in known.items():
         assert torch.equal(found[layer], value.flip(0).bfloat16().float())
-    assert TeacherCache(tmp_path, "another", 2**20).find(ids, [3], model) is None
-    assert cache.find(ids, [2], model) is None  # a layer that nobody asked for then
-    assert cache.find(tiny_ids(3, 5), [3], model) is None or cache.find(ids[:1], [3], model) is not None
+    assert TeacherCache(tmp_path, "another", 2**20).find(batch_of(ids), [3], model) is None
+    assert cache.find(batch_of(ids), [2], model) is None  # a layer that nobody asked for then
+    assert cache.find(batch_of(torch.cat([ids, ids + 1])), [3], model) is None
+    assert cache.find(batch_of(ids) | {"document": torch.ones_like(ids)}, [3], model) is None
 
 
 def test_the_cache_keeps_to_its_limit_and_finds_damage(tmp_path: Path) -> None:
     ids, known = states()
     small = TeacherCache(tmp_path / "small", "one", 700)
-    small.keep(ids, known)
+    small.keep(batch_of(ids), known)
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) <= 700
     cache, model = TeacherCache(tmp_path / "large", "one", 2**20), tiny_model("llama")
-    cache.keep(ids, known)
+    cache.keep(batch_of(ids), known)
     path = sorted((tmp_path / "large").rglob("*.safetensors"))[0]
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
     path.write_bytes(content)
-    assert cache.find(ids, [3, FINAL], model) is None
+    assert cache.find(batch_of(ids), [3, FINAL], model) is None
     path.write_bytes(content[: len(content) // 2])
-    assert cache.find(ids, [3, FINAL], model) is None
+    assert cache.find(batch_of(ids), [3, FINAL], model) is None

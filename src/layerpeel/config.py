@@ -24,13 +24,23 @@ class TextConfig(Section):
     """Where text comes from."""
 
     path: str
-    """A .txt, .jsonl, .json or .parquet file, a folder of such, a saved dataset, a glob, or a hub name."""
+    """A .txt, .jsonl, .json, .csv, .parquet or .arrow file (or a .gz of one), a folder of such, a saved dataset, a
+    glob, or a hub name; a hub dataset is read over the network as far as it is needed."""
     column: str = "text"
     """The column that holds the text, where there are columns."""
+    messages: str | None = None
+    """The column that holds chats, lists of {"role", "content"}, to be written by the tokenizer's chat template. A
+    column `messages` is found by itself where there is no column `text`."""
     split: str = "train"
     """The split, where there are splits."""
     name: str | None = None
     """The subset of a hub dataset."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """How often the next document is from this source, against the weights of the others. A source that ends is drawn
+    from no more: the others go on, by their weights, until all have ended. Then the text begins again."""
+    shuffle: Annotated[int, Field(ge=0)] = 2048
+    """Documents that are held in memory, of which the next is drawn at random, so that a sorted file gives no one-sided
+    beginning; 0: in order. Lower it where documents are books."""
 
 
 def _as_list(value: Any) -> Any:
@@ -183,7 +193,8 @@ class DistillConfig(Section):
     accumulation: Annotated[int, Field(ge=1)] = 1
     """Micro-batches in an optimizer step."""
     packing: bool = True
-    """Join documents and cut them to rows; else one document a row, cut or padded."""
+    """Several documents in a row, each whole where it fits and none seeing another; else one document a row, cut or
+    padded. Models that cannot keep documents of a row apart (recurrent ones) get one a row in any case."""
     fresh_text: bool = True
     """Each round goes on in the text where the last one stopped, and begins again at its end; else every round
     trains on the same text, and the teacher's hidden states can be kept (see teacher_cache)."""

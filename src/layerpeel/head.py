@@ -98,4 +98,4 @@ def _linear(stack: Stack) -> nn.Linear:
 def _finished(stack: Stack, raw: Tensor) -> Tensor:
     """What the model's own forward makes of what its head gives, [N, V] -> [N, V]."""
     with replaced_forward(stack.head_module, lambda *_: raw[None]):
-        return stack.logits(raw.new_zeros(len(raw), stack.head_module.in_features))
+        return stack.logits(raw.new_zeros(len(raw), _linear(stack).in_features))

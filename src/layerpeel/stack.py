@@ -244,14 +244,28 @@ class Stack:
         """Whether rows may branch: tried on two sequences that share their first tokens."""
         ids = torch.arange(4) % self.vocab_size
         sees = torch.tensor([[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]]).bool()
+        rows = self._tried(torch.stack([ids[[0, 1, 2]], ids[[0, 1, 3]]]))
+        tree = self._tried(ids[None, :4], torch.tensor([[0, 1, 2, 2]]), sees)
+        return rows is not None and tree is not None and self._same(tree[0, 2:], rows[:, 2])
+
+    @cached_property
+    def runs_packed(self) -> bool:
+        """Whether documents in a row stay apart when positions begin at 0 in each: tried on two of two tokens."""
+        ids = torch.arange(4) % self.vocab_size
+        rows = torch.stack([ids, ids[[0, 1, 1, 1]], ids[[2, 3, 3, 3]]])  # both, and each alone
+        found = self._tried(rows, torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]))
+        return found is not None and self._same(found[0], found[1:, :2].flatten(0, 1))
+
+    def _tried(self, input_ids: Tensor, positions: Tensor | None = None, sees: Tensor | None = None) -> Tensor | None:
+        """[B, T, D] in fp32, or None if the model takes no such positions or mask."""
         try:
-            rows = self.walk(torch.stack([ids[[0, 1, 2]], ids[[0, 1, 3]]]))[0].float()
-            tree = self.walk(ids[None, :4], positions=torch.tensor([[0, 1, 2, 2]]), sees=sees)[0].float()
-        except (TypeError, ValueError, RuntimeError, NotImplementedError):  # it takes no such mask or positions
-            return False
-        difference = torch.stack([tree[0, 2] - rows[0, 2], tree[0, 3] - rows[1, 2]])
+            return self.walk(input_ids, positions=positions, sees=sees)[0].float()
+        except (TypeError, ValueError, RuntimeError, NotImplementedError):
+            return None
+
+    def _same(self, hidden: Tensor, expected: Tensor) -> bool:
         tolerance = 1e-4 if self.model.dtype is torch.float32 else 0.02
-        return bool(difference.norm() <= tolerance * rows[:, 2].norm())
+        return bool((hidden - expected).norm() <= tolerance * expected.norm())
 
 
 @contextmanager

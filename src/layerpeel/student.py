@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from layerpeel.data import labels_within, positions_of
 from layerpeel.errors import InputError
 from layerpeel.losses import NO_LABEL, StepOutputs
 from layerpeel.stack import LayerArguments, Stack
@@ -170,7 +171,7 @@ def run_both(
     """Teacher and student on one micro-batch; what they have in common runs once, without a graph.
 
     Args:
-        batch: `input_ids`, `attention_mask` and `labels`, [B, T], right-padded.
+        batch: `input_ids`, `attention_mask`, `document` and `labels`, [B, T], right-padded.
         layers: teacher indices of the layers whose outputs are wanted, of those in training.
         step_tokens, step_labels, micro_batches: of the optimizer step, as in `StepOutputs`.
         recompute: keep only what enters each of the student's layers, and run them again in the backward pass.
@@ -180,11 +181,12 @@ def run_both(
     input_ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device).bool()
     shared, teacher = student.shared_prefix, student.teacher
     with torch.no_grad():
-        common, arguments = teacher.begin(input_ids)
+        positions = positions_of(batch["document"])
+        common, arguments = teacher.begin(input_ids, positions)
         for index in range(shared):
             common = teacher.layer(index, common, arguments[index])
         theirs = known or _upper_states(teacher, common, arguments, shared, layers)
-    hidden = student.stack.begin(input_ids)[0] if student.begins_alone else common
+    hidden = student.stack.begin(input_ids, positions)[0] if student.begins_alone else common
     ours: dict[int, Tensor] = {}
     for position in range(shared, len(student.depth)):
         index = student.depth.kept[position]
@@ -214,8 +216,7 @@ def _upper_states(
     return states | {FINAL: teacher.norm(hidden)}
 
 
-def next_tokens(input_ids: Tensor, mask: Tensor) -> Tensor:
-    """The next token at each place, [B, T] -> [B, T]; NO_LABEL where it is padding or beyond the row."""
-    labels = torch.full_like(input_ids, NO_LABEL)
-    labels[:, :-1] = torch.where(mask[:, :-1].bool() & mask[:, 1:].bool(), input_ids[:, 1:], NO_LABEL)
-    return labels
+def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """The next token at each place of a batch, [B, T]; NO_LABEL where it is padding, or of another document."""
+    input_ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    return torch.where(labels_within(batch["document"], mask), input_ids.roll(-1, dims=1), NO_LABEL)

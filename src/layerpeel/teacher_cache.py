@@ -43,11 +43,13 @@ class TeacherCache:
         self.left = limit - sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
         self.hits = self.misses = 0
 
-    def find(self, input_ids: Tensor, layers: Collection[int], model: PreTrainedModel) -> dict[int, Tensor] | None:
+    def find(
+        self, batch: Mapping[str, Tensor], layers: Collection[int], model: PreTrainedModel
+    ) -> dict[int, Tensor] | None:
         """The states of a batch, if they are there of every row.
 
         Args:
-            input_ids: [B, T], padding included.
+            batch: `input_ids` and `document`, [B, T], padding included.
             layers: whose states are wanted (`student.FINAL` for those after the final norm).
             model: whose device and dtype they are given in.
 
@@ -55,28 +57,30 @@ class TeacherCache:
             for each of the layers, [B, T, D].
         """
         rows = []
-        for row in input_ids:
-            states = self._read(self._path(row), layers)
+        for path in self._paths(batch):
+            states = self._read(path, layers)
             if states is None:
-                self.misses += len(input_ids)
+                self.misses += len(batch["input_ids"])
                 return None
             rows.append(states)
         self.hits += len(rows)
         return {layer: torch.stack([row[layer] for row in rows]).to(model.device, model.dtype) for layer in layers}
 
-    def keep(self, input_ids: Tensor, states: Mapping[int, Tensor]) -> None:
+    def keep(self, batch: Mapping[str, Tensor], states: Mapping[int, Tensor]) -> None:
         """Writes the states of a batch, row by row, as far as the limit allows."""
         held = {layer: value.detach().to("cpu", torch.bfloat16) for layer, value in states.items()}
-        for number, row in enumerate(input_ids):
+        for number, path in enumerate(self._paths(batch)):
             tensors = {str(layer): value[number].contiguous() for layer, value in held.items()}
             content = save(tensors, {name: str(_checksum(value)) for name, value in tensors.items()})
             if len(content) > self.left:
                 return
             self.left -= len(content)
-            write_whole(self._path(row), content)
+            write_whole(path, content)
 
-    def _path(self, row: Tensor) -> Path:
-        return self.folder / f"{hashlib.sha256(row.long().numpy().tobytes()).hexdigest()}.safetensors"
+    def _paths(self, batch: Mapping[str, Tensor]) -> list[Path]:
+        """A file for each row, named by its tokens and by where its documents end."""
+        rows = torch.stack([batch["input_ids"], batch["document"]], dim=1).numpy()
+        return [self.folder / f"{hashlib.sha256(row.tobytes()).hexdigest()}.safetensors" for row in rows]
 
     def _read(self, path: Path, layers: Collection[int]) -> dict[int, Tensor] | None:
         """The states in a file; None if it is not there, lacks a layer, or is damaged."""

@@ -104,9 +104,13 @@ def train_student(
     names = parameters_to_train(
         student, config.train, radius=config.radius, norm=config.train_norm, head=config.train_head
     )
+    packing = config.packing and student.teacher.runs_packed
+    if packing != config.packing:
+        console.print("distill.packing: this model cannot keep documents of a row apart; one document a row")
+    in_round = steps * per_step // config.sequence_length
     rows = load_rows(
-        config.text, tokenizer, sequence_length=config.sequence_length, packing=config.packing,
-        max_tokens=steps * per_step, seed=seed,
+        config.text, tokenizer, sequence_length=config.sequence_length, packing=packing,
+        max_tokens=steps * per_step, seed=seed, skip_rows=(round_number - 1) * in_round if config.fresh_text else 0,
     )  # fmt: skip
     trainer = _Trainer(student, names, config, steps, cache)
     result = trainer.train(rows, seed + round_number, log, description)
@@ -198,7 +202,6 @@ class _Trainer:
         self, rows: Rows, seed: int, rate: float, log: Log | None, description: str, result: TrainingResult
     ) -> bool:
         """Trains with a learning rate, adding to `result`; False where too many steps had to be skipped."""
-        processes, rank = self.processes.num_processes, self.processes.process_index
         here = self.student.parameters()
         dtypes = {name: here[name].dtype for name in self.names}
         for name in self.names:
@@ -206,15 +209,15 @@ class _Trainer:
             here[name].requires_grad_(True)
         each = self.config.accumulation
         batches = cycle_batches(
-            rows, self.config.batch_size, seed=seed, steps=self.steps * each * processes
-        )  # the processes deal out the batches of one
-        own = islice(batches, rank, None, processes)
+            rows, self.config.batch_size, seed=seed, steps=self.steps * each,
+            rank=self.processes.process_index, world=self.processes.num_processes,
+        )  # fmt: skip
         try:
             with sharded(self.student), progress(description, self.steps) as advance:
                 self._begin(rate)
                 started = time.monotonic()
                 for _ in range(self.steps):
-                    point = self._step(list(islice(own, each)))
+                    point = self._step(list(islice(batches, each)))
                     result.steps += 1
                     result.tokens += int(point["tokens"])
                     result.skipped += int(point["skipped"])
@@ -249,7 +252,7 @@ class _Trainer:
     def _step(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
         """One optimizer step over this process's micro-batches; skipped in all processes if it is not finite."""
         for batch in batches:
-            batch["labels"] = next_tokens(batch["input_ids"], batch["attention_mask"])
+            batch["labels"] = next_tokens(batch)
         counts = sum_numbers(
             {
                 "tokens": float(sum(batch["attention_mask"].sum() for batch in batches)),
@@ -281,7 +284,7 @@ class _Trainer:
     def _backward(self, batch: Mapping[str, Tensor], counts: Mapping[str, float]) -> dict[str, Tensor]:
         """Adds a micro-batch's gradients; gives its share of the losses."""
         wanted = [*self.wanted, FINAL]
-        known = self.cache.find(batch["input_ids"], wanted, self.student.model) if self.cache else None
+        known = self.cache.find(batch, wanted, self.student.model) if self.cache else None
         with self.autocast():
             outputs = run_both(
                 self.student, batch, self.wanted, known=known,
@@ -290,7 +293,7 @@ class _Trainer:
                 recompute=self.config.activation_checkpointing,
             )  # fmt: skip
             if self.cache and known is None:
-                self.cache.keep(batch["input_ids"], {layer: outputs.teacher_hidden[layer] for layer in wanted})
+                self.cache.keep(batch, {layer: outputs.teacher_hidden[layer] for layer in wanted})
             loss, parts = self.losses(outputs)
         loss.backward()
         return {"loss": loss.detach(), **parts}

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from layerpeel.config import ScoreConfig
-from layerpeel.data import Rows
+from layerpeel.data import Rows, positions_of
 from layerpeel.progress import progress
 from layerpeel.stack import Budget, Stack
 from layerpeel.tasks import Task
@@ -84,35 +84,41 @@ class Metric(ABC):
 
 
 def mean_over_text(
-    inputs: ScoringInputs, streams: int, measure: Callable[[Tensor, Tensor], Tensor], description: str
+    inputs: ScoringInputs, streams: int, measure: Callable[[Tensor, Tensor, Tensor | None], Tensor], description: str
 ) -> list[float]:
     """The mean over all real tokens of what `measure` sums; processes share the rows.
 
     Args:
         streams: how many of them `measure` holds at a time.
-        measure: gives [M] sums of float64, from token ids [B, T] and where real tokens are [B, T].
+        measure: gives [M] sums of float64, from token ids [B, T], where real tokens are [B, T], and their positions
+            [B, T] if a row holds several documents.
 
     Returns:
         M means.
     """
     assert inputs.text is not None
     state = PartialState(cpu=inputs.student.device.type == "cpu")
-    ids, mask = (t[state.process_index :: state.num_processes] for t in (inputs.text.input_ids, inputs.text.mask))
-    width, device = ids.shape[1], inputs.student.device
+    text = inputs.text
+    if positions_of(text.document) is not None and not inputs.student.runs_packed:
+        text = text.unpacked()
+    own = torch.arange(len(text))[state.process_index :: state.num_processes]
+    width, device = text.input_ids.shape[1], inputs.student.device
     total, start = torch.zeros(0, dtype=torch.float64), 0
-    with progress(description, len(ids)) as advance:
-        while start < len(ids):
-            rows = slice(start, start + max(1, inputs.budget.tokens(inputs.student, streams) // width))
+    with progress(description, len(own)) as advance:
+        while start < len(own):
+            rows = own[start : start + max(1, inputs.budget.tokens(inputs.student, streams) // width)]
+            batch = {name: value.to(device) for name, value in text.take(rows).items()}
             try:
-                part = measure(ids[rows].to(device), mask[rows].to(device)).cpu()
+                positions = positions_of(batch["document"])
+                part = measure(batch["input_ids"], batch["attention_mask"].bool(), positions).cpu()
             except Exception as error:
                 inputs.budget.shrink(error, inputs.student, streams, width)
                 continue
             total = part if not start else total + part
-            start += len(ids[rows])
-            advance(len(ids[rows]))
+            start += len(rows)
+            advance(len(rows))
     if state.num_processes > 1:
         parts = [torch.tensor(part, dtype=torch.float64) for part in gather_object([total.tolist()]) if part]
         total = torch.stack(parts).sum(0)
-    means: list[float] = (total / inputs.text.mask.sum()).tolist()
+    means: list[float] = (total / text.mask.sum()).tolist()
     return means

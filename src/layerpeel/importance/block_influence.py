@@ -15,14 +15,14 @@ class BlockInfluence(Metric):
     needs = frozenset({"text"})
 
     def score(self, inputs: ScoringInputs) -> Findings:
-        def measure(input_ids: Tensor, mask: Tensor) -> Tensor:
+        def measure(input_ids: Tensor, mask: Tensor, positions: Tensor | None) -> Tensor:
             turned = torch.zeros(len(inputs.student.layers), dtype=torch.float64)
 
             def watch(position: int, before: Tensor, after: Tensor) -> None:
                 cosine = functional.cosine_similarity(before[mask].float(), after[mask].float(), dim=-1)
                 turned[position] = (1 - cosine).double().sum().cpu()
 
-            inputs.student.walk(input_ids, watch=watch)
+            inputs.student.walk(input_ids, watch=watch, positions=positions)
             return turned
 
         means = mean_over_text(inputs, 1, measure, "scoring by block_influence")

@@ -20,10 +20,10 @@ class TeacherKL(Metric):
 
     @torch.no_grad()
     def score(self, inputs: ScoringInputs) -> Findings:
-        def measure(input_ids: Tensor, mask: Tensor) -> Tensor:
-            streams = inputs.student.walk(input_ids, inputs.candidates)[:, mask]
+        def measure(input_ids: Tensor, mask: Tensor, positions: Tensor | None) -> Tensor:
+            streams = inputs.student.walk(input_ids, inputs.candidates, positions=positions)[:, mask]
             alone = inputs.teacher is inputs.student
-            target = streams[0] if alone else inputs.teacher.walk(input_ids)[0][mask]
+            target = streams[0] if alone else inputs.teacher.walk(input_ids, positions=positions)[0][mask]
             return _divergence(inputs.teacher, target, inputs.student, streams)
 
         own, *skipped = mean_over_text(inputs, 1 + len(inputs.candidates), measure, "scoring by teacher_kl")

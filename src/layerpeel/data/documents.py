@@ -1,0 +1,127 @@
+"""Documents, from rows: plain text or chats, of one source or of a weighted mixture of several."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from layerpeel.config import TextConfig
+from layerpeel.data.reading import Row, column_of, read_rows, text_of
+from layerpeel.errors import InputError
+
+Messages = list[dict[str, Any]]
+Document = str | Messages  # a text, or a chat
+
+TEXT, MESSAGES = "text", "messages"  # the columns that are looked for where none is named
+
+
+def read_documents(source: TextConfig) -> Iterator[Document]:
+    """The documents of one source, in the order of its rows; empty ones are left out.
+
+    Raises:
+        InputError: as `read_rows`, or a column is absent or holds something else, or there is no document at all.
+    """
+    count = 0
+    for row in read_rows(source.path, split=source.split, name=source.name, stream=True):
+        chat = _chat_column(row, source)
+        if row.get(chat or source.column, "") is None:  # tables have such rows
+            continue
+        document = messages_of(row, chat, source.path) if chat else text_of(row, source.column, source.path)
+        if document if isinstance(document, list) else document.strip():
+            count += 1
+            yield document
+    if not count:
+        raise InputError(f"{source.path}: no text in it", hint="give a source with text in at least one row")
+
+
+def messages_of(row: Row, column: str, where: str) -> Messages:
+    """A row's chat in a column.
+
+    Raises:
+        InputError: the column is absent, or holds something other than messages.
+    """
+    messages = column_of(row, column, where)
+    if not isinstance(messages, list):
+        raise InputError(
+            f"{where}: column '{column}' holds {type(messages).__name__}, expected a list of messages",
+            hint='a chat looks like [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
+        )
+    for number, message in enumerate(messages, start=1):
+        if not _is_message(message):
+            keys = f"a mapping of {', '.join(map(str, message)) or 'nothing'}" if isinstance(message, dict) else ""
+            raise InputError(
+                f"{where}: column '{column}', message {number}: expected a role and a content, both text; "
+                f"found {keys or type(message).__name__}",
+                hint='a message looks like {"role": "user", "content": "..."}',
+            )
+    # Tables give every message all the keys that any message has; to a template, an absent one is not there.
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def write_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """A chat as its model reads it, with the special tokens of the tokenizer's chat template.
+
+    Raises:
+        InputError: there is no template, or it refuses the chat.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{where}: it holds chats, and the tokenizer has no chat template to write them with",
+            hint="give text in place of chats, or put the chat template of the model into the teacher's folder",
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template is a program of the model's author, and raises what it likes
+        roles = ", ".join(message["role"] for message in messages)
+        raise InputError(
+            f"{where}: the tokenizer's chat template refuses a chat of {roles} ({error})",
+            hint="leave such chats out, or bring them to the form that the model was trained on",
+        ) from None
+
+
+def mix_documents(sources: Sequence[TextConfig], seed: int) -> Iterator[tuple[str, Document]]:
+    """The documents of all sources, with the path of each, until all are used up.
+
+    Each next one is from a source drawn at random by the weights of those that have not ended, so a beginning of the
+    stream is a fair mixture, and the same one for the same seed.
+    """
+    rng = random.Random(seed)
+    streams = [
+        (source, _shuffled(read_documents(source), source.shuffle, random.Random(f"{seed}/{number}")))
+        for number, source in enumerate(sources)
+    ]
+    while streams:
+        (chosen,) = rng.choices(streams, [source.weight for source, _ in streams])
+        document = next(chosen[1], None)
+        if document is None:
+            streams.remove(chosen)
+        else:
+            yield chosen[0].path, document
+
+
+def _chat_column(row: Row, source: TextConfig) -> str | None:
+    if source.messages is None and source.column == TEXT and TEXT not in row and MESSAGES in row:
+        return MESSAGES
+    return source.messages
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), str) or bool(message.get("tool_calls"))
+
+
+def _shuffled(documents: Iterator[Document], size: int, rng: random.Random) -> Iterator[Document]:
+    """The documents, each drawn at random from `size` that are held; in their order if `size` is 0."""
+    held: list[Document] = []
+    for document in documents:
+        held.append(document)
+        if len(held) > size:
+            place = rng.randrange(len(held)) if size else 0
+            held[place], held[-1] = held[-1], held[place]
+            yield held.pop()
+    rng.shuffle(held)
+    yield from held

@@ -1,0 +1,245 @@
+"""The rows of whatever a user has, one after another: no more is read than is asked for."""
+
+from __future__ import annotations
+
+import atexit
+import glob
+import gzip
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from layerpeel.errors import InputError
+
+Row = dict[str, Any]
+
+SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
+TABLES = {".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+READABLE = (".txt", ".jsonl", *TABLES)
+ARCHIVES = (".zst", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz")
+
+
+def read_rows(path: str, *, split: str = "train", name: str | None = None, stream: bool = False) -> Iterator[Row]:
+    """The rows of a file, folder, glob, saved dataset or hub dataset, as dicts.
+
+    A .txt file gives rows with one column, `text`: its documents. Text files and tables may be packed as .gz.
+
+    Args:
+        stream: read a hub dataset over the network as its rows are asked for, and not first fetch all of it.
+
+    Raises:
+        InputError: it is missing, empty, or not what its name says; the message names the place.
+    """
+    files = expand(path)
+    if len(files) > 1:
+        for file in files:
+            yield from read_rows(file, split=split)
+        return
+    (path,) = files
+    if Path(path).is_dir():
+        yield from _read_folder(Path(path), split)
+    elif Path(path).is_file():
+        yield from _read_file(Path(path))
+    elif _kind(Path(path)) in READABLE or path.startswith((".", "/", "~")):
+        raise InputError(f"no such file: {path}", hint="check the path; it is taken from the config's folder first")
+    else:
+        yield from _read_hub(path, split, name, stream)
+
+
+def expand(path: str) -> list[str]:
+    """The files that a glob names, sorted; a path that is no glob stands for itself.
+
+    Raises:
+        InputError: no file matches.
+    """
+    if Path(path).exists() or not glob.has_magic(path):
+        return [path]
+    files = sorted(glob.glob(path))
+    if not files:
+        raise InputError(f"no file matches {path}", hint="check the path; it is taken from the config's folder first")
+    return files
+
+
+def column_of(row: Row, column: str, where: str) -> Any:
+    """A row's value in a column.
+
+    Args:
+        where: what the message of an error begins with.
+
+    Raises:
+        InputError: the column is absent; those present are named.
+    """
+    if column not in row:
+        raise InputError(f"{where}: no column '{column}'", hint=f"columns there: {', '.join(map(str, row)) or 'none'}")
+    return row[column]
+
+
+def text_of(row: Row, column: str, where: str) -> str:
+    """A row's text in a column.
+
+    Raises:
+        InputError: the column is absent, or holds something other than text.
+    """
+    text = column_of(row, column, where)
+    if not isinstance(text, str):
+        raise InputError(
+            f"{where}: column '{column}' holds {type(text).__name__}, expected text",
+            hint=f"columns there: {', '.join(map(str, row))}",
+        )
+    return text
+
+
+def _read_folder(folder: Path, split: str) -> Iterator[Row]:
+    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+        yield from _read_dataset(
+            lambda: _load_saved(folder, split),
+            f"{folder}: this saved dataset cannot be read",
+            "save it again with save_to_disk",
+        )
+        return
+    files = sorted(path for path in folder.iterdir() if _kind(path) in READABLE)
+    if not files:
+        raise InputError(
+            f"{folder}: nothing to read in this folder",
+            hint="expected .txt, .jsonl, .json, .csv, .parquet or .arrow files right in it (or .gz of them), or a "
+            "dataset saved with save_to_disk; name files further down by a glob, as in data/train-*.parquet",
+        )
+    for file in files:
+        yield from _read_file(file)
+
+
+def _load_saved(folder: Path, split: str) -> Iterable[Row]:
+    import datasets
+
+    saved = datasets.load_from_disk(str(folder))
+    if not isinstance(saved, datasets.DatasetDict):
+        return saved
+    if split not in saved:
+        raise InputError(f"{folder}: no split '{split}'", hint=f"splits there: {', '.join(saved)}")
+    return saved[split]
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    kind = _kind(path)
+    if kind in ARCHIVES:
+        raise InputError(f"{path}: {kind} files are not read", hint="unpack it; of packed files, .gz ones are read")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty", hint="give a file with text in it")
+    if kind in TABLES:
+        yield from _read_dataset(
+            lambda: _load_table(path), f"{path}: cannot be read", f"expected {kind[1:]}, as the file's name says"
+        )
+    elif kind == ".jsonl":
+        yield from _read_jsonl(path)
+    else:
+        yield from ({"text": document} for document in _read_text(path))
+
+
+def _kind(path: Path) -> str:
+    """What a file holds, by its name: the last ending but .gz."""
+    return (Path(path.stem) if path.suffix == ".gz" else path).suffix
+
+
+def _load_table(path: Path) -> Iterable[Row]:
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    import datasets
+
+    return datasets.load_dataset(TABLES[_kind(path)], data_files=glob.escape(str(path)), split="train", streaming=True)
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    """Some rows at a time, by pyarrow itself: a stream of datasets reads ahead in threads that hang a process's end."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path, memory_map=True) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+
+
+def _read_dataset(load: Callable[[], Iterable[Row]], wrong: str, hint: str) -> Iterator[Row]:
+    """What `load` gives; whatever goes wrong in a library on the way is said as `wrong (reason)`."""
+    try:
+        yield from load()
+    except InputError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error  # datasets hides the reason behind "an error occurred"
+        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        raise InputError(f"{wrong} ({reason})", hint=hint) from None
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    """The documents of a text file: a line of the separator ends one."""
+    held: list[str] = []
+    for line in chain(_lines(path), [SEPARATOR]):
+        if line.strip() != SEPARATOR:
+            held.append(line)
+            continue
+        document = "".join(held).strip("\n")
+        if document.strip():
+            yield document
+        held = []
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(
+                f"{path}, line {number}: not JSON ({error})", hint="expected one JSON object a line"
+            ) from None
+        if not isinstance(row, dict):
+            raise InputError(
+                f"{path}, line {number}: expected a JSON object, found {type(row).__name__}",
+                hint='a line looks like {"text": "..."}',
+            )
+        yield row
+
+
+def _lines(path: Path) -> Iterator[str]:
+    position = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for raw in file:
+                yield raw.decode("utf-8-sig" if not position else "utf-8")
+                position += len(raw)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {position + error.start})", hint="save the file as UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({error})", hint="is it whole, and may you read it?") from None
+
+
+def _read_hub(path: str, split: str, name: str | None, stream: bool) -> Iterator[Row]:
+    yield from _read_dataset(
+        lambda: _load_hub(path, split, name, stream),
+        f"{path}: neither a file here nor a dataset that can be loaded from the hub",
+        "check the path; for a hub dataset, its name, subset, split, the network and your access to it",
+    )
+
+
+def _load_hub(path: str, split: str, name: str | None, stream: bool) -> Iterable[Row]:
+    import datasets
+
+    try:
+        if stream:
+            _wait_for_readers_at_exit()
+        return datasets.load_dataset(path, name, split=split, streaming=stream)
+    except Exception:
+        if not stream:
+            raise
+    return datasets.load_dataset(path, name, split=split)  # without a network: what an earlier download left
+
+
+@cache
+def _wait_for_readers_at_exit() -> None:
+    """A stream that is left early still reads ahead in threads of pyarrow, which crash or hang a process that ends."""
+    atexit.register(time.sleep, 1)

@@ -1,0 +1,171 @@
+"""Rows of tokens, documents kept apart in them, and batches that resume and are shared out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import groupby
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from layerpeel.config import TextConfig
+from layerpeel.data import Rows, cycle_batches, labels_within, load_rows, positions_of
+from layerpeel.errors import InputError
+
+MakeSource = Callable[..., TextConfig]
+
+
+def read_back(rows: Rows) -> list[list[list[int]]]:
+    """The documents of each row, by a reading of their numbers that shares no code with ours."""
+    found = []
+    for ids, mask, document in zip(rows.input_ids.tolist(), rows.mask.tolist(), rows.document.tolist(), strict=True):
+        real = [(number, token) for number, token, is_real in zip(document, ids, mask, strict=True) if is_real]
+        assert mask == sorted(mask, reverse=True) and document == sorted(document)
+        found.append([[token for _, token in group] for _, group in groupby(real, key=lambda pair: pair[0])])
+    return found
+
+
+def test_packed_rows_hold_whole_documents(make_source: MakeSource, tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = ["hello", "a much longer document", "x", "ab", "end"]
+    rows = load_rows([make_source(texts)], tokenizer, sequence_length=8)
+    end = tokenizer.eos_token_id
+    own = [[*tokenizer.encode(text), end] for text in texts]
+    assert rows.input_ids.shape == rows.mask.shape == rows.document.shape
+    # hello leaves 2 of 8, of which x takes both; the long one is cut, and ab fills up what is left of it best.
+    assert read_back(rows) == [[own[0], own[2]], [own[1][:8]], [own[1][8:16]], [own[1][16:]], [own[3], own[4]]]
+    assert rows.document[0].tolist() == [0] * 6 + [1] * 2
+    assert rows.document[4].tolist() == [0] * 3 + [1] * 5  # padding goes with the last
+
+
+def test_packing_loses_nothing_and_leaves_little_room(
+    make_source: MakeSource, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    lengths = random.Random(0)
+    texts = ["".join(lengths.choices("abcdef", k=lengths.randint(1, 60))) for _ in range(3000)]
+    rows = load_rows([make_source(texts)], tokenizer, sequence_length=64)
+    found = [document for row in read_back(rows) for document in row]
+    assert sorted(found) == sorted([*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts)
+    assert rows.mask.float().mean() > 0.95
+
+
+def test_the_first_rows_are_no_choice_of_long_documents(
+    make_source: MakeSource, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    texts = ["long" * 4 if i % 2 else "s" for i in range(2000)]
+    rows = load_rows([make_source(texts)], tokenizer, sequence_length=17, max_tokens=17 * 50)
+    counts = [len(document) for row in read_back(rows) for document in row]
+    assert counts.count(17) == pytest.approx(counts.count(2), rel=0.2)
+
+
+def test_documents_begin_as_the_tokenizer_begins_them(
+    make_source: MakeSource, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = tokenizer.convert_tokens_to_ids("!")
+    inner = tokenizer.backend_tokenizer
+    inner.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", begin)])
+    own = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="!", eos_token="<end>")
+    inner.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    rows = load_rows([make_source(["a", "b"])], own, sequence_length=8)
+    assert own.decode(rows.input_ids[0][rows.mask[0]]) == "!a<end>!b<end>"
+
+
+def test_unpacked_rows_are_documents(make_source: MakeSource, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = load_rows([make_source(["ab", "a longer one"])], tokenizer, sequence_length=5, packing=False)
+    end = tokenizer.eos_token_id
+    assert rows.input_ids.tolist() == [[*tokenizer.encode("ab"), end, end, end], tokenizer.encode("a lon")]
+    assert rows.mask.sum(1).tolist() == [3, 5]
+    batch = rows.take(torch.tensor([0]))
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0]]
+    assert {value.dtype for value in batch.values()} == {torch.int64}
+    assert positions_of(batch["document"]) is None
+    packed = load_rows([make_source(["ab", "cd", "e"])], tokenizer, sequence_length=8)
+    apart = load_rows([make_source(["ab", "cd", "e"])], tokenizer, sequence_length=8, packing=False)
+    assert read_back(packed.unpacked()) == read_back(apart) and len(packed) == 1
+
+
+def test_positions_and_labels_by_hand() -> None:
+    document = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0, 0]])
+    mask = torch.tensor([[True] * 7 + [False], [True] * 3 + [False] * 5])
+    positions = positions_of(document)
+    assert positions is not None
+    assert positions.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], list(range(8))]
+    assert labels_within(document, mask).int().tolist() == [[1, 1, 0, 1, 0, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]]
+    assert positions_of(document[1:]) is None
+
+
+def test_tokens_asked_for_bound_the_rows(make_source: MakeSource, tokenizer: PreTrainedTokenizerFast) -> None:
+    source = make_source(["x" * 100])
+    assert len(load_rows([source], tokenizer, sequence_length=8, max_tokens=39)) == 4
+    assert len(load_rows([source], tokenizer, sequence_length=8, max_tokens=1)) == 1
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rounds_go_on_where_the_last_one_stopped(
+    make_source: MakeSource, tokenizer: PreTrainedTokenizerFast, packing: bool
+) -> None:
+    sources = [make_source([letter * (i % 9 + 1) for i in range(40)], shuffle=10) for letter in "ab"]
+
+    def ids(tokens: int | None, skip: int = 0) -> list[list[int]]:
+        rows = load_rows(
+            sources, tokenizer, sequence_length=8, packing=packing, max_tokens=tokens, skip_rows=skip, seed=3
+        )
+        return rows.input_ids.tolist()
+
+    whole = ids(None)
+    endless = whole * 4
+    assert len(whole) > 40
+    for skip in (0, 7, len(whole) - 5, len(whole), 2 * len(whole) + 3):
+        assert ids(10 * 8, skip) == endless[skip : skip + 10]
+    assert ids(9999, 7) == ids(None, 7) == endless[7 : 7 + len(whole)]  # no row twice
+
+
+def test_no_source_at_all(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match="no text: no source is given"):
+        load_rows([], tokenizer, sequence_length=8)
+
+
+def numbered(count: int) -> Rows:
+    return Rows(torch.arange(count)[:, None], torch.ones(count, 1, dtype=torch.bool))
+
+
+def seen(count: int, batch_size: int, **options: int) -> list[list[int]]:
+    """The rows of each batch."""
+    return [b["input_ids"].flatten().tolist() for b in cycle_batches(numbered(count), batch_size, **options)]
+
+
+def test_cycles_show_every_row_as_often() -> None:
+    flat = [row for batch in seen(6, 2, seed=3, steps=6) for row in batch]
+    assert sorted(flat[:6]) == sorted(flat[6:]) == list(range(6))
+    assert flat[:6] != flat[6:]
+    assert seen(6, 2, seed=3, steps=6) == seen(6, 2, seed=3, steps=6) != seen(6, 2, seed=4, steps=6)
+    assert len(seen(6, 4, seed=0, steps=5)) == 5
+
+
+SIZES = {"count": st.integers(1, 9), "size": st.integers(1, 5), "steps": st.integers(0, 12), "seed": st.integers(0, 99)}
+
+
+@given(start=st.integers(0, 14), **SIZES)
+def test_resumed_batches_are_those_of_one_that_never_stopped(
+    count: int, size: int, steps: int, seed: int, start: int
+) -> None:
+    assert seen(count, size, seed=seed, steps=steps, start=start) == seen(count, size, seed=seed, steps=steps)[start:]
+
+
+@given(world=st.integers(1, 4), start=st.integers(0, 3), **SIZES)
+def test_processes_share_the_batches_of_a_single_one(
+    count: int, size: int, steps: int, seed: int, world: int, start: int
+) -> None:
+    alone = seen(count, size, seed=seed, steps=steps * world)
+    ranks = [seen(count, size, seed=seed, steps=steps, start=start, rank=rank, world=world) for rank in range(world)]
+    together = [batch for of_all in zip(*ranks, strict=True) for batch in of_all]
+    assert together == alone[start * world :]
+
+
+def test_storage_is_small(make_source: MakeSource, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = load_rows([make_source(["abc"] * 50)], tokenizer, sequence_length=8)
+    assert sum(t.element_size() for t in (rows.input_ids, rows.mask, rows.document)) <= 9  # bytes a token

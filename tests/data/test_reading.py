@@ -1,0 +1,182 @@
+"""Text in every form to rows, no more of it than is asked for, and what is said of what cannot be read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from layerpeel.config import TextConfig
+from layerpeel.data import read_documents, read_rows
+from layerpeel.errors import InputError
+
+
+def documents(path: Path | str, **options: str) -> list[str]:
+    return list(read_documents(TextConfig(path=str(path), **options)))
+
+
+def said(path: Path | str, **options: str) -> tuple[str, str | None]:
+    with pytest.raises(InputError) as caught:
+        documents(path, **options)
+    return str(caught.value), caught.value.hint
+
+
+def test_text_files(tmp_path: Path) -> None:
+    whole, several = tmp_path / "whole.txt", tmp_path / "several.txt"
+    whole.write_text("one\n\ntwo\n", encoding="utf-8")
+    several.write_text("one\n<|endoftext|>\nдва\nстроки\n<|endoftext|>\n\n<|endoftext|>\n", encoding="utf-8")
+    assert documents(whole) == ["one\n\ntwo"]
+    assert documents(several) == ["one", "два\nстроки"]
+    assert list(read_rows(str(several))) == [{"text": "one"}, {"text": "два\nстроки"}]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfhello")
+    assert documents(path) == ["hello"]
+
+
+def test_tables_and_folders(tmp_path: Path) -> None:
+    rows = [{"story": "a"}, {"story": "b"}]
+    (tmp_path / "1.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "2.parquet")
+    (tmp_path / "3.json").write_text(json.dumps(rows))
+    for name in ("1.jsonl", "2.parquet", "3.json"):
+        assert documents(tmp_path / name, column="story") == ["a", "b"]
+    assert documents(tmp_path, column="story") == ["a", "b"] * 3
+    assert documents(tmp_path / "[12].*", column="story") == ["a", "b"] * 2
+
+
+@pytest.mark.parametrize("name", ["a [1].csv", "a.arrow", "a.json"])
+def test_tables_of_all_kinds_and_names(tmp_path: Path, name: str) -> None:
+    table = datasets.Dataset.from_list([{"text": "a", "n": 1}, {"text": "b", "n": 2}])
+    if name.endswith(".arrow"):
+        table.save_to_disk(tmp_path / "saved")
+        next((tmp_path / "saved").glob("*.arrow")).rename(tmp_path / name)
+    else:
+        (table.to_csv if name.endswith("csv") else table.to_json)(tmp_path / name)
+    assert list(read_rows(str(tmp_path / name))) == [{"text": "a", "n": 1}, {"text": "b", "n": 2}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt", "a\n<|endoftext|>\nb"), ("a.jsonl", '{"text": "a"}\n{"text": "b"}'), ("a.csv", "text\na\nb\n")],
+)
+def test_gzipped_files(tmp_path: Path, name: str, content: str) -> None:
+    with gzip.open(tmp_path / f"{name}.gz", "wt") as file:
+        file.write(content)
+    assert documents(tmp_path / f"{name}.gz") == documents(tmp_path) == ["a", "b"]
+
+
+def test_tables_are_read_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parquet file of many row groups, of which the last are damaged: the first rows come all the same."""
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list([{"text": f"{i} " + "x" * 999} for i in range(4000)]).to_parquet(path, batch_size=100)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 20000] = b"\xff" * 20000
+    path.write_bytes(content)
+    assert [row["text"][:2] for row in islice(read_rows(str(path)), 3)] == ["0 ", "1 ", "2 "]
+    with pytest.raises(InputError, match=r"a\.parquet: cannot be read"):
+        list(read_rows(str(path)))
+
+
+def test_hub_datasets_are_streamed_or_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load(path: str, name: str | None, *, split: str, streaming: bool = False) -> Iterator[dict[str, str]]:
+        asked.append((path, name, split, streaming))
+        if path == "owner/cached" and streaming:
+            raise ConnectionError("no route to the hub")
+        return iter([{"text": "a"}, {"text": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert documents("owner/set", name="en", split="dev") == ["a", "b"]
+    assert documents("owner/cached") == ["a", "b"]
+    assert list(read_rows("owner/whole")) == [{"text": "a"}, {"text": "b"}]
+    assert asked == [
+        ("owner/set", "en", "dev", True),
+        ("owner/cached", None, "train", True),
+        ("owner/cached", None, "train", False),
+        ("owner/whole", None, "train", False),  # tasks read all of their rows, and again in the next run
+    ]
+
+
+def test_saved_datasets(tmp_path: Path) -> None:
+    split = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    split.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": split, "dev": split.select([1])}).save_to_disk(tmp_path / "dict")
+    assert documents(tmp_path / "one") == ["a", "b"]
+    assert documents(tmp_path / "dict", split="dev") == ["b"]
+    assert said(tmp_path / "dict", split="test") == (
+        f"{tmp_path / 'dict'}: no split 'test'",
+        "splits there: train, dev",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", b"", "{path}: the file is empty"),
+        ("a.txt", b"ab\ncd\xffe", "{path}: not UTF-8 (byte 5)"),
+        ("a.jsonl", b'{"text": "\xff"}', "{path}: not UTF-8 (byte 10)"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n\n{"text"\n',
+            "{path}, line 3: not JSON (Expecting ':' delimiter: line 2 column 1 (char 8))",
+        ),
+        ("a.jsonl", b'{"text": "a"}\n[1]\n', "{path}, line 2: expected a JSON object, found list"),
+        ("a.jsonl", b'{"story": "a", "n": 1}\n', "{path}: no column 'text'"),
+        ("a.jsonl", b'{"text": 5}\n', "{path}: column 'text' holds int, expected text"),
+        ("a.jsonl", b'{"text": " "}\n{"text": ""}\n', "{path}: no text in it"),
+        ("a.parquet", b"nothing", "{path}: cannot be read (Parquet file size is 7 bytes"),
+        ("a.arrow", b"nothing", "{path}: cannot be read ("),
+        ("a.json", b"nothing", "{path}: cannot be read ("),
+        ("a.csv", b'text\n"a\n', "{path}: cannot be read ("),
+        ("a.txt.gz", b"nothing", "{path}: cannot be read (Not a gzipped file (b'no'))"),
+        ("a.txt.gz", gzip.compress(b"text")[:-9], "{path}: cannot be read (Compressed file ended"),
+        ("a.json.gz", b"nothing", "{path}: cannot be read ("),
+        ("a.jsonl.zst", b"nothing", "{path}: .zst files are not read"),
+        ("a.tar.gz", b"nothing", "{path}: .tar files are not read"),
+    ],
+)
+def test_what_is_said_of_a_file(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    text, hint = said(path)
+    assert hint and text.startswith(expected.format(path=path)), text
+    assert "\n" not in text
+
+
+def test_what_is_said_of_a_damaged_saved_dataset(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "one")
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"nothing")
+    text, hint = said(tmp_path / "one")
+    assert text.startswith(f"{tmp_path / 'one'}: this saved dataset cannot be read (")
+    assert hint == "save it again with save_to_disk"
+
+
+def test_what_is_said_of_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"story": "a", "n": 1}\n')
+    assert said(tmp_path / "a.jsonl")[1] == "columns there: story, n"
+
+
+def test_what_is_said_of_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "empty" / "deeper").mkdir(parents=True)
+    (tmp_path / "empty" / "deeper" / "a.txt").write_text("a")
+    (tmp_path / "empty" / "README.md").write_text("a")
+    assert said(tmp_path / "a.txt")[0] == f"no such file: {tmp_path / 'a.txt'}"
+    assert said(tmp_path / "*.txt")[0] == f"no file matches {tmp_path / '*.txt'}"
+    assert said(tmp_path / "empty")[0] == f"{tmp_path / 'empty'}: nothing to read in this folder"
+
+
+def test_what_is_said_of_a_hub_dataset_out_of_reach() -> None:
+    text, hint = said("nobody/nothing-of-this-name")  # conftest keeps the hub offline
+    assert text.startswith("nobody/nothing-of-this-name: neither a file here nor a dataset that can be loaded")
+    assert hint is not None and "network" in hint
