@@ -16,8 +16,9 @@ import time
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -30,6 +31,11 @@ from layerpeel.student import Student
 from layerpeel.tasks.base import Evaluation
 from layerpeel.tasks.store import AnswerStore
 from layerpeel.training import TrainingResult
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 LIBRARIES = ("layerpeel", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 
@@ -55,6 +61,7 @@ class Run:
                 hint="give the output folder of a layerpeel run",
             )
         self.events = _read_events(self.journal)
+        self._claim: IO[bytes] | None = None
 
     @classmethod
     def open(cls, config: RunConfig) -> Run:
@@ -75,12 +82,22 @@ class Run:
             )
         run = cls(folder)
         _check_same(folder, config)
+        _cut_torn_line(run.journal)
+        run._claim = run.journal.open("rb")  # open for as long as this process works on the run: see `is_running`
+        _lock(run._claim, exclusive=False)
         if not run.events:
             run.record(
                 "start",
                 versions={name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+                machine=describe_machine(),
             )
         return run
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a process of this machine works on the run (never, where files cannot be locked)."""
+        with self.journal.open("rb") as file:
+            return not _lock(file, exclusive=True)
 
     @property
     def journal(self) -> Path:
@@ -197,16 +214,35 @@ class Run:
         return next((event for event in reversed(self.events) if event["event"] == kind), None)
 
 
+def describe_machine() -> dict[str, Any]:
+    """What measured times depend on."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
+
+
 def _read_events(journal: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; a last line torn by a crash is cut off."""
+    """The whole lines of a journal; the last may be torn by a crash, or be on its way."""
     content = journal.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(journal, len(whole))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
+        return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
     except ValueError as error:
         raise RunError(f"{journal}: a line is damaged ({error})", hint="start again in a new output folder") from None
+
+
+def _cut_torn_line(journal: Path) -> None:
+    content = journal.read_bytes()
+    os.truncate(journal, content.rfind(b"\n") + 1)
+
+
+def _lock(file: IO[bytes], *, exclusive: bool) -> bool:
+    """Takes a lock that ends with the file, the process or the machine; False if another holds it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _check_same(folder: Path, config: RunConfig) -> None:
