@@ -21,7 +21,7 @@ PACKAGE = ROOT / "src" / "layerpeel"
 ROOMS = [
     "errors", "progress", "config", "architecture", "surgery", "models", "data", "stack", "tasks",
     "importance", "losses", "student", "training", "journal", "health", "preflight",
-    "loop", "study", "report", "demo",
+    "report", "loop", "study", "demo",
     "cli", "__main__",
 ]
 # fmt: on

@@ -13,10 +13,11 @@ import os
 import platform
 import shutil
 import time
+import weakref
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
@@ -61,7 +62,6 @@ class Run:
                 hint="give the output folder of a layerpeel run",
             )
         self.events = _read_events(self.journal)
-        self._claim: IO[bytes] | None = None
 
     @classmethod
     def open(cls, config: RunConfig) -> Run:
@@ -83,8 +83,9 @@ class Run:
         run = cls(folder)
         _check_same(folder, config)
         _cut_torn_line(run.journal)
-        run._claim = run.journal.open("rb")  # open for as long as this process works on the run: see `is_running`
-        _lock(run._claim, exclusive=False)
+        claim = os.open(run.journal, os.O_RDONLY)  # as long as this object lives: see `is_running`
+        weakref.finalize(run, os.close, claim)
+        _lock(claim, exclusive=False)
         if not run.events:
             run.record(
                 "start",
@@ -97,7 +98,7 @@ class Run:
     def is_running(self) -> bool:
         """Whether a process of this machine works on the run (never, where files cannot be locked)."""
         with self.journal.open("rb") as file:
-            return not _lock(file, exclusive=True)
+            return not _lock(file.fileno(), exclusive=True)
 
     @property
     def journal(self) -> Path:
@@ -234,7 +235,7 @@ def _cut_torn_line(journal: Path) -> None:
     os.truncate(journal, content.rfind(b"\n") + 1)
 
 
-def _lock(file: IO[bytes], *, exclusive: bool) -> bool:
+def _lock(file: int, *, exclusive: bool) -> bool:
     """Takes a lock that ends with the file, the process or the machine; False if another holds it."""
     if fcntl is None:
         return True

@@ -8,6 +8,7 @@ from layerpeel.journal import Run
 from layerpeel.models import count_parameters, load_model, save_model, stored_dtype
 from layerpeel.preflight import check_run, removable
 from layerpeel.progress import console
+from layerpeel.report import write_card
 from layerpeel.student import Student
 from layerpeel.tasks import evaluate
 from layerpeel.training import heal_candidates, train_student
@@ -54,6 +55,7 @@ def peel(config: RunConfig) -> Run:
         student = Student(teacher)
         run.restore(student, len(run.rounds) - 1)
     save_model(student.model, tokenizer, run.student_folder, storage)
+    write_card(run, run.student_folder, len(student.depth.removed))
     run.record("finish", reason=reason, round=len(student.depth.removed), layers=len(student.depth))
     return run
 

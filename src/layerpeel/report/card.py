@@ -28,7 +28,7 @@ def write_card(run: Run, folder: Path, round_: int) -> Path:
     """
     metadata = card_metadata(run.config)
     # Markdown, in which text from outside is escaped as such: escaping for HTML would show in code.
-    template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
+    template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     template.filters |= {"md": markdown, "number": number, "percent": percent, "count": count}
     body = template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(card_facts(run, round_, metadata))
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")

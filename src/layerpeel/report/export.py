@@ -30,8 +30,10 @@ def export_student(run: Run, folder: Path, round_: int | None = None) -> int:
     """
     round_ = result_round(run) if round_ is None else round_
     if not 1 <= round_ <= len(run.rounds):
-        there = f"its rounds are 1 to {len(run.rounds)}" if run.rounds else "it has finished no round yet"
-        raise InputError(f"{run.folder} has no round {round_}: {there}", hint="`layerpeel ls` shows what runs have done")
+        there = f"it has rounds 1 to {len(run.rounds)}" if run.rounds else "it has finished none yet"
+        raise InputError(
+            f"{run.folder} has no round {round_}: {there}", hint="`layerpeel ls` shows what runs have done"
+        )
     teacher, tokenizer = load_teacher(run)
     student = rebuild(run, teacher, round_)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from layerpeel.importance import LayerScores
 from layerpeel.report.text import count, one_line
@@ -24,14 +24,15 @@ INK, PAPER = "#1f2937", "#ffffff"  # the page puts its own in their place
 COLOURS = ("#2f7de1", "#d9651a", "#1a9a6c", "#b4509e", "#94851c", "#7a78d6", "#6f7a87")  # seen on light and dark
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 ROUNDS = LinearSegmentedColormap.from_list("rounds", ["#2f7de1", "#9b6bd0", "#d9651a"])
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # a $ in a name is a $
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "legend.labelcolor": INK, "legend.frameon": False, "hatch.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "grid.color": INK, "grid.alpha": 0.15, "grid.linewidth": 0.6,
-    "font.size": 9.5, "axes.titlesize": "medium", "axes.titlelocation": "left", "errorbar.capsize": 2.5,
+    "font.size": 11, "axes.titlesize": "medium", "axes.titlelocation": "left",
+    "legend.fontsize": "small", "errorbar.capsize": 2.5,
 }  # fmt: skip
 
 
@@ -53,7 +54,7 @@ class Line:
 
 
 @contextmanager
-def canvas(width: float = 7.6, height: float = 3.9, **layout: Any) -> Iterator[tuple[Figure, Any]]:
+def canvas(width: float = 6.2, height: float = 3.9, **layout: Any) -> Iterator[tuple[Figure, Any]]:
     """A figure and its axes, in our style."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
@@ -73,7 +74,9 @@ def inline(svg: str, name: str) -> str:
     """An SVG of matplotlib's as part of a page: it scales, takes the page's colours, and shares no id with another."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 aria-hidden="true" focusable="false"', svg, count=1)
+    width = float(re.search(r'width="([\d.]+)pt"', svg)[1])  # type: ignore[index]
+    bounds = f'style="width: {1.45 * width:.0f}px; min-width: {0.79 * width:.0f}px" aria-hidden="true"'
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf"\1 {bounds}", svg, count=1)  # text stays of one, legible size
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     return svg.replace(INK, "currentColor").replace(f"fill: {PAPER}", "fill: none")
@@ -81,11 +84,11 @@ def inline(svg: str, name: str) -> str:
 
 def draw_quality(lines: Sequence[Line], ylabel: str, floor: float | None = None) -> Figure:
     """Quality against layers removed, a line a run, with the first run's parameters above (the paper's figure)."""
-    with canvas(height=4.2) as (figure, axes):
+    with canvas() as (figure, axes):
         for line, colour, marker in zip(lines, cycle(COLOURS), cycle(MARKERS), strict=False):
             axes.errorbar(
                 line.removed, line.aggregate, yerr=line.stderr, color=colour, marker=marker, markersize=4.5,
-                linewidth=1.6, elinewidth=0.9, label=one_line(line.name, 60),
+                linewidth=1.6, elinewidth=0.9, label=one_line(line.name, 100),
             )  # fmt: skip
         if floor is not None:
             axes.axhline(floor, color=INK, linewidth=0.8, linestyle=":", label="quality floor")
@@ -98,13 +101,13 @@ def draw_quality(lines: Sequence[Line], ylabel: str, floor: float | None = None)
         above = axes.secondary_xaxis("top")
         step = -(-len(first.removed) // 9)
         above.set_xticks(first.removed[::step], [count(value) for value in first.parameters[::step]])
-        above.set_xlabel("parameters" if len(lines) == 1 else f"parameters of {one_line(first.name, 60)}")
+        above.set_xlabel("parameters" if len(lines) == 1 else f"parameters of {one_line(first.name, 100)}")
     return figure
 
 
 def draw_tasks(shares: Mapping[str, Sequence[float | None]]) -> Figure:
     """Each task's quality as a share of the teacher's, against layers removed."""
-    with canvas(height=4.0) as (figure, axes):
+    with canvas() as (figure, axes):
         for (name, values), colour, marker in zip(shares.items(), cycle(COLOURS), cycle(MARKERS), strict=False):
             known = [np.nan if value is None else 100 * value for value in values]
             axes.plot(known, color=colour, marker=marker, markersize=4, linewidth=1.4, label=one_line(name, 32))
@@ -112,7 +115,7 @@ def draw_tasks(shares: Mapping[str, Sequence[float | None]]) -> Figure:
         axes.set(xlabel="layers removed", ylabel="% of the teacher's score")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid()
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
 
@@ -142,7 +145,7 @@ def draw_heat(rows: Sequence[Mapping[str, Any]], removed: Sequence[int], total: 
                 axes.text(gone, number, "–", ha="center", va="center", color=INK, alpha=0.6)
         clipped = bool(known.size) and high < known.max()
         figure.colorbar(mesh, ax=axes, extend="max" if clipped else "neither", pad=0.02).set_label(
-            f"{one_line(metric, 40)}:\nlost when skipped"
+            f"{one_line(metric, 40)}:\nlost when skipped", labelpad=10
         )
         axes.set(xlabel="teacher layer", ylabel="round", xlim=(-0.5, total - 0.5), ylim=(len(removed) + 0.5, 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=24, integer=True))
@@ -163,14 +166,23 @@ def draw_training(curves: Mapping[int, Sequence[Mapping[str, float]]]) -> Figure
                 own.plot(tokens, values, color=colour, linewidth=1.2, label=f"round {number}")
             if own.get_lines() and min(float(np.min(line.get_ydata())) for line in own.get_lines()) > 0:  # type: ignore[arg-type]
                 own.set_yscale("log")
+                own.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                own.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                own.yaxis.set_minor_formatter(NullFormatter())
             own.set(title=one_line(panel, 24), xlabel="tokens")
-            own.xaxis.set_major_locator(MaxNLocator(4))
-            own.xaxis.set_major_formatter(lambda value, _: count(value))
+            own.xaxis.set_major_locator(MaxNLocator(3))
+            own.xaxis.set_major_formatter(_tick)
             own.grid()
         some = axes[0, -1].get_legend_handles_labels()
         step = -(-len(curves) // 8)
-        figure.legend(some[0][::step], some[1][::step], loc="outside right upper", fontsize="small")
+        figure.legend(some[0][::step], some[1][::step], loc="outside right upper")
     return figure
+
+
+def _tick(value: float, _: int | None = None) -> str:
+    """A count without zeros at its end: 1.5 k for 1.50 k."""
+    digits, *unit = count(value).split(" ")
+    return " ".join([digits.rstrip("0").rstrip(".") if "." in digits else digits, *unit])
 
 
 def _smooth(curve: Sequence[Mapping[str, float]], key: str, most: int = 300) -> tuple[list[float], list[float]]:
@@ -184,14 +196,14 @@ def _smooth(curve: Sequence[Mapping[str, float]], key: str, most: int = 300) -> 
 def draw_costs(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Seconds of scoring and training, above what each round lost."""
     rounds = [row["round"] for row in rows]
-    with canvas(height=4.4, nrows=2, sharex=True) as (figure, (top, bottom)):
+    with canvas(height=4.0, nrows=2, sharex=True) as (figure, (top, bottom)):
         base = np.zeros(len(rows))
         for key, colour in (("scoring_seconds", 0), ("healing_seconds", 2), ("training_seconds", 1)):
             values = np.array([row[key] for row in rows], dtype=float)
             if values.any():
                 top.bar(rounds, values, bottom=base, color=COLOURS[colour], width=0.7, label=key.split("_")[0])
             base += values
-        top.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small")
+        top.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
         bottom.bar(rounds, [row["aggregate_lost"] for row in rows], color=COLOURS[3], width=0.7)
         bottom.axhline(0, color=INK, linewidth=0.8)
         top.set_ylabel("seconds")
@@ -212,12 +224,12 @@ def draw_importance(scores: LayerScores, path: Path) -> None:
     values = [scores.importance[layer] for layer in layers]
     errors = [scores.stderr.get(layer, 0.0) for layer in layers] if scores.stderr else None
     first = scores.ranked()[0]
-    colours = [COLOURS[1] if layer == first else "#94a3b8" if layer in scores.dropped else COLOURS[0] for layer in layers]
+    colours = [
+        COLOURS[1] if layer == first else "#94a3b8" if layer in scores.dropped else COLOURS[0] for layer in layers
+    ]
     with canvas(max(5.0, 0.32 * len(layers) + 1.5), 3.6) as (figure, axes):
         axes.bar([str(layer) for layer in layers], values, yerr=errors, color=colours, ecolor=INK, capsize=2)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set(xlabel="layer", ylabel=f"{one_line(scores.metric, 40)}: lost when skipped")
         axes.set_title(f"Layer {first} would go first")
         figure.savefig(path, dpi=160)
-
-

@@ -60,7 +60,7 @@ def aggregate_stderr(evaluation: Evaluation, reference: Evaluation, how: str) ->
 
 
 def bytes_per_parameter(run: Run) -> float | None:
-    """Of a checkpoint on disk: by the student's files, or before there are any by the teacher's dtype, if it is here."""
+    """Of a checkpoint on disk, by the student's files; before there are any, by the teacher's dtype if it is here."""
     files = student_files(run)
     if files and run.finish and run.teacher:
         events = [run.teacher, *run.rounds]

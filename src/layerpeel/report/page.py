@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -13,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from layerpeel.journal import Run
 from layerpeel.progress import console
 from layerpeel.report import figures, gather, tables
+from layerpeel.report.card import teacher_name
 from layerpeel.report.measure import measurements
 from layerpeel.report.tables import Table
 from layerpeel.report.text import count, duration, moment, number, one_line, percent, plain, size
@@ -110,7 +110,7 @@ def _pictures(run: Run, runs: dict[str, Run], depths: list[dict[str, Any]], fold
             note = "Mean loss of each stretch of a round, and its parts without their weights."
             drawn.append(("training", "Training, by round", note, figures.draw_training(curves), None))
     return {
-        name: Picture(name, title, note, Markup(figures.save(figure, folder / name)), table)  # noqa: S704
+        name: Picture(name, title, note, Markup(figures.save(figure, folder / name)), table)
         for name, title, note, figure, table in drawn
     }
 
@@ -125,7 +125,7 @@ def _quality(run: Run, runs: dict[str, Run]) -> Drawn:
         if not depths:
             continue
         lines.append(figures.Line(
-            f"{name} ({gather.method_of(each.config)})", *([row[key] for row in depths]
+            f"{one_line(name, 40)} ({one_line(gather.method_of(each.config), 50)})", *([row[key] for row in depths]
             for key in ("round", "aggregate", "aggregate_stderr", "parameters")),
         ))  # fmt: skip
         rows += [row | {"run": name} for row in depths]
@@ -200,7 +200,7 @@ def _facts(
         "versions": start.get("versions", {}), "machine": start.get("machine", {}),
         "started": start.get("time"), "ended": run.events[-1]["time"] if run.events else None,
         "config": (run.folder / "config.yaml").read_text(encoding="utf-8"), "method": gather.method_of(run.config),
-        "teacher": run.config.teacher, "hashes": gather.hashes(run), "command": gather.command_of(run),
+        "teacher": teacher_name(run.config.teacher), "hashes": gather.hashes(run), "command": gather.command_of(run),
     }  # fmt: skip
 
 
@@ -210,9 +210,9 @@ def _render(facts: dict[str, Any]) -> str:
     )
     environment.filters |= {
         "plain": plain, "line": one_line, "number": number, "percent": percent, "count": count, "size": size,
-        "duration": duration, "moment": moment, "compact": lambda value: json.dumps(value, ensure_ascii=False),
+        "duration": duration, "moment": moment, "breakable": lambda text: escape(text).replace("_", Markup("_<wbr>")),
     }  # fmt: skip
     script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    own = {"script": Markup(script), "script_hash": digest, "style": Markup((HERE / "page.css").read_text("utf-8"))}  # noqa: S704
+    own = {"script": Markup(script), "script_hash": digest, "style": Markup((HERE / "page.css").read_text("utf-8"))}
     return environment.get_template("page.html.jinja").render(facts | own)

@@ -71,10 +71,10 @@ def flat(rows: Iterable[Row]) -> list[Row]:
 def depth_table(rows: Sequence[Row], result: int, *, measured: bool) -> Table:
     """The depths to choose from."""
     tasks = list(rows[0]["tasks"])
-    speed = ["ms / token", "tokens / s", "peak memory"] if measured else []
+    speed = ["ms/token", "tokens/s", "peak memory"] if measured else []
     heads = ["layers", "removed", "parameters", "% of params", "on disk", "aggregate", "% kept", *speed]
     return Table(
-        caption="Depths to choose from; ± is one standard error",
+        caption="Layers, size, quality and speed of each depth; ± is one standard error",
         heads=[*heads, *(one_line(task, 40) + _arrow(rows[0]["tasks"][task]) for task in tasks)],
         rows=[_depth_cells(row, tasks, measured) for row in rows],
         marked=next((index for index, row in enumerate(rows) if row["round"] == result), None),

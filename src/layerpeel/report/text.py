@@ -11,7 +11,7 @@ BIDI = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C}
 
 
 def plain(value: Any) -> str:
-    """A text with its control characters, bidirectional overrides and lone surrogates written out, as in \\x1b."""
+    """A text with its control characters, bidirectional overrides and lone surrogates written out by their numbers."""
     return "".join(map(_shown, str(value)))
 
 
@@ -41,13 +41,13 @@ def percent(share: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """2.47 B, 4.1 M, 950 k; exact below a thousand."""
-    return _scaled(value, 1000, ["", " k", " M", " B", " T"])
+    """2.47 B, 41.3 M, 950 k; three digits."""
+    return _scaled(value, ["", " k", " M", " B", " T"])
 
 
 def size(value: float | None) -> str:
-    """Bytes as 12.4 MB (of 1000 * 1000)."""
-    return _scaled(value, 1000, [" B", " kB", " MB", " GB", " TB"])
+    """Bytes as 12.4 MB (of 1000 * 1000 bytes)."""
+    return _scaled(value, [" B", " kB", " MB", " GB", " TB"])
 
 
 def duration(seconds: float | None) -> str:
@@ -64,10 +64,11 @@ def moment(seconds: float | None) -> str:
     return "–" if seconds is None else time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
-def _scaled(value: float | None, step: int, units: list[str]) -> str:
+def _scaled(value: float | None, units: list[str]) -> str:
     if value is None:
         return "–"
     place = 0
-    while abs(value) >= step and place < len(units) - 1:
-        value, place = value / step, place + 1
-    return f"{value:.0f}{units[0]}" if not place else f"{value:.{2 if value < 10 else 1}f}{units[place]}"
+    while value >= 1000 and place < len(units) - 1:
+        value, place = value / 1000, place + 1
+    places = 0 if not place or value >= 100 else 1 if value >= 10 else 2
+    return f"{value:.{places}f}{units[place]}"
