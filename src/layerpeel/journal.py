@@ -236,13 +236,15 @@ def _cut_torn_line(journal: Path) -> None:
 
 
 def _lock(file: int, *, exclusive: bool) -> bool:
-    """Takes a lock that ends with the file, the process or the machine; False if another holds it."""
+    """Takes a lock that ends with the descriptor or the process; False if another one is in the way of an exclusive."""
     if fcntl is None:
         return True
     try:
-        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
+    except BlockingIOError:
         return False
+    except OSError:  # some file systems know no locks
+        return True
     return True
 
 

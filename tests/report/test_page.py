@@ -210,6 +210,6 @@ def test_figures_hold_runs_of_any_length(run: Run, tmp_path: Path, count: int) -
     for figure in (
         figures.draw_heat(rows, list(range(1, count + 1)), 40, "metric"),
         figures.draw_training({n: [{"loss": 0.0, "tokens": 1.0}] for n in range(1, count + 1)}),
-        figures.draw_quality([figures.Line("中", [0], [float("nan")], [0.0], [1])], "aggregate", 0.5),
+        figures.draw_quality([figures.Line("中", "a $method$", [0], [float("nan")], [0.0], [1])], "aggregate", 0.5),
     ):
         assert figures.save(figure, tmp_path / "figure").startswith("<svg")

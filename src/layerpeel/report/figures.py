@@ -41,12 +41,14 @@ class Line:
     """A run in the chart of quality.
 
     Attributes:
+        method: how it works, in a few words.
         removed: layers removed, one a depth.
         aggregate, stderr: at each depth.
         parameters: at each depth.
     """
 
     name: str
+    method: str
     removed: Sequence[int]
     aggregate: Sequence[float]
     stderr: Sequence[float]
@@ -84,24 +86,24 @@ def inline(svg: str, name: str) -> str:
 
 def draw_quality(lines: Sequence[Line], ylabel: str, floor: float | None = None) -> Figure:
     """Quality against layers removed, a line a run, with the first run's parameters above (the paper's figure)."""
-    with canvas() as (figure, axes):
+    with canvas(height=3.7 + 0.22 * len(lines)) as (figure, axes):
         for line, colour, marker in zip(lines, cycle(COLOURS), cycle(MARKERS), strict=False):
             axes.errorbar(
                 line.removed, line.aggregate, yerr=line.stderr, color=colour, marker=marker, markersize=4.5,
-                linewidth=1.6, elinewidth=0.9, label=one_line(line.name, 100),
+                linewidth=1.6, elinewidth=0.9, label=f"{one_line(line.name, 32)} ({one_line(line.method, 44)})",
             )  # fmt: skip
         if floor is not None:
             axes.axhline(floor, color=INK, linewidth=0.8, linestyle=":", label="quality floor")
         first = lines[0]
         if len(lines) > 1 or floor is not None:
-            axes.legend(loc="best")
+            figure.legend(loc="outside lower left")
         axes.set(xlabel="layers removed", ylabel=ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid()
         above = axes.secondary_xaxis("top")
         step = -(-len(first.removed) // 9)
         above.set_xticks(first.removed[::step], [count(value) for value in first.parameters[::step]])
-        above.set_xlabel("parameters" if len(lines) == 1 else f"parameters of {one_line(first.name, 100)}")
+        above.set_xlabel("parameters" if len(lines) == 1 else f"parameters of {one_line(first.name, 40)}")
     return figure
 
 

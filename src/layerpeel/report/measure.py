@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from layerpeel.stack import Stack
 from layerpeel.student import Student
 from layerpeel.tasks import make_tasks
 from layerpeel.tasks.answering import Engine
-from layerpeel.tasks.base import Generation
+from layerpeel.tasks.base import Generation, Request
+from layerpeel.tasks.generate import Generate
 
 PROMPT, NEW, BATCH = 64, 32, 8  # tokens, tokens, rows
 REPEATS = 5
@@ -47,7 +49,7 @@ def measurements(run: Run, *, measure: bool = True) -> dict[str, Any] | None:
         return None
     try:
         found = measure_run(run)
-    except (LayerpeelError, OSError) as error:
+    except (LayerpeelError, OSError, RuntimeError) as error:  # such as a GPU's memory: the run itself stands
         console.print(f"nothing measured: {error}", style="yellow", markup=False)
         return {"problem": str(error)}
     path.parent.mkdir(exist_ok=True)
@@ -196,24 +198,24 @@ def most_allocated(profile: torch.profiler.profile) -> int:
 def sample_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, Generation]]:
     """A few prompts with where they are from: those of the run's generation tasks, else beginnings of its text."""
     asked = []
-    for task in make_tasks(config.tasks):
+    for task in (task for task in make_tasks(config.tasks) if isinstance(task, Generate)):
         try:
-            requests = [each for own in task.requests(tokenizer)[:2] for each in own]
+            asked += [(task.name, request) for own in task.requests(tokenizer)[:2] for request in own]
         except (LayerpeelError, OSError):  # its data are gone since
             continue
-        asked += [(task.name, request) for request in requests if isinstance(request, Generation)][:2]
     if asked:
         spread = asked[::2] + asked[1::2]  # one of each task before a second one
         return [(name, _cut(request)) for name, request in spread[:SAMPLES]]
     try:
-        documents = [text for text, _ in zip(mix_documents(config.distill.text, config.seed), range(2), strict=False)]
+        documents = list(islice(mix_documents(config.distill.text or config.score.text or [], config.seed), 2))
     except (LayerpeelError, OSError):
         return []
     begun = [tuple(tokenizer.encode(text)[:24]) for text in documents]
     return [("text", Generation(ids, SAMPLE_TOKENS, ())) for ids in begun if ids]
 
 
-def _cut(request: Generation) -> Generation:
+def _cut(request: Request) -> Generation:
+    assert isinstance(request, Generation)
     return Generation(request.prompt, min(request.max_new_tokens, SAMPLE_TOKENS), request.stop)
 
 

@@ -125,7 +125,7 @@ def _quality(run: Run, runs: dict[str, Run]) -> Drawn:
         if not depths:
             continue
         lines.append(figures.Line(
-            f"{one_line(name, 40)} ({one_line(gather.method_of(each.config), 50)})", *([row[key] for row in depths]
+            name, gather.method_of(each.config), *([row[key] for row in depths]
             for key in ("round", "aggregate", "aggregate_stderr", "parameters")),
         ))  # fmt: skip
         rows += [row | {"run": name} for row in depths]
