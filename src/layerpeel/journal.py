@@ -3,7 +3,8 @@
 NAME/config.yaml             the config, resolved
      journal.jsonl           one line an event, flushed and fsynced; the only truth
      rounds/03/              scores.json, training.json, trained.safetensors (the student's own weights)
-     student/                the Hugging Face checkpoint
+     student/                the Hugging Face checkpoint, with its model card
+     report/                 the page, its figures and tables, and what was measured for it
 """
 
 from __future__ import annotations

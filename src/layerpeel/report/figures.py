@@ -22,7 +22,7 @@ from layerpeel.report.text import count, one_line
 
 INK, PAPER = "#1f2937", "#ffffff"  # the page puts its own in their place
 COLOURS = ("#2f7de1", "#d9651a", "#1a9a6c", "#b4509e", "#94851c", "#7a78d6", "#6f7a87")  # seen on light and dark
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one more than colours, so that pairs repeat late
 ROUNDS = LinearSegmentedColormap.from_list("rounds", ["#2f7de1", "#9b6bd0", "#d9651a"])
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
@@ -112,7 +112,7 @@ def draw_tasks(shares: Mapping[str, Sequence[float | None]]) -> Figure:
     with canvas() as (figure, axes):
         for (name, values), colour, marker in zip(shares.items(), cycle(COLOURS), cycle(MARKERS), strict=False):
             known = [np.nan if value is None else 100 * value for value in values]
-            axes.plot(known, color=colour, marker=marker, markersize=4, linewidth=1.4, label=one_line(name, 32))
+            axes.plot(known, color=colour, marker=marker, markersize=4, linewidth=1.4, label=one_line(name, 24))
         axes.axhline(100, color=INK, linewidth=0.8)
         axes.set(xlabel="layers removed", ylabel="% of the teacher's score")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

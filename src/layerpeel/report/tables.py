@@ -72,11 +72,12 @@ def depth_table(rows: Sequence[Row], result: int, *, measured: bool) -> Table:
     """The depths to choose from."""
     tasks = list(rows[0]["tasks"])
     speed = ["ms/token", "tokens/s", "peak memory"] if measured else []
-    heads = ["layers", "removed", "parameters", "% of params", "on disk", "aggregate", "% kept", *speed]
+    sizes = ["on disk"] if any(row["bytes"] for row in rows) else []
+    heads = ["layers", "removed", "parameters", "% of params", *sizes, "aggregate", "% kept", *speed]
     return Table(
         caption="Layers, size, quality and speed of each depth; ± is one standard error",
         heads=[*heads, *(one_line(task, 40) + _arrow(rows[0]["tasks"][task]) for task in tasks)],
-        rows=[_depth_cells(row, tasks, measured) for row in rows],
+        rows=[_depth_cells(row, tasks, sizes=bool(sizes), measured=measured) for row in rows],
         marked=next((index for index, row in enumerate(rows) if row["round"] == result), None),
         sortable=True,
     )
@@ -86,13 +87,13 @@ def _arrow(score: Row) -> str:
     return " (lower is better)" if score["lower_is_better"] else ""
 
 
-def _depth_cells(row: Row, tasks: Sequence[str], measured: bool) -> list[Cell]:
+def _depth_cells(row: Row, tasks: Sequence[str], *, sizes: bool, measured: bool) -> list[Cell]:
     cells = [
         Cell(str(row["layers"]), row["layers"]),
         Cell("–" if row["removed"] is None else str(row["removed"]), row["removed"]),
         Cell(count(row["parameters"]), row["parameters"]),
         Cell(percent(row["parameters_kept"]), row["parameters_kept"]),
-        Cell(size(row["bytes"]), row["bytes"]),
+        *([Cell(size(row["bytes"]), row["bytes"])] if sizes else []),
         _with_error(row["aggregate"], row["aggregate_stderr"]),
         Cell(percent(row["kept_quality"]), row["kept_quality"]),
     ]
