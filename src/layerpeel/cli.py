@@ -220,21 +220,22 @@ def main() -> None:
 
 
 def _finish(run: Run, as_json: bool) -> None:
-    assert run.finish and run.teacher
-    if RANK:
-        return
-    page = write_report(run)
-    if as_json:
-        print(json.dumps({"teacher": run.teacher, "rounds": run.rounds, "finish": run.finish,
-                          "student": str(run.student_folder), "report": str(page)}))  # fmt: skip
-    else:
-        output.print(_run_table(run))
-        output.print(f"student  {escape(str(run.student_folder))}", soft_wrap=True)
-        output.print(f"report   {escape(str(page))}", soft_wrap=True)
-        output.print(f"record   {escape(str(run.journal))}", soft_wrap=True)
+    assert run.finish
+    if not RANK:
+        _show(run, write_report(run), as_json)
     if run.finish["reason"] == "min_quality":
         console.print(f"stopped by the quality floor; the student is that of round {run.finish['round']}")
         sys.exit(3)
+
+
+def _show(run: Run, page: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"teacher": run.teacher, "rounds": run.rounds, "finish": run.finish,
+                          "student": str(run.student_folder), "report": str(page)}))  # fmt: skip
+        return
+    output.print(_run_table(run))
+    for name, path in (("student", run.student_folder), ("report", page), ("record", run.journal)):
+        output.print(f"{name:8} {escape(str(path))}", soft_wrap=True)
 
 
 def _run_table(run: Run) -> Table:

@@ -17,7 +17,6 @@ from layerpeel import Run
 from layerpeel.report import page as page_module
 from layerpeel.report import watch, write_report
 from layerpeel.report.gather import aggregate_stderr, depth_rows, names_of
-from layerpeel.report.measure import measurements
 from layerpeel.tasks.base import Evaluation, TaskScore
 from tests.report.conftest import HOSTILE
 
@@ -153,34 +152,6 @@ def test_a_run_at_its_beginning_has_a_page(run: Run) -> None:
     assert "Nothing to report yet" in write_report(Run(run.folder)).read_text(encoding="utf-8")
     run.journal.write_text("".join(lines[:2]), encoding="utf-8")
     assert "6 → 6 layers" in write_report(Run(run.folder), measure=False).read_text(encoding="utf-8")
-
-
-def test_without_the_teacher_it_says_so(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    config = run.folder / "config.yaml"
-    config.write_text(config.read_text(encoding="utf-8").replace("/teacher\n", "/gone\n"), encoding="utf-8")
-    text = write_report(Run(run.folder)).read_text(encoding="utf-8")
-    assert "were not measured, because the students cannot be rebuilt: no such model" in text
-    assert "nothing measured: no such model" in capsys.readouterr().err
-    assert not (run.folder / "report/measurements.json").exists()
-
-
-def test_measurements_are_made_of_every_depth_and_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerpeel.report.measure.REPEATS", 2)
-    monkeypatch.setattr("layerpeel.report.measure.NEW", 4)
-    assert measurements(run, measure=False) is None
-    found = measurements(run)
-    assert found and list(found["depths"]) == ["0", "1", "2"]
-    for event, speed in zip([run.teacher, *run.rounds], found["depths"].values(), strict=True):
-        assert event and speed["peak_memory"] > 4 * event["parameters"]  # float32 weights, and something on top
-        assert 0 < speed["ms_per_token_least"] <= speed["ms_per_token"] <= speed["ms_per_token_most"]
-    peaks = [speed["peak_memory"] for speed in found["depths"].values()]
-    assert peaks == sorted(peaks, reverse=True)
-    assert [sample["source"] for sample in found["samples"]] == [HOSTILE, HOSTILE]
-    assert found["samples"][0]["prompt"] == "w5 w9"
-    monkeypatch.setattr("layerpeel.report.measure.measure_run", None)
-    assert measurements(run) == found  # not measured again
-    text = write_report(run).read_text(encoding="utf-8")
-    assert "ms/token" in text and "Peak memory is" in text
 
 
 def test_watching_ends_with_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
