@@ -19,6 +19,7 @@ from tests.families import save_tiny, tiny_tokenizer
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a teacher, text, tasks and `run.yaml`."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("layerpeel.report.measure.TURN_SECONDS", 0.0)
     monkeypatch.setattr("layerpeel.report.measure.REPEATS", 1)
     monkeypatch.setattr("layerpeel.report.measure.NEW", 2)
     save_tiny(tmp_path / "teacher")

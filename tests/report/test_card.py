@@ -87,7 +87,7 @@ class Hub:
 
     def upload_folder(self, *, repo_id: str, folder_path: Path, **options: Any) -> None:
         if self.refuses:
-            raise OSError("no route")
+            raise Exception("no\nroute")
         self.calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
 
 

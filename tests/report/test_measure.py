@@ -22,6 +22,7 @@ def test_without_the_teacher_it_says_so(run: Run, capsys: pytest.CaptureFixture[
 
 
 def test_measurements_are_made_of_every_depth_and_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerpeel.report.measure.TURN_SECONDS", 0.0)
     monkeypatch.setattr("layerpeel.report.measure.REPEATS", 2)
     monkeypatch.setattr("layerpeel.report.measure.NEW", 4)
     assert measurements(run, measure=False) is None

@@ -122,7 +122,8 @@ def test_hostile_strings_stay_text(run: Run) -> None:
     run.record("finding", check=HOSTILE, severity="warning", message=HOSTILE, hint=HOSTILE, round=2)
     (run.folder / "report").mkdir(exist_ok=True)
     samples = [{"source": HOSTILE, "prompt": HOSTILE, "texts": dict.fromkeys("012", HOSTILE)}]
-    speed = {"ms_per_token": 1.0, "tokens_per_second": 2.0, "peak_memory": 3}
+    speed = {"ms_per_token": 1.0, "ms_per_token_least": 0.5, "ms_per_token_most": 9.0, "tokens_per_second": 2.0}
+    speed["peak_memory"] = 3
     (run.folder / "report/measurements.json").write_text(json.dumps({
         "depths": dict.fromkeys("012", speed), "samples": samples, "machine": {"system": HOSTILE},
         "setup": {"prompt_tokens": 1, "new_tokens": 1, "batch": 1, "repeats": 1, "device": HOSTILE, "dtype": "x"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from layerpeel.errors import InputError, RunError
 from layerpeel.journal import Run
@@ -13,6 +12,7 @@ from layerpeel.models import save_model, stored_dtype
 from layerpeel.report.card import write_card
 from layerpeel.report.gather import result_round
 from layerpeel.report.measure import load_teacher, rebuild
+from layerpeel.report.text import one_line
 
 
 def export_student(run: Run, folder: Path, round_: int | None = None) -> int:
@@ -55,9 +55,9 @@ def push(folder: Path, repository: str, api: HfApi | None = None) -> str:
     try:
         address = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="A student made by layerpeel")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # the hub's refusals, and whatever the client's transport has for a lost network
         raise RunError(
-            f"--push {repository}: nothing was uploaded ({error})",
+            f"--push {repository}: nothing was uploaded ({one_line(error, 300)})",
             hint=f"the checkpoint is in {folder}; log in with `hf auth login`, check the name and the network",
         ) from None
     return str(address)

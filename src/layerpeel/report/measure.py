@@ -31,6 +31,7 @@ from layerpeel.tasks.generate import Generate
 
 PROMPT, NEW, BATCH = 64, 32, 8  # tokens, tokens, rows
 REPEATS = 5
+TURN_SECONDS = 0.2
 SAMPLES, SAMPLE_TOKENS = 4, 64
 
 
@@ -139,11 +140,16 @@ def _medians(times: Sequence[tuple[float, float]]) -> dict[str, float]:
 
 
 def _seconds(model: PreTrainedModel, rows: int) -> float:
-    _wait(model)
-    started = time.perf_counter()
-    _generate(model, rows, NEW)
-    _wait(model)
-    return time.perf_counter() - started
+    """Of one generation; of the best of several, where they are so short that another process could spoil them."""
+    best, spent = float("inf"), 0.0
+    while spent <= TURN_SECONDS:
+        _wait(model)
+        started = time.perf_counter()
+        _generate(model, rows, NEW)
+        _wait(model)
+        took = time.perf_counter() - started
+        best, spent = min(best, took), spent + took
+    return best
 
 
 @torch.no_grad()

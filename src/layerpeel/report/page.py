@@ -81,7 +81,7 @@ def _with_speed(depths: list[dict[str, Any]], measured: dict[str, Any] | None) -
     speeds = (measured or {}).get("depths")
     if not speeds:
         return depths
-    keys = ("ms_per_token", "tokens_per_second", "peak_memory")
+    keys = ("ms_per_token", "ms_per_token_least", "ms_per_token_most", "tokens_per_second", "peak_memory")
     return [row | {key: speeds[str(row["round"])][key] for key in keys} for row in depths]
 
 

@@ -99,10 +99,11 @@ def _depth_cells(row: Row, tasks: Sequence[str], *, sizes: bool, measured: bool)
     ]
     if measured:
         cells += [
-            Cell(number(row["ms_per_token"], 2), row["ms_per_token"]),
+            Cell(f"{number(row['ms_per_token'], 2)} ({number(row['ms_per_token_least'], 2)}–"
+                 f"{number(row['ms_per_token_most'], 2)})", row["ms_per_token"]),
             Cell(f"{row['tokens_per_second']:,.0f}", row["tokens_per_second"]),
             Cell(size(row["peak_memory"]), row["peak_memory"]),
-        ]
+        ]  # fmt: skip
     return [*cells, *(_with_error(row["tasks"][task]["value"], row["tasks"][task]["stderr"]) for task in tasks)]
 
 
