@@ -19,8 +19,8 @@ PACKAGE = ROOT / "src" / "layerpeel"
 # A room is a module, or a package with all in it. Each may import those before it, and none after.
 # fmt: off
 ROOMS = [
-    "errors", "progress", "config", "architecture", "surgery", "models", "data", "stack", "tasks",
-    "importance", "losses", "student", "training", "journal", "health", "preflight",
+    "errors", "files", "progress", "config", "architecture", "surgery", "models", "data", "stack", "tasks",
+    "importance", "losses", "student", "parallel", "teacher_cache", "training", "journal", "health", "preflight",
     "report", "loop", "study", "demo",
     "cli", "__main__",
 ]

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from layerpeel import Run, RunConfig, distill, load_model, peel
 from layerpeel.config import DistillConfig, parse_config
 from layerpeel.errors import InputError
+from layerpeel.tasks import evaluate, make_tasks
 from layerpeel.training import train_student
 from tests.families import save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
@@ -57,8 +58,6 @@ def test_a_run_ends_at_its_target_with_a_student_that_is_the_one_measured(settin
     for event in run.rounds:
         assert event["training"]["last_loss"] < event["training"]["first_loss"]
     student, tokenizer = load_model(run.student_folder)
-    from layerpeel.tasks import evaluate, make_tasks
-
     again = evaluate(student, tokenizer, make_tasks(run.config.tasks))
     assert again.to_json() == run.rounds[-1]["evaluation"]
 
@@ -123,6 +122,37 @@ def test_a_run_in_bfloat16_trains_and_keeps_what_was_measured(settings: dict[str
     run = peel(config_of(settings, dtype="bfloat16", stop={"target_layers": 5}))
     assert run.rounds[0]["training"]["last_loss"] < run.rounds[0]["training"]["first_loss"]
     assert load_model(run.student_folder, dtype="float32")[0].dtype == torch.float32
+
+
+def test_a_last_pass_trains_everything_and_is_judged(settings: dict[str, Any]) -> None:
+    distill = settings["distill"] | {"train": "neighbours", "last_pass": {"tokens": 256, "learning_rate": 1e-4}}
+    run = peel(config_of(settings, distill=distill, stop={"target_layers": 5}))
+    assert run.finish is not None
+    last = run.finish["last_pass"]
+    assert last["training"]["steps"] == 4 and last["training"]["layers"] == run.rounds[-1]["kept"]
+    student, tokenizer = load_model(run.student_folder)
+    again = evaluate(student, tokenizer, make_tasks(run.config.tasks))
+    assert again.to_json() == last["evaluation"]
+    teacher, _ = load_model(settings["teacher"])
+    assert not torch.equal(student.lm_head.weight, teacher.lm_head.weight)
+
+
+def test_curves_go_to_trackers(settings: dict[str, Any]) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = peel(config_of(settings, trackers=["tensorboard"]))
+    seen = event_accumulator.EventAccumulator(str(next(run.folder.rglob("events.out.*")).parent)).Reload()
+    losses = [round(point.value, 5) for point in seen.Scalars("loss")]
+    files = [run.folder / "rounds" / name / "training.json" for name in ("01", "02")]
+    curves = [point["loss"] for file in files for point in json.loads(file.read_text())["curve"]]
+    assert losses == [pytest.approx(loss, abs=1e-5) for loss in curves]
+    assert [point.value for point in seen.Scalars("layers")] == [5, 4]
+    assert len({point.step for point in seen.Scalars("loss")} | {p.step for p in seen.Scalars("layers")}) == 18
+
+
+def test_a_tracker_that_is_not_installed_is_named(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerpeel.preflight.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="trackers: wandb is not installed"):
+        peel(config_of(settings, trackers=["wandb"]))
 
 
 def test_another_config_is_refused_and_the_run_left_alone(settings: dict[str, Any]) -> None:

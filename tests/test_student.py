@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,19 +13,22 @@ from torch.nn import functional
 from layerpeel.config import LossConfig
 from layerpeel.errors import InputError
 from layerpeel.losses import LossSum
-from layerpeel.student import Student, layers_to_train, share
+from layerpeel.student import Student, next_tokens, parameters_to_train, run_both, share
 from layerpeel.surgery import remove_layers
-from layerpeel.training import run_both
 from tests.families import FAMILIES, UNLISTED, tiny_ids, tiny_model
 
 GAPS = {"middle": [3], "two": [1, 4], "start": [0], "end": [5]}
 
 
-def padded_batch() -> dict[str, torch.Tensor]:
-    ids, mask = tiny_ids(3, 12), torch.ones(3, 12, dtype=torch.long)
-    for row, length in enumerate((12, 7, 3)):
+def padded_batch(lengths: Sequence[int] = (12, 7, 3)) -> dict[str, torch.Tensor]:
+    ids, mask = tiny_ids(len(lengths), 12), torch.ones(len(lengths), 12, dtype=torch.long)
+    for row, length in enumerate(lengths):
         ids[row, length:], mask[row, length:] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids, "attention_mask": mask, "labels": next_tokens(ids, mask)}
+
+
+def names_of(student: Student, layers: Sequence[int]) -> list[str]:
+    return [name for name in student.parameters() if student.layer_of(name) in layers]
 
 
 def dense_reference(teacher, removed, trained, batch, reduction):
@@ -63,15 +68,20 @@ def dense_reference(teacher, removed, trained, batch, reduction):
     return loss.item(), gradients
 
 
-@pytest.mark.parametrize("reduction", ["token_mean", "sum/100"])
-@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize(
+    ("gap", "reduction", "recompute"),
+    [
+        *((gap, reduction, False) for gap in GAPS for reduction in ("token_mean", "sum/100")),
+        ("two", "token_mean", True),
+    ],
+)
 @pytest.mark.parametrize("family", [*FAMILIES, *UNLISTED])
-def test_loss_and_gradients_are_those_of_two_models(family: str, gap: str, reduction: str) -> None:
+def test_loss_and_gradients_are_those_of_two_models(family: str, gap: str, reduction: str, recompute: bool) -> None:
     teacher, batch, removed = tiny_model(family), padded_batch(), GAPS[gap]
     student = Student(teacher)
     student.remove(removed)
     trained = student.depth.neighbours(1)
-    student.own(trained)
+    student.own(names_of(student, trained))
     for index in trained:  # so that student and teacher differ even where nothing is removed
         with torch.no_grad():
             for parameter in student.layer(index).parameters():
@@ -85,7 +95,8 @@ def test_loss_and_gradients_are_those_of_two_models(family: str, gap: str, reduc
     for index in trained:
         student.layer(index).requires_grad_(True)
     tokens = int(batch["attention_mask"].sum())
-    loss, _ = losses(run_both(student, batch, max(trained), tokens, 1))
+    outputs = run_both(student, batch, [max(trained)], step_tokens=tokens, step_labels=tokens, recompute=recompute)
+    loss, _ = losses(outputs)
     loss.backward()
 
     weights = {index: student.layer(index).state_dict() for index in trained}
@@ -93,7 +104,38 @@ def test_loss_and_gradients_are_those_of_two_models(family: str, gap: str, reduc
     assert loss.item() == pytest.approx(reference_loss, rel=1e-5)
     for (index, name), expected in gradients.items():
         own = dict(student.layer(index).named_parameters())[name].grad
+        assert own is not None
         assert (own - expected).norm() <= 1e-5 * expected.norm() + 1e-9, (index, name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere2"])
+def test_gradients_of_everything_are_those_of_two_models(family: str, tied: bool) -> None:
+    teacher, batch = tiny_model(family, tie_word_embeddings=tied), padded_batch()
+    student = Student(teacher)
+    student.remove([2])
+    student.own(parameters_to_train(student, "everything"))
+    here = student.parameters()
+    with torch.no_grad():
+        for parameter in here.values():
+            parameter.mul_(1.02).requires_grad_(True)
+    assert student.begins_alone and student.shared_prefix == 0
+    tokens = int(batch["attention_mask"].sum())
+    loss, _ = LossSum({"kl": LossConfig()})(run_both(student, batch, [], step_tokens=tokens, step_labels=tokens))
+    loss.backward()
+
+    reference = remove_layers(copy.deepcopy(teacher), [2]).requires_grad_(True)
+    reference.load_state_dict(student.model.state_dict())
+    mask, ids = batch["attention_mask"].bool(), batch["input_ids"]
+    with torch.no_grad():
+        wanted = teacher(ids).logits[mask].double().softmax(-1)
+    found = reference(ids).logits[mask].double().log_softmax(-1)
+    ((wanted * (wanted.log() - found)).sum() / tokens).backward()
+    expected = dict(reference.named_parameters())
+    assert len(expected) == len(list(here))
+    for (name, parameter), (other, twin) in zip(student.model.named_parameters(), expected.items(), strict=True):
+        assert name == other and parameter.grad is not None and twin.grad is not None
+        assert (parameter.grad - twin.grad).norm() <= 1e-5 * twin.grad.norm() + 1e-9, name
 
 
 def test_sharing_costs_no_weights_and_leaves_the_teacher_alone() -> None:
@@ -102,7 +144,7 @@ def test_sharing_costs_no_weights_and_leaves_the_teacher_alone() -> None:
     student = Student(teacher)
     assert all(a is b for a, b in zip(teacher.parameters(), student.model.parameters(), strict=True))
     student.remove([2])
-    student.own([1, 3])
+    student.own(names_of(student, [1, 3]))
     with torch.no_grad():
         for parameter in student.layer(3).parameters():
             parameter.add_(1.0)
@@ -122,7 +164,7 @@ def test_shared_prefix_ends_at_the_first_gap_or_own_layer() -> None:
     student = Student(tiny_model("llama"))
     student.remove([3])
     assert student.shared_prefix == 3
-    student.own([2])
+    student.own(names_of(student, [2]))
     assert student.shared_prefix == 2
 
 
@@ -131,30 +173,60 @@ def test_owned_weights_come_back() -> None:
     student, again = Student(teacher), Student(teacher)
     for one in (student, again):
         one.remove([2])
-    student.own([1, 3])
+    student.own(names_of(student, [1, 3]))
     with torch.no_grad():
         for parameter in student.layer(3).parameters():
             parameter.mul_(1.5)
     again.load_owned(student.owned_state())
     assert torch.equal(again.model(tiny_ids()).logits, student.model(tiny_ids()).logits)
-    assert again.owned == {1, 3}
+    assert again.owned == student.owned and {again.layer_of(name) for name in again.owned} == {1, 3}
 
 
 def test_trainable_sets() -> None:
     student = Student(tiny_model("llama"))
     student.remove([2])
-    assert list(layers_to_train(student, "neighbours", 1)) == [1, 3]
-    assert list(layers_to_train(student, "above", 1)) == [3, 4, 5]
-    assert list(layers_to_train(student, "all", 1)) == [0, 1, 3, 4, 5]
-    assert layers_to_train(student, r"layers\.4\.mlp\.up", 1) == {4: ["mlp.up_proj.weight"]}
+
+    def layers(train: str, **options: Any) -> set[int | None]:
+        return {student.layer_of(name) for name in parameters_to_train(student, train, **options)}
+
+    assert layers("neighbours") == {1, 3} and layers("neighbours", radius=2) == {0, 1, 3, 4}
+    assert layers("above") == {3, 4, 5} and layers("all") == {0, 1, 3, 4, 5}
+    assert set(parameters_to_train(student, "everything")) == set(student.parameters())
+    assert parameters_to_train(student, r"layers\.4\.mlp\.up") == ["model.layers.4.mlp.up_proj.weight"]
+    assert parameters_to_train(student, "lm_head") == ["lm_head.weight"]
+    assert layers("neighbours", norm=True, head=True) == {1, 3, None}
+    assert {"model.norm.weight", "lm_head.weight"} <= set(parameters_to_train(student, "all", norm=True, head=True))
     with pytest.raises(InputError, match=r"distill.train: .* selects no parameter of the student"):
-        layers_to_train(student, r"layers\.2", 1)
+        parameters_to_train(student, r"layers\.2")
+
+
+def test_a_tied_head_trains_with_its_embeddings_and_shares_nothing() -> None:
+    student = Student(tiny_model("gpt2"))
+    student.remove([4])
+    names = parameters_to_train(student, "neighbours", head=True)
+    assert "transformer.wte.weight" in names
+    student.own(names)
+    assert student.shared_prefix == 0
+    assert student.model.get_input_embeddings().weight is student.model.get_output_embeddings().weight
+    assert student.model.get_input_embeddings().weight is not student.teacher.model.get_input_embeddings().weight
+
+
+def test_an_own_norm_or_untied_head_leaves_the_prefix_shared() -> None:
+    student = Student(tiny_model("llama"))
+    student.remove([4])
+    student.own(parameters_to_train(student, "neighbours", norm=True, head=True))
+    assert student.shared_prefix == 3 and not student.begins_alone
 
 
 def test_kl_of_equal_models_is_zero() -> None:
     student = Student(tiny_model("llama"))
-    student.own([5])
-    outputs = run_both(student, padded_batch(), 5, 22, 1)
+    student.own(names_of(student, [5]))
+    outputs = run_both(student, padded_batch(), [5], step_tokens=22, step_labels=19)
     assert functional.mse_loss(outputs.student_final, outputs.teacher_final) == 0
     total, parts = LossSum({"kl": LossConfig(), "hidden_mse": LossConfig()})(outputs)
     assert total.item() == pytest.approx(0, abs=1e-6) and set(parts) == {"kl", "hidden_mse"}
+
+
+def test_labels_are_the_next_real_tokens() -> None:
+    ids, mask = torch.tensor([[5, 6, 7, 0], [8, 0, 0, 0]]), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    assert next_tokens(ids, mask).tolist() == [[6, 7, -100, -100], [-100] * 4]

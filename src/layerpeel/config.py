@@ -158,6 +158,17 @@ class LossConfig(BaseModel):
     """Its factor in the sum."""
 
 
+class LastPassConfig(Section):
+    """A last training, after the last removal."""
+
+    tokens: Annotated[int, BeforeValidator(_parse_count), Field(ge=1)]
+    """How many."""
+    train: str = "everything"
+    """Which parameters, as in `distill.train`."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Its peak; that of the rounds if not given."""
+
+
 class DistillConfig(Section):
     """How the gap is healed after each removal."""
 
@@ -173,13 +184,25 @@ class DistillConfig(Section):
     """Micro-batches in an optimizer step."""
     packing: bool = True
     """Join documents and cut them to rows; else one document a row, cut or padded."""
+    fresh_text: bool = True
+    """Each round goes on in the text where the last one stopped, and begins again at its end; else every round
+    trains on the same text, and the teacher's hidden states can be kept (see teacher_cache)."""
     train: str = "all"
-    """Which layers: neighbours (of every gap, within radius), above (the first gap), all, or a regular expression that
-    is searched in parameter names with the teacher's layer indices."""
+    """Which layers: neighbours (of every gap, within radius), above (the first gap), all; everything, embeddings and
+    head included; or a regular expression that is searched in parameter names with the teacher's layer indices."""
     radius: Annotated[int, Field(ge=1)] = 1
     """How far from a gap a neighbour may be."""
+    train_norm: bool = False
+    """Train the final norm, too."""
+    train_head: bool = False
+    """Train the head, too. If it is tied to the embeddings they train with it, and no layer is shared any more."""
+    last_pass: LastPassConfig | None = None
+    """One more training after the last removal."""
     losses: dict[str, LossConfig] = {"kl": LossConfig(), "hidden_mse": LossConfig()}
-    """The losses and their weights: kl, hidden_mse, or module:Class."""
+    """The losses and their weights: kl, reverse_kl, jensen_shannon, cross_entropy, hidden_mse, hidden_cosine, or
+    module:Class."""
+    balance_losses: bool = False
+    """Scale each loss to the running size of the first one, before its weight."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate of AdamW; a cosine brings it to 0 within each round."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
@@ -188,6 +211,16 @@ class DistillConfig(Section):
     """Optimizer steps to the peak; at most half of a round."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 0.3
     """Gradients are clipped to this norm."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 10
+    """Steps whose loss or gradient is not finite are skipped; after more than so many, the round starts again with
+    half the learning rate."""
+    activation_checkpointing: bool = False
+    """Keep only what enters each layer, and run it again in the backward pass: less memory, a third more time."""
+    teacher_cache: Literal["auto", "on", "off"] = "auto"
+    """Keep the teacher's hidden states on disk, in bfloat16, for text that comes again; auto: where every round trains
+    on the same text and they fit into teacher_cache_size and half of the free disk."""
+    teacher_cache_size: Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)] = 20 * 2**30
+    """Bytes that they may take, as 20GB."""
 
     @model_validator(mode="after")
     def _trainable(self) -> DistillConfig:
@@ -221,6 +254,8 @@ class RunConfig(Section):
     """Of the order of the training text."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    """Where to send training curves as they grow, through accelerate; tensorboard writes below `output`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen weights; auto: float32 on a CPU, else that of the checkpoint."""
     trust_remote_code: bool = False

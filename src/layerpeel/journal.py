@@ -15,6 +15,7 @@ import platform
 import shutil
 import time
 import weakref
+from collections.abc import Mapping
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +23,15 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from layerpeel.config import RunConfig
 from layerpeel.errors import InputError, RunError
+from layerpeel.files import replace_folder, write_whole
 from layerpeel.importance import LayerScores
-from layerpeel.models import count_parameters, replace_folder
+from layerpeel.models import count_parameters, pick_device
+from layerpeel.parallel import processes_of
 from layerpeel.progress import RANK
 from layerpeel.student import Student
 from layerpeel.tasks.base import Evaluation
@@ -63,6 +67,8 @@ class Run:
                 hint="give the output folder of a layerpeel run",
             )
         self.events = _read_events(self.journal)
+        self._tracked: Accelerator | None = None
+        self._track_step = sum(event["training"]["steps"] + 1 for event in self.rounds)
 
     @classmethod
     def open(cls, config: RunConfig) -> Run:
@@ -71,19 +77,21 @@ class Run:
         Raises:
             InputError: the folder holds something else, or a run with another config.
         """
-        folder = config.output
-        if not folder.exists() or not any(folder.iterdir()):
+        folder, processes = config.output, processes_of(pick_device(config.device))
+        if not RANK and (not folder.exists() or not any(folder.iterdir())):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(_dump(config), encoding="utf-8")
+            write_whole(folder / "config.yaml", _dump(config))
             (folder / "journal.jsonl").touch()
-        elif not (folder / "journal.jsonl").is_file():
+        processes.wait_for_everyone()
+        if not (folder / "journal.jsonl").is_file():
             raise InputError(
                 f"output: {folder} is not empty, and what it holds is no run",
                 hint="name a new or an empty folder (--set output=...)",
             )
         run = cls(folder)
         _check_same(folder, config)
-        _cut_torn_line(run.journal)
+        if not RANK:
+            _cut_torn_line(run.journal)
         claim = os.open(run.journal, os.O_RDONLY)  # as long as this object lives: see `is_running`
         weakref.finalize(run, os.close, claim)
         _lock(claim, exclusive=False)
@@ -138,10 +146,11 @@ class Run:
     def record(self, event: str, **fields: Any) -> None:
         """Appends an event, and returns once it is on the disk."""
         line = {"event": event, "time": round(time.time(), 3), **fields}
-        with self.journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        if not RANK:
+            with self.journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         self.events.append(line)
 
     def record_teacher(self, student: Student, evaluation: Evaluation) -> None:
@@ -160,7 +169,38 @@ class Run:
         evaluation: Evaluation,
     ) -> None:
         """Writes a round's files, then its event; a round without its event never happened."""
-        number = len(self.rounds) + 1
+        if not RANK:
+            self._write_round(len(self.rounds) + 1, student, scores, training)
+        judged = self.judged(student, training, evaluation)
+        self.record(
+            "round", round=len(self.rounds) + 1, removed=removed, kept=list(student.depth.kept),
+            scores=scores.to_json(), **judged,
+        )  # fmt: skip
+        self.track({"layers": len(student.depth), **{k: judged[k] for k in ("aggregate", "kept_quality")}})
+
+    def judged(self, student: Student, training: TrainingResult, evaluation: Evaluation) -> dict[str, Any]:
+        """What an event says of a student: its size, how it was trained, and its quality beside the teacher's."""
+        return {
+            "parameters": count_parameters(student.model),
+            "training": training.summary(),
+            "evaluation": evaluation.to_json(),
+            **self._quality(evaluation, self.reference),
+        }
+
+    def track(self, values: Mapping[str, float]) -> None:
+        """Sends numbers to the trackers that the config names."""
+        if not self.config.trackers:
+            return
+        if self._tracked is None:
+            self._tracked = Accelerator(
+                cpu=pick_device(self.config.device).type == "cpu", log_with=self.config.trackers,
+                project_dir=str(self.folder),
+            )  # fmt: skip
+            self._tracked.init_trackers("layerpeel")
+        self._tracked.log(dict(values), step=self._track_step)
+        self._track_step += 1
+
+    def _write_round(self, number: int, student: Student, scores: LayerScores, training: TrainingResult) -> None:
         partial = self.folder / "rounds" / f".{number:02d}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -169,12 +209,6 @@ class Run:
         save_file({k: v.contiguous() for k, v in student.owned_state().items()}, partial / "trained.safetensors")
         replace_folder(partial, self._round_folder(number))
         shutil.rmtree(self._answers_folder, ignore_errors=True)
-        self.record(
-            "round", round=number, removed=removed, kept=list(student.depth.kept),
-            parameters=count_parameters(student.model),
-            scores=scores.to_json(), training=training.summary(), evaluation=evaluation.to_json(),
-            **self._quality(evaluation, self.reference),
-        )  # fmt: skip
 
     def answers(self) -> AnswerStore:
         """What tasks were answered in the round that is running; kept until the round is recorded."""

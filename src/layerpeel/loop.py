@@ -11,7 +11,8 @@ from layerpeel.progress import console
 from layerpeel.report import write_card
 from layerpeel.student import Student
 from layerpeel.tasks import evaluate
-from layerpeel.training import heal_candidates, train_student
+from layerpeel.teacher_cache import cache_for
+from layerpeel.training import heal_candidates, train_last, train_student
 
 
 def peel(config: RunConfig) -> Run:
@@ -33,6 +34,7 @@ def peel(config: RunConfig) -> Run:
     if not run.teacher:
         run.record_teacher(student, evaluate(teacher, tokenizer, tasks))
     run.restore(student)
+    cache = cache_for(config, teacher, run.folder)
 
     while not (reason := stop_reason(run, student)):
         number = len(run.rounds) + 1
@@ -47,16 +49,25 @@ def peel(config: RunConfig) -> Run:
             heal_candidates(student, inputs, scores, config)
         removed = scores.ranked()[0]
         student.remove([removed])
-        training = train_student(student, tokenizer, config.distill, seed=config.seed + number, storage=storage)
+        training = train_student(
+            student, tokenizer, config.distill, seed=config.seed, round_number=number, storage=storage, cache=cache,
+            log=run.track,
+        )  # fmt: skip
         evaluation = evaluate(student.model, tokenizer, tasks)
         run.record_round(student, removed, scores, training, evaluation)
 
     if reason == "min_quality":  # the last student above the floor is the result
         student = Student(teacher)
         run.restore(student, len(run.rounds) - 1)
+    last = None
+    if config.distill.last_pass:
+        training = train_last(student, tokenizer, config, storage=storage, cache=cache, log=run.track)
+        last = run.judged(student, training, evaluate(student.model, tokenizer, tasks))
     save_model(student.model, tokenizer, run.student_folder, storage)
-    write_card(run, run.student_folder, len(student.depth.removed))
-    run.record("finish", reason=reason, round=len(student.depth.removed), layers=len(student.depth))
+    write_card(run, run.student_folder, len(student.depth.removed), last)
+    run.record(
+        "finish", reason=reason, round=len(student.depth.removed), layers=len(student.depth), last_pass=last
+    )  # fmt: skip
     return run
 
 

@@ -29,6 +29,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from layerpeel.architecture import find_architecture
 from layerpeel.errors import InputError
+from layerpeel.files import replace_folder
+from layerpeel.progress import RANK
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,8 +42,8 @@ def pick_device(device: str = "auto") -> torch.device:
             return torch.device(device)
         except RuntimeError:
             raise InputError(f"device: unknown device {device!r}", hint="use auto, cpu, cuda or cuda:N") from None
-    if torch.cuda.is_available():
-        return torch.device("cuda")
+    if torch.cuda.is_available():  # each process that a launcher started has a GPU of its own
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -284,8 +286,10 @@ def count_parameters(model: PreTrainedModel) -> int:
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
     """Writes a Hugging Face checkpoint in `dtype`, whole or not at all.
 
-    An older checkpoint at `folder` is replaced once the new one is complete.
+    An older checkpoint at `folder` is replaced once the new one is complete. Of several processes the first writes.
     """
+    if RANK:
+        return
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     state: dict[str, Any] = {
@@ -299,16 +303,6 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         model.config.dtype = running
     tokenizer.save_pretrained(partial)
     replace_folder(partial, folder)
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Puts a finished folder in the place of another, or of none."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_causal(config: PretrainedConfig, path: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from importlib.util import find_spec
 
 from layerpeel.config import RunConfig
 from layerpeel.data import read_documents
@@ -43,10 +43,9 @@ def check_run(config: RunConfig) -> list[Task]:
             "score.weights: stream is for `layerpeel score`; a run trains, and needs the model in memory",
             hint="set score.weights: memory",
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "a run uses one process so far", hint="start it without a launcher; `score` and `eval` run on several"
-        )
+    for name in config.trackers:
+        if not find_spec(name):
+            raise InputError(f"trackers: {name} is not installed", hint=f"pip install {name}")
     return check(config)
 
 

@@ -26,9 +26,9 @@ from layerpeel.architecture import find_architecture
 from layerpeel.errors import RunError
 
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
-# Bytes of fp32 logits that may exist at a time, to which chunks of positions are sized; few on a CPU, for its caches.
-LOGITS_BYTES = {"cpu": 8 * 2**20}
-LOGITS_BYTES_ELSEWHERE = 64 * 2**20
+# Bytes of fp32 logits that may exist at a time, to which chunks of positions are sized. A CPU is fastest within its
+# caches; but below some rows the head's weights are read more often than they are used.
+LOGITS_BYTES_ON_CPU, LOGITS_BYTES, LEAST_LOGIT_ROWS = 8 * 2**20, 256 * 2**20, 128
 # Tokens that go through a layer at a time: enough to keep a processor busy, few enough to stay in its caches.
 TOKENS_PER_CALL = 8192
 
@@ -97,10 +97,20 @@ class Stack:
         self.streamed = resident is not None
         self.resident = resident or (lambda _: nullcontext())
         self.tokens_per_call = TOKENS_PER_CALL
+        size = LOGITS_BYTES_ON_CPU if self.device.type == "cpu" else LOGITS_BYTES
+        self.logit_rows_at_a_time = max(LEAST_LOGIT_ROWS, size // (4 * self.vocab_size))
 
     @property
     def layers(self) -> nn.ModuleList:
         return self.architecture.layers
+
+    @property
+    def norm_module(self) -> nn.Module:
+        return self.architecture.norm
+
+    @property
+    def head_module(self) -> nn.Module:
+        return self.model.get_output_embeddings()
 
     @property
     def device(self) -> torch.device:
@@ -190,8 +200,7 @@ class Stack:
 
     def logit_rows(self, streams: int = 1) -> int:
         """How many positions of `streams` streams may go through the head at a time."""
-        size = LOGITS_BYTES.get(self.device.type, LOGITS_BYTES_ELSEWHERE)
-        return max(1, size // (4 * self.vocab_size * streams))
+        return max(1, self.logit_rows_at_a_time // streams)
 
     @torch.no_grad()
     def walk(

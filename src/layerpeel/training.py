@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
+import psutil
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from layerpeel.config import DistillConfig, RunConfig
-from layerpeel.data import cycle_batches, load_rows
+from layerpeel.data import Rows, cycle_batches, load_rows
 from layerpeel.errors import InputError, RunError
 from layerpeel.importance import LayerScores, ScoringInputs
-from layerpeel.losses import LossSum, StepOutputs
-from layerpeel.progress import progress
-from layerpeel.student import Student, layers_to_train
+from layerpeel.losses import LossSum
+from layerpeel.parallel import gradient_norm, processes_of, sharded, sum_gradients, sum_numbers
+from layerpeel.progress import console, progress
+from layerpeel.student import FINAL, Student, next_tokens, parameters_to_train, run_both
 from layerpeel.tasks import evaluate
+from layerpeel.teacher_cache import TeacherCache
+
+MOST_RESTARTS = 3  # of a round, each with half the learning rate
+
+Log = Callable[[dict[str, float]], None]
 
 
 @dataclass
@@ -30,22 +38,30 @@ class TrainingResult:
 
     Attributes:
         layers: teacher indices of the trained layers.
+        parameters: how many numbers trained.
         steps: optimizer steps.
-        tokens: real tokens seen.
+        tokens: real tokens seen, by all processes.
+        skipped: steps that were skipped, since their loss or gradient was not finite.
+        restarts: how often the round began again with half the learning rate, after too many of them.
+        cached: the share of the rows whose teacher states were found on disk.
         seconds: wall-clock time.
         curve: a dict a step: `loss`, each part without its weight, `learning_rate`, `gradient_norm`, `tokens` so far.
     """
 
     layers: list[int]
+    parameters: int = 0
     steps: int = 0
     tokens: int = 0
+    skipped: int = 0
+    restarts: int = 0
+    cached: float = 0.0
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """All but the curve, with the mean loss of the first and of the last tenth of the steps, if there were any."""
-        tenth = max(1, self.steps // 10)
-        losses = [point["loss"] for point in self.curve]
+        losses = [point["loss"] for point in self.curve if not point["skipped"]]
+        tenth = max(1, len(losses) // 10)
         ends = {"first_loss": _mean(losses[:tenth]), "last_loss": _mean(losses[-tenth:])} if losses else {}
         return {k: v for k, v in asdict(self).items() if k != "curve"} | ends
 
@@ -56,52 +72,73 @@ def train_student(
     config: DistillConfig,
     *,
     seed: int = 0,
+    round_number: int = 1,
     storage: torch.dtype = torch.float32,
+    cache: TeacherCache | None = None,
+    log: Log | None = None,
     description: str = "distilling",
 ) -> TrainingResult:
-    """Trains the layers that `config.train` names, and leaves their weights in the student.
+    """Trains what `config` names, and leaves the weights in the student.
 
-    Trained layers have fp32 weights while they train; afterwards they hold what `storage` can, so that what is
-    measured is what will be saved. Dropout stays off.
+    Trained parameters are fp32 while they train; afterwards they hold what `storage` can, so that what is measured is
+    what will be saved. Dropout stays off.
+
+    Args:
+        seed: of the text and its order.
+        round_number: counted from 1; later rounds go on in the text, or shuffle it anew.
+        cache: where teacher states are kept.
+        log: called with each step's point of the curve.
 
     Raises:
         InputError: nothing to train, or no text.
-        RunError: a loss was not finite.
+        RunError: training diverged, whatever the learning rate.
     """
-    tokens_per_step = config.batch_size * config.accumulation * config.sequence_length
-    steps = config.tokens_per_round // tokens_per_step if config.tokens_per_round else 0
-    if config.tokens_per_round and not steps:
-        steps = 1
+    processes = processes_of(student.model.device).num_processes
+    per_step = config.batch_size * config.accumulation * config.sequence_length * processes
+    steps = max(1, config.tokens_per_round // per_step) if config.tokens_per_round else 0
     if not steps:
         return TrainingResult(layers=[])
+    if student.model.dtype is torch.float16:
+        raise InputError("dtype: float16 gradients would underflow", hint="train with dtype: bfloat16 or float32")
     started = time.monotonic()
-    chosen = layers_to_train(student, config.train, config.radius)
+    names = parameters_to_train(
+        student, config.train, radius=config.radius, norm=config.train_norm, head=config.train_head
+    )
     rows = load_rows(
         config.text, tokenizer, sequence_length=config.sequence_length, packing=config.packing,
-        max_tokens=steps * tokens_per_step, seed=seed,
+        max_tokens=steps * per_step, seed=seed,
     )  # fmt: skip
-    dtype = student.model.dtype
-    if dtype is torch.float16:
-        raise InputError("dtype: float16 gradients would underflow", hint="train with dtype: bfloat16 or float32")
-    student.own(chosen)
-    parameters = _start(student, chosen)
-    result = TrainingResult(layers=list(chosen))
-    try:
-        trainer = _Trainer(student, parameters, config, steps, dtype)
-        batches = cycle_batches(rows, config.batch_size, seed=seed, steps=steps * config.accumulation)
-        with progress(description, steps) as advance:
-            for _ in range(steps):
-                point = trainer.step([next(batches) for _ in range(config.accumulation)])
-                result.tokens += int(point["tokens"])
-                result.steps += 1
-                result.curve.append(point | {"tokens": result.tokens})
-                speed = result.tokens / (time.monotonic() - started)
-                advance(note=f"loss {point['loss']:.4f}, {speed:,.0f} tokens/s")
-    finally:
-        _stop(student, chosen, dtype)
-    student.round_owned(storage)
+    trainer = _Trainer(student, names, config, steps, cache)
+    result = trainer.train(rows, seed + round_number, log, description)
+    student.load_owned({n: value.to(storage) for n, value in student.owned_state().items() if n in names})
     result.seconds = time.monotonic() - started
     return result
+
+
+def train_last(
+    student: Student,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    *,
+    storage: torch.dtype,
+    cache: TeacherCache | None,
+    log: Log | None,
+) -> TrainingResult:
+    """The pass after the last removal, as `distill.last_pass` says."""
+    own = config.distill.last_pass
+    assert own
+    distill = config.distill.model_copy(
+        update={
+            "tokens_per_round": own.tokens,
+            "train": own.train,
+            "learning_rate": own.learning_rate or config.distill.learning_rate,
+        }
+    )
+    number = len(student.depth.removed) + 1
+    return train_student(
+        student, tokenizer, distill, seed=config.seed, round_number=number, storage=storage, cache=cache, log=log,
+        description="last pass",
+    )  # fmt: skip
 
 
 def heal_candidates(student: Student, inputs: ScoringInputs, scores: LayerScores, config: RunConfig) -> None:
@@ -122,101 +159,150 @@ def heal_candidates(student: Student, inputs: ScoringInputs, scores: LayerScores
 
 
 class _Trainer:
-    """Optimizer, schedule and the step over them."""
+    """One round: optimizer, schedule, the step over them, and what happens when a step goes wrong."""
 
     def __init__(
-        self,
-        student: Student,
-        parameters: list[nn.Parameter],
-        config: DistillConfig,
-        steps: int,
-        dtype: torch.dtype,
+        self, student: Student, names: list[str], config: DistillConfig, steps: int, cache: TeacherCache | None
     ) -> None:
-        device = student.model.device
-        # Accelerate fixes its precision once a process; ours may differ from one call to the next.
-        self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32)
-        self.student, self.parameters, self.config = student, parameters, config
-        self.last_trained = max(index for index in student.owned if _trains(student.layer(index)))
-        self.losses = LossSum(config.losses)
-        self.accelerator = Accelerator(cpu=device.type == "cpu")
-        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer, device_placement=False)
-        self.schedule = get_cosine_schedule_with_warmup(optimizer, min(config.warmup_steps, steps // 2), steps)
+        self.student, self.names, self.config, self.steps, self.cache = student, names, config, steps, cache
+        self.device, dtype = student.model.device, student.model.dtype
+        self.autocast = partial(torch.autocast, self.device.type, dtype, enabled=dtype is not torch.float32)
+        self.processes = processes_of(self.device)
+        self.layers = sorted({layer for n in names if (layer := student.layer_of(n)) is not None})
+        self.losses = LossSum(config.losses, balance=config.balance_losses)
+        self.wanted = self.losses.hidden_layers(self.layers)
 
-    def step(self, batches: list[Mapping[str, Tensor]]) -> dict[str, float]:
-        """One optimizer step over its micro-batches."""
-        step_tokens = int(sum(batch["attention_mask"].sum() for batch in batches))
+    def train(self, rows: Rows, seed: int, log: Log | None, description: str) -> TrainingResult:
+        """Trains for all steps; begins again with half the learning rate where too many steps are not finite."""
+        self.student.own(self.names)
+        here = self.student.parameters()
+        before = {name: here[name].detach().to("cpu", copy=True) for name in self.names}
+        skipped = 0
+        for restarts in range(MOST_RESTARTS + 1):
+            rate = self.config.learning_rate / 2**restarts
+            result = TrainingResult(self.layers, sum(value.numel() for value in before.values()), restarts=restarts)
+            finished = self._attempt(rows, seed, rate, log, description, result)
+            skipped += result.skipped
+            if finished:
+                result.skipped = skipped
+                return result
+            self.student.load_owned(before)
+            console.print(f"{result.skipped} steps were not finite: the round starts again, learning rate {rate / 2:g}")
+        raise RunError(
+            f"training diverged: {skipped} steps had a loss or a gradient that is not finite, down to a learning rate "
+            f"of {rate:g}",
+            hint="lower distill.learning_rate, or look for NaN in the teacher's weights; finished rounds are kept",
+        )
+
+    def _attempt(
+        self, rows: Rows, seed: int, rate: float, log: Log | None, description: str, result: TrainingResult
+    ) -> bool:
+        """Trains with a learning rate, adding to `result`; False where too many steps had to be skipped."""
+        processes, rank = self.processes.num_processes, self.processes.process_index
+        here = self.student.parameters()
+        dtypes = {name: here[name].dtype for name in self.names}
+        for name in self.names:
+            here[name].data = here[name].data.float()
+            here[name].requires_grad_(True)
+        each = self.config.accumulation
+        batches = cycle_batches(
+            rows, self.config.batch_size, seed=seed, steps=self.steps * each * processes
+        )  # the processes deal out the batches of one
+        own = islice(batches, rank, None, processes)
+        try:
+            with sharded(self.student), progress(description, self.steps) as advance:
+                self._begin(rate)
+                started = time.monotonic()
+                for _ in range(self.steps):
+                    point = self._step(list(islice(own, each)))
+                    result.steps += 1
+                    result.tokens += int(point["tokens"])
+                    result.skipped += int(point["skipped"])
+                    result.curve.append(point | {"tokens": result.tokens})
+                    if log:
+                        log(result.curve[-1])
+                    advance(note=_note(point, result.tokens / (time.monotonic() - started), self.device))
+                    if result.skipped > self.config.max_skipped_steps:
+                        return False
+        finally:
+            here = self.student.parameters()
+            for name in self.names:
+                here[name].requires_grad_(False)
+                here[name].grad = None
+                here[name].data = here[name].data.to(dtypes[name])
+        if self.cache:
+            result.cached = self.cache.hits / max(self.cache.hits + self.cache.misses, 1)
+        return True
+
+    def _begin(self, rate: float) -> None:
+        """Optimizer and schedule, over parameters that may be split by now."""
+        here = self.student.parameters()
+        self.trained: list[nn.Parameter] = [here[name] for name in self.names]
+        split = [p for p in self.trained if isinstance(p, DTensor)]
+        groups = [split, [p for p in self.trained if not isinstance(p, DTensor)]]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group} for group in groups if group], lr=rate, weight_decay=self.config.weight_decay
+        )
+        warmup = min(self.config.warmup_steps, self.steps // 2)
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, self.steps)
+
+    def _step(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+        """One optimizer step over this process's micro-batches; skipped in all processes if it is not finite."""
+        for batch in batches:
+            batch["labels"] = next_tokens(batch["input_ids"], batch["attention_mask"])
+        counts = sum_numbers(
+            {
+                "tokens": float(sum(batch["attention_mask"].sum() for batch in batches)),
+                "labels": float(sum((batch["labels"] >= 0).sum() for batch in batches)),
+            },
+            self.device,
+        )
         totals: dict[str, float] = {}
         for batch in batches:
-            with self.autocast():
-                outputs = run_both(self.student, batch, self.last_trained, step_tokens, len(batches))
-                loss, parts = self.losses(outputs)
-            for name, value in {"loss": loss.detach(), **parts}.items():
+            for name, value in self._backward(batch, counts).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
-            if not math.isfinite(totals["loss"]):
-                raise RunError(
-                    f"the loss is not finite ({', '.join(f'{k} {v:.3g}' for k, v in totals.items())})",
-                    hint="lower distill.learning_rate, or use dtype: bfloat16 or float32",
-                )
-            self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        totals = sum_numbers(totals, self.device)
+        sum_gradients(self.trained)
+        norm = gradient_norm(self.trained, self.device)
+        finite = math.isfinite(totals["loss"]) and math.isfinite(norm)
         rate = self.schedule.get_last_lr()[0]
-        self.optimizer.step()
-        self.schedule.step()
+        if finite:
+            scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
+            for parameter in self.trained:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+            self.optimizer.step()
+            self.schedule.step()
+            self.losses.remember(totals)
         self.optimizer.zero_grad()
-        return totals | {"learning_rate": rate, "gradient_norm": float(norm or 0.0), "tokens": step_tokens}
+        point = {"learning_rate": rate, "gradient_norm": norm, "tokens": counts["tokens"], "skipped": float(not finite)}
+        return totals | point
+
+    def _backward(self, batch: Mapping[str, Tensor], counts: Mapping[str, float]) -> dict[str, Tensor]:
+        """Adds a micro-batch's gradients; gives its share of the losses."""
+        wanted = [*self.wanted, FINAL]
+        known = self.cache.find(batch["input_ids"], wanted, self.student.model) if self.cache else None
+        with self.autocast():
+            outputs = run_both(
+                self.student, batch, self.wanted, known=known,
+                step_tokens=int(counts["tokens"]), step_labels=int(counts["labels"]),
+                micro_batches=self.config.accumulation * self.processes.num_processes,
+                recompute=self.config.activation_checkpointing,
+            )  # fmt: skip
+            if self.cache and known is None:
+                self.cache.keep(batch["input_ids"], {layer: outputs.teacher_hidden[layer] for layer in wanted})
+            loss, parts = self.losses(outputs)
+        loss.backward()
+        return {"loss": loss.detach(), **parts}
 
 
-def run_both(
-    student: Student, batch: Mapping[str, Tensor], last_trained: int, step_tokens: int, micro_batches: int
-) -> StepOutputs:
-    """Teacher and student on one micro-batch; what they have in common runs once, without a graph.
-
-    Args:
-        batch: `input_ids` and `attention_mask`, [B, T], right-padded.
-        last_trained: teacher index of the last trained layer.
-    """
-    device = student.model.device
-    input_ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device).bool()
-    shared, teacher = student.shared_prefix, student.teacher
-    with torch.no_grad():
-        hidden, arguments = teacher.begin(input_ids)
-        for index in range(shared):
-            hidden = teacher.layer(index, hidden, arguments[index])
-        theirs, teacher_inner = hidden, hidden
-        for index in range(shared, len(teacher.layers)):
-            theirs = teacher.layer(index, theirs, arguments[index])
-            teacher_inner = theirs if index == last_trained else teacher_inner
-        teacher_final = teacher.norm(theirs)
-    ours, student_inner = hidden, hidden
-    for position in range(shared, len(student.depth)):
-        index = student.depth.kept[position]
-        ours = student.stack.layer(position, ours, arguments[index])
-        student_inner = ours if index == last_trained else student_inner
-    return StepOutputs(
-        student_final=student.stack.norm(ours), teacher_final=teacher_final,
-        student_inner=student_inner, teacher_inner=teacher_inner,
-        mask=mask, step_tokens=step_tokens, micro_batches=micro_batches, head=teacher,
-    )  # fmt: skip
-
-
-def _start(student: Student, chosen: dict[int, list[str]]) -> list[nn.Parameter]:
-    parameters: list[nn.Parameter] = []
-    for index, names in chosen.items():
-        layer = student.layer(index).float()
-        parameters += [p for name, p in layer.named_parameters() if name in names]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    return parameters
-
-
-def _stop(student: Student, chosen: dict[int, list[str]], dtype: torch.dtype) -> None:
-    for index in chosen:
-        student.layer(index).requires_grad_(False).to(dtype)
-
-
-def _trains(layer: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in layer.parameters())
+def _note(point: Mapping[str, float], speed: float, device: torch.device) -> str:
+    """What stands beside the bar: losses, learning rate, speed, memory."""
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
+    others = ("learning_rate", "gradient_norm", "tokens", "skipped")
+    losses = " ".join(f"{name} {value:.4f}" for name, value in point.items() if name not in others)
+    return f"{losses}, lr {point['learning_rate']:.1e}, {speed:,.0f} tokens/s, {memory / 2**30:.1f} GiB"
 
 
 def _mean(values: list[float]) -> float:

@@ -1,78 +1,169 @@
-"""Losses by hand, and what holds of every loss that is listed."""
+"""Losses by hand, against dense formulas written out here, and what must hold of every one."""
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from layerpeel.config import LossConfig
 from layerpeel.errors import InputError
-from layerpeel.losses import LOSSES, LossSum, StepOutputs
-from layerpeel.losses import kl as kl_module
-from layerpeel.losses.kl import chunked_kl
+from layerpeel.losses import LOSSES, NO_LABEL, LossSum, StepOutputs
+from layerpeel.losses.logits import LogitLoss
 from layerpeel.stack import Stack
 from tests.families import tiny_model
 
-
-def outputs(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, head: Stack) -> StepOutputs:
-    return StepOutputs(student, teacher, student, teacher, mask, int(mask.sum()), 1, head)
+ON_LOGITS = [name for name, loss in LOSSES.items() if issubclass(loss, LogitLoss)]
 
 
 class PlainHead:
     """A head whose logits are the hidden states."""
 
+    model = SimpleNamespace(get_output_embeddings=lambda: nn.Identity())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden * 1.0
+
     def logit_rows(self, streams: int = 1) -> int:
-        return 1
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden
+        return 2
 
 
-def test_kl_of_two_coins_by_hand() -> None:
-    teacher = torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log()
-    student = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log().requires_grad_(True)
-    total = chunked_kl(student, teacher, PlainHead())
+def outputs(student: Tensor, teacher: Tensor, mask: Tensor, head: Any, **changes: Any) -> StepOutputs:
+    """A step of one micro-batch whose hidden states and final ones are the same; the labels count up."""
+    labels = (torch.arange(mask.numel()).view(mask.shape) % student.shape[-1]).where(mask, NO_LABEL)
+    labels[:, -1] = NO_LABEL
+    fields: dict[str, Any] = {
+        "student_final": student, "teacher_final": teacher, "student_hidden": {4: student},
+        "teacher_hidden": {4: teacher}, "mask": mask, "labels": labels, "student_head": head, "teacher_head": head,
+        "step_tokens": int(mask.sum()), "step_labels": int((labels >= 0).sum()), "micro_batches": 1,
+    }  # fmt: skip
+    return StepOutputs(**(fields | changes))
+
+
+def loss_of(name: str, step: StepOutputs, **options: Any) -> Tensor:
+    return LossSum({name: LossConfig(**options)})(step)[0]
+
+
+def dense_logits(model: Any, hidden: Tensor) -> Tensor:
+    logits = functional.linear(hidden, model.get_output_embeddings().weight, model.get_output_embeddings().bias)
+    logits = logits * getattr(model.config, "logit_scale", 1.0)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def dense_loss(name: str, student: Tensor, teacher: Tensor, labels: Tensor, t: float) -> Tensor:
+    """The sum over positions, from logits [N, V] in double precision."""
+    if name == "cross_entropy":
+        return functional.cross_entropy(student, labels, ignore_index=NO_LABEL, reduction="sum")
+    p, q = torch.softmax(teacher / t, -1), torch.softmax(student / t, -1)
+    m = (p + q) / 2
+    forward, backward = (p * (p / q).log()).sum(), (q * (q / p).log()).sum()
+    even = ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2
+    return {"kl": forward, "reverse_kl": backward, "jensen_shannon": even}[name] * t**2
+
+
+def test_kl_by_hand() -> None:
+    teacher = torch.tensor([[[0.75, 0.25], [0.5, 0.5]]]).log()
+    student = torch.tensor([[[0.5, 0.5], [0.5, 0.5]]]).log().requires_grad_(True)
+    total = loss_of("kl", outputs(student, teacher, torch.ones(1, 2).bool(), PlainHead()))
     total.backward()
-    assert total.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
-    assert student.grad.flatten().tolist() == pytest.approx([0.5 - 0.75, 0.5 - 0.25, 0, 0], abs=1e-7)
+    assert total.item() == pytest.approx((0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2, rel=1e-6)
+    assert student.grad is not None
+    assert (2 * student.grad).flatten().tolist() == pytest.approx([0.5 - 0.75, 0.5 - 0.25, 0, 0], abs=1e-7)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere2"])
-def test_chunks_equal_the_dense_formula(family: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model(family)
-    student, teacher = torch.randn(7, 32, requires_grad=True), torch.randn(7, 32)
-    monkeypatch.setattr("layerpeel.stack.LOGITS_BYTES", 4 * 64 * 2 * 3)  # three positions a chunk
-    total = chunked_kl(student, teacher, Stack(model), temperature)
+def test_the_other_logit_losses_by_hand() -> None:
+    teacher, student = torch.tensor([[[0.75, 0.25]]]).log(), torch.tensor([[[0.5, 0.5]]]).log()
+    step = outputs(student, teacher, torch.ones(1, 1).bool(), PlainHead(), step_labels=1)
+    step.labels = torch.tensor([[1]])
+    assert loss_of("reverse_kl", step).item() == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2), rel=1e-5)
+    mixture = (0.625, 0.375)
+    even = sum(p * math.log(p / m) for p, m in zip((0.75, 0.25), mixture, strict=True))
+    even += sum(0.5 * math.log(0.5 / m) for m in mixture)
+    assert loss_of("jensen_shannon", step).item() == pytest.approx(even / 2, rel=1e-5)
+    assert loss_of("cross_entropy", step).item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sum/100"])
+@pytest.mark.parametrize("name", ON_LOGITS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere2", "gpt2", "gpt_neox"])
+def test_value_and_gradients_are_those_of_the_dense_formula(family: str, name: str, reduction: str) -> None:
+    teacher, model = tiny_model(family), tiny_model(family)
+    head = model.get_output_embeddings().requires_grad_(True)
+    with torch.no_grad():
+        head.weight.mul_(1.1)  # a head of the student's own
+    mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    student, final = torch.randn(2, 7, 32, requires_grad=True), torch.randn(2, 7, 32)
+    stack, options = Stack(model), {} if name == "cross_entropy" else {"temperature": 1.5}
+    stack.logit_rows_at_a_time = 2 * 3  # three positions of two models a chunk
+    step = outputs(student, final, mask, stack, teacher_head=Stack(teacher), micro_batches=4)
+    loss_of(name, step, reduction=reduction, weight=2.0, **options).backward()
+    value = loss_of(name, step, reduction=reduction, weight=2.0, **options).item()
+    own = student.grad, head.weight.grad
+    student.grad = head.weight.grad = None
+
+    labels = step.labels[mask]
+    logits, target = dense_logits(model, student)[mask].double(), dense_logits(teacher, final)[mask].double().detach()
+    count = step.step_labels if name == "cross_entropy" else step.step_tokens
+    expected = 2 * dense_loss(name, logits, target, labels, 1.5) / (count if reduction == "token_mean" else 400)
+    expected.backward()
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+    for found, gradient in zip(own, (student.grad, head.weight.grad), strict=True):
+        assert found is not None and gradient is not None
+        assert (found - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_all_losses_in_one_sweep_are_the_sum_of_each() -> None:
+    head, mask = Stack(tiny_model("llama")), torch.ones(2, 5, dtype=torch.bool)
+    student, teacher = torch.randn(2, 5, 32, requires_grad=True), torch.randn(2, 5, 32)
+    step = outputs(student, teacher, mask, head)
+    total, parts = LossSum({name: LossConfig(weight=0.5 + i) for i, name in enumerate(LOSSES)})(step)
     total.backward()
-    own, student.grad = student.grad, None
-
-    def dense(hidden: torch.Tensor) -> torch.Tensor:
-        logits = model.lm_head(hidden) * getattr(model.config, "logit_scale", 1.0)
-        cap = getattr(model.config, "final_logit_softcapping", None)
-        return torch.tanh(logits / cap) * cap if cap else logits
-
-    q = torch.log_softmax(dense(student) / temperature, -1)
-    p = torch.softmax(dense(teacher) / temperature, -1).detach()
-    expected = (p * (p.log() - q)).sum() * temperature**2
+    together, student.grad = student.grad, None
+    alone = {name: loss_of(name, step) for name in LOSSES}
+    assert list(parts) == list(LOSSES)
+    for name, part in parts.items():
+        assert part.item() == pytest.approx(alone[name].item(), rel=1e-5)
+    expected = sum((0.5 + i) * alone[name] for i, name in enumerate(LOSSES))
     expected.backward()
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
-    torch.testing.assert_close(own, student.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(together, student.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_hidden_mse_by_hand() -> None:
     teacher = torch.tensor([[[2.0, 0.0], [100.0, 0.0]]])
     student = torch.tensor([[[3.0, 1.0], [100.0, 10.0]]])
-    both = torch.tensor([[True, True]])
-    plain, _ = LossSum({"hidden_mse": LossConfig(relative=False)})(outputs(student, teacher, both, PlainHead()))
-    assert plain.item() == pytest.approx(2 * (1 + 50) / 2)  # two places
-    relative, _ = LossSum({"hidden_mse": LossConfig()})(outputs(student, teacher, both, PlainHead()))
-    assert relative.item() == pytest.approx(2 * (1 / 2 + 50 / 5000) / 2)
-    first = torch.tensor([[True, False]])
-    masked, _ = LossSum({"hidden_mse": LossConfig()})(outputs(student, teacher, first, PlainHead()))
-    assert masked.item() == pytest.approx(2 * (1 / 2))
+    both, first = torch.tensor([[True, True]]), torch.tensor([[True, False]])
+    step = outputs(student, teacher, both, PlainHead())
+    assert loss_of("hidden_mse", step, relative=False).item() == pytest.approx(2 * (1 + 50) / 2)  # two places
+    assert loss_of("hidden_mse", step).item() == pytest.approx(2 * (1 / 2 + 50 / 5000) / 2)
+    assert loss_of("hidden_mse", step, final=False).item() == pytest.approx((1 / 2 + 50 / 5000) / 2)
+    assert loss_of("hidden_mse", outputs(student, teacher, first, PlainHead())).item() == pytest.approx(2 * (1 / 2))
+
+
+def test_hidden_cosine_by_hand() -> None:
+    teacher, student = torch.tensor([[[3.0, 0.0], [0.0, 2.0]]]), torch.tensor([[[5.0, 5.0], [0.0, 9.0]]])
+    step = outputs(student, teacher, torch.ones(1, 2).bool(), PlainHead())
+    assert loss_of("hidden_cosine", step).item() == pytest.approx(2 * (1 - math.sqrt(0.5)) / 2, rel=1e-5)
+
+
+def test_a_hidden_loss_at_every_repaired_layer_is_the_mean_over_them() -> None:
+    student = {2: torch.tensor([[[1.0]]]), 5: torch.tensor([[[3.0]]])}
+    teacher = {2: torch.tensor([[[2.0]]]), 5: torch.tensor([[[5.0]]])}
+    final = torch.tensor([[[1.0]]])
+    step = outputs(
+        final, final, torch.ones(1, 1).bool(), PlainHead(), student_hidden=student, teacher_hidden=teacher
+    )  # fmt: skip
+    assert loss_of("hidden_mse", step, layers="all", relative=False).item() == pytest.approx((1 + 4) / 2)
+    assert loss_of("hidden_mse", step, layers="last", relative=False).item() == pytest.approx(4)
+    assert LossSum({"hidden_mse": LossConfig(layers="all")}).hidden_layers([2, 5]) == [2, 5]
+    assert LossSum({"hidden_mse": LossConfig()}).hidden_layers([2, 5]) == [5]
+    assert LossSum({"kl": LossConfig()}).hidden_layers([2, 5]) == []
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -80,44 +171,69 @@ class TestEveryLoss:
     def test_equal_states_cost_nothing_and_others_something(self, name: str) -> None:
         head, mask = Stack(tiny_model("llama")), torch.ones(2, 5, dtype=torch.bool)
         one, other = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
-        loss = LossSum({name: LossConfig()})
-        assert loss(outputs(one, one, mask, head))[0].item() == pytest.approx(0, abs=1e-6)
-        assert loss(outputs(one, other, mask, head))[0].item() > 0.01
+        if name != "cross_entropy":  # which has no teacher to equal
+            assert loss_of(name, outputs(one, one, mask, head)).item() == pytest.approx(0, abs=1e-6)
+        assert loss_of(name, outputs(one, other, mask, head)).item() > 0.01
 
     def test_padding_does_not_count(self, name: str) -> None:
         head, mask = Stack(tiny_model("llama")), torch.tensor([[True] * 3 + [False] * 2])
         one, other = torch.randn(1, 5, 32), torch.randn(1, 5, 32)
         changed = one.clone()
         changed[:, 3:] += 7
-        loss = LossSum({name: LossConfig()})
-        assert loss(outputs(one, other, mask, head))[0] == loss(outputs(changed, other, mask, head))[0]
+        assert loss_of(name, outputs(one, other, mask, head)) == loss_of(name, outputs(changed, other, mask, head))
+
+    def test_where_padding_stands_makes_no_difference(self, name: str) -> None:
+        head, (one, other) = Stack(tiny_model("llama")), torch.randn(2, 1, 3, 32)
+        whole = torch.ones(1, 3).bool()
+        label = torch.tensor([[5, 6, NO_LABEL]])
+        plain = outputs(one, other, whole, head, labels=label, step_labels=2)
+        for left, right in ((2, 0), (0, 2), (1, 1)):
+            pad = (0, 0, left, right)
+            step = outputs(
+                functional.pad(one, pad), functional.pad(other, pad), functional.pad(whole, pad[2:]), head,
+                labels=functional.pad(label, pad[2:], value=NO_LABEL), step_labels=2,
+            )  # fmt: skip
+            assert loss_of(name, step).item() == pytest.approx(loss_of(name, plain).item(), rel=1e-6)
+
+    def test_a_batch_of_eight_is_eight_batches_of_one(self, name: str) -> None:
+        head, mask = Stack(tiny_model("llama")), torch.arange(6)[None] < torch.randint(1, 7, (8, 1))
+        one, other = torch.randn(2, 8, 6, 32)
+        whole = outputs(one, other, mask, head)
+        alone = [
+            outputs(one[i : i + 1], other[i : i + 1], mask[i : i + 1], head, labels=whole.labels[i : i + 1],
+                    step_tokens=whole.step_tokens, step_labels=whole.step_labels)
+            for i in range(8)
+        ]  # fmt: skip
+        assert sum(loss_of(name, step).item() for step in alone) == pytest.approx(loss_of(name, whole).item(), rel=1e-5)
 
     def test_the_gradient_points_downhill(self, name: str) -> None:
         head, mask = Stack(tiny_model("llama")), torch.ones(2, 5, dtype=torch.bool)
         one, other = torch.randn(2, 5, 32, requires_grad=True), torch.randn(2, 5, 32)
-        loss = LossSum({name: LossConfig()})
-        value = loss(outputs(one, other, mask, head))[0]
+        value = loss_of(name, outputs(one, other, mask, head))
         value.backward()
-        assert one.grad.norm() > 0
+        assert one.grad is not None and one.grad.norm() > 0
         with torch.no_grad():
             stepped = one - 0.01 * one.grad / one.grad.norm()
-        assert loss(outputs(stepped, other, mask, head))[0] < value
+        assert loss_of(name, outputs(stepped, other, mask, head)) < value
 
     def test_nothing_but_padding_harms_nothing(self, name: str) -> None:
         head, mask = Stack(tiny_model("llama")), torch.zeros(1, 5, dtype=torch.bool)
         one = torch.randn(1, 5, 32, requires_grad=True)
-        value = LossSum({name: LossConfig()})(outputs(one, torch.randn(1, 5, 32), mask, head))[0]
+        value = loss_of(name, outputs(one, torch.randn(1, 5, 32), mask, head))
         value.backward()
-        assert value.item() == 0 and not one.grad.any()
+        assert value.item() == 0 and one.grad is not None and not one.grad.any()
 
 
-def test_the_papers_reduction_averages_over_micro_batches() -> None:
-    student, teacher = torch.randn(1, 6, 2), torch.randn(1, 6, 2)
-    mask = torch.ones(1, 6, dtype=torch.bool)
-    step = outputs(student, teacher, mask, PlainHead())
-    step.micro_batches = 4
-    total = chunked_kl(student[0], teacher[0], PlainHead())
-    assert LossSum({"kl": LossConfig(reduction="sum/100")})(step)[0].item() == pytest.approx(total.item() / 400)
+def test_balanced_losses_weigh_the_same() -> None:
+    losses = LossSum({"kl": LossConfig(), "hidden_mse": LossConfig(weight=3.0)}, balance=True)
+    head, mask = Stack(tiny_model("llama")), torch.ones(1, 4).bool()
+    step = outputs(torch.randn(1, 4, 32), torch.randn(1, 4, 32), mask, head)
+    total, parts = losses(step)
+    assert total.item() == pytest.approx(parts["kl"].item() + 3 * parts["hidden_mse"].item(), rel=1e-6)
+    losses.remember({name: part.item() for name, part in parts.items()})
+    assert losses(step)[0].item() == pytest.approx(4 * parts["kl"].item(), rel=1e-5)
+    losses.remember({"kl": 0.0, "hidden_mse": parts["hidden_mse"].item()})
+    assert losses.running["kl"] == pytest.approx(0.9 * parts["kl"].item(), rel=1e-5)
 
 
 def test_unknown_losses_and_options_are_named() -> None:
@@ -125,4 +241,3 @@ def test_unknown_losses_and_options_are_named() -> None:
         LossSum({"hiden_mse": LossConfig()})
     with pytest.raises(InputError, match=r"distill.losses.kl.reduction: input should be 'token_mean' or 'sum/100'"):
         LossSum({"kl": LossConfig(reduction="mean")})
-    assert kl_module.KL().temperature == 1.0

@@ -18,7 +18,7 @@ CARD = "---\nlicense: other\nlicense_name: tiny-licence\nlanguage: [en, ru]\n---
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run from 6 layers to 4; not to be changed."""
+    """The folder of a run from 6 layers to 4, with a last pass; not to be changed."""
     folder = tmp_path_factory.mktemp("report")
     (save_tiny(folder / "teacher") / "README.md").write_text(CARD)
     (folder / "text.jsonl").write_text(json.dumps({"text": "w5 w9 w7 w8 w4 w6 " * 12}) + "\n")
@@ -32,7 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"kind": "generate", "name": HOSTILE, "data": str(folder / "rows.jsonl"), "metric": "copy"},
         ],
         "distill": {"text": str(folder / "text.jsonl"), "tokens_per_round": 128, "sequence_length": 16,
-                    "batch_size": 2},
+                    "batch_size": 2, "last_pass": {"tokens": 96}},
     }, "test"))  # fmt: skip
     return folder / "run"
 

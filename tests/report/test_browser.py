@@ -52,16 +52,16 @@ def _sorts(page: Any) -> None:
     def layers() -> list[str]:
         return page.locator("#depths tbody th").all_inner_texts()
 
-    assert layers() == ["6", "5", "4"]
+    assert layers() == ["6", "5", "4", "4, last pass"]
     button = page.locator("#depths thead th button").first
     button.click()
-    assert layers() == ["4", "5", "6"]
+    assert layers() == ["4", "4, last pass", "5", "6"]
     button.focus()
     page.keyboard.press("Enter")
-    assert layers() == ["6", "5", "4"]
+    assert layers() == ["6", "5", "4", "4, last pass"]
     assert page.locator("#depths thead th").first.get_attribute("aria-sort") == "descending"
     page.locator("#depths thead th button", has_text="parameters").click()
-    assert layers() == ["4", "5", "6"]
+    assert layers() == ["4", "4, last pass", "5", "6"]
     assert page.locator("#depths thead th[aria-sort]").count() == 1
 
 

@@ -24,10 +24,14 @@ def test_peel_leaves_a_card_beside_the_student(run: Run) -> None:
     )  # fmt: skip
     assert (head["license"], head["license_name"], head["language"]) == ("other", "tiny-licence", ["en", "ru"])
     order = ", ".join(str(event["removed"]) for event in run.rounds)
-    assert run.teacher
+    assert run.teacher and run.finish
+    last = run.finish["last_pass"]
+    tokens = sum(event["training"]["tokens"] for event in [*run.rounds, last])
     for words in (
-        f"Teacher layers removed, in this order (counted from 0): {order}.", "arXiv 2511.05085", "256 tokens in all",
-        f"{run.teacher['evaluation']['=ppl']['value']:.1f} ±", f"{run.rounds[-1]['evaluation']['=ppl']['value']:.1f} ±",
+        f"Teacher layers removed, in this order (counted from 0): {order}.", "arXiv 2511.05085",
+        f"{tokens} tokens in all",
+        f"{last['training']['tokens']} were a last pass",
+        f"{run.teacher['evaluation']['=ppl']['value']:.1f} ±", f"{last['evaluation']['=ppl']['value']:.1f} ±",
         "from_pretrained(path)",
     ):  # fmt: skip
         assert words in card.text
@@ -54,7 +58,7 @@ def test_without_a_licence_the_card_says_so(run: Run, tmp_path: Path, readme: st
 
 
 def test_an_export_is_the_rounds_student(run: Run, tmp_path: Path) -> None:
-    assert export_student(run, tmp_path / "last") == 2
+    assert export_student(run, tmp_path / "last") == 2  # after the last pass, which rounds know nothing of
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "last", run.student_folder))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert export_student(run, tmp_path / "first", 1) == 1
@@ -65,6 +69,8 @@ def test_an_export_is_the_rounds_student(run: Run, tmp_path: Path) -> None:
     for name, value in trained.items():
         layer = int(name.split(".")[2])
         assert torch.equal(model.state_dict()[name.replace(f".{layer}.", f".{kept.index(layer)}.", 1)], value)
+    teacher = load_file(Path(run.config.teacher) / "model.safetensors")
+    assert torch.equal(model.lm_head.weight, teacher["lm_head.weight"])
     assert "1 of its 6 layers removed" in (tmp_path / "first/README.md").read_text(encoding="utf-8")
 
 

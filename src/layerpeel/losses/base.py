@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from layerpeel.stack import Stack
+
+NO_LABEL = -100
 
 
 @dataclass
@@ -17,28 +20,36 @@ class StepOutputs:
 
     Attributes:
         student_final, teacher_final: [B, T, D], after the final norm.
-        student_inner, teacher_inner: [B, T, D], the output of the last trained layer, and of the teacher layer that it
-            stands for.
+        student_hidden, teacher_hidden: by teacher layer, [B, T, D], the output of the student's layer, and of the
+            teacher layer that it stands for; of the layers that the losses asked for.
         mask: [B, T], True at real tokens.
-        step_tokens: real tokens in the whole optimizer step, over all its micro-batches.
+        labels: [B, T], the next token of the text; NO_LABEL where there is none.
+        student_head, teacher_head: the stacks whose heads turn final hidden states into logits.
+        step_tokens, step_labels: real tokens, and labels, in the whole optimizer step, over all its micro-batches.
         micro_batches: micro-batches in the optimizer step.
-        head: the stack whose head turns final hidden states into logits (teacher and student share it).
     """
 
     student_final: Tensor
     teacher_final: Tensor
-    student_inner: Tensor
-    teacher_inner: Tensor
+    student_hidden: Mapping[int, Tensor]
+    teacher_hidden: Mapping[int, Tensor]
     mask: Tensor
+    labels: Tensor
+    student_head: Stack
+    teacher_head: Stack
     step_tokens: int
+    step_labels: int
     micro_batches: int
-    head: Stack
 
 
 class Loss(BaseModel, ABC):
     """A loss; its fields are its options in the config."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    def hidden_layers(self, trained: Sequence[int]) -> Sequence[int]:
+        """The layers whose outputs it reads, of those in training (teacher indices, ascending)."""
+        return ()
 
     @abstractmethod
     def __call__(self, outputs: StepOutputs) -> Tensor:

@@ -10,7 +10,9 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from jinja2 import Environment, StrictUndefined
 
 from layerpeel.config import RunConfig, TextConfig
+from layerpeel.files import write_whole
 from layerpeel.journal import Run
+from layerpeel.progress import RANK
 from layerpeel.report.gather import aggregate_stderr, removed_layers
 from layerpeel.report.text import count, number, one_line, percent
 from layerpeel.tasks.base import Evaluation
@@ -20,20 +22,25 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
-def write_card(run: Run, folder: Path, round_: int) -> Path:
-    """Writes the README.md of a round's student into its folder.
+def write_card(run: Run, folder: Path, round_: int, last_pass: dict[str, Any] | None = None) -> Path:
+    """Writes the README.md of a round's student into its folder; of several processes the first does.
 
     Args:
         round_: the round whose student is in `folder`; 0 if nothing was removed.
+        last_pass: what the journal says of the training after the last removal, if the student had it.
     """
+    path = folder / "README.md"
+    if RANK:
+        return path
     metadata = card_metadata(run.config)
     # Markdown, in which text from outside is escaped as such: escaping for HTML would show in code.
     template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     template.filters |= {"md": markdown, "number": number, "percent": percent, "count": count}
-    body = template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(card_facts(run, round_, metadata))
+    body = template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        card_facts(run, round_, metadata, last_pass)
+    )
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
-    path = folder / "README.md"
-    path.write_text(str(card), encoding="utf-8")
+    write_whole(path, str(card))
     return path
 
 
@@ -68,11 +75,12 @@ def teacher_name(teacher: str) -> str:
     return one_line(Path(teacher).name if Path(teacher).is_dir() else teacher, 200)
 
 
-def card_facts(run: Run, round_: int, metadata: ModelCardData) -> dict[str, Any]:
+def card_facts(run: Run, round_: int, metadata: ModelCardData, last_pass: dict[str, Any] | None) -> dict[str, Any]:
     """What the card says."""
     assert run.teacher
     config, done = run.config, run.rounds[:round_]
-    student = done[-1] if done else run.teacher
+    student = (done[-1] if done else run.teacher) | (last_pass or {})
+    trained = [event["training"] for event in [*done, *([last_pass] if last_pass else [])]]
     return {
         "name": f"{metadata.base_model}, {run.teacher['layers'] - len(removed_layers(run, round_))} layers",
         "base": metadata.base_model,
@@ -83,7 +91,8 @@ def card_facts(run: Run, round_: int, metadata: ModelCardData) -> dict[str, Any]
         "layers": run.teacher["layers"] - len(removed_layers(run, round_)),
         "removed": removed_layers(run, round_),
         "order": [event["removed"] for event in done],
-        "tokens": sum(event["training"]["tokens"] for event in done),
+        "tokens": sum(training["tokens"] for training in trained),
+        "last_pass": last_pass,
         "sources": [_source(text) for text in config.distill.text],
         "errors": [_aggregate_stderr(run, event) for event in (run.teacher, student)],
         "versions": next((event["versions"] for event in run.events if event["event"] == "start"), {}),

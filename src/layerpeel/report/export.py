@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -19,7 +20,7 @@ def export_student(run: Run, folder: Path, round_: int | None = None) -> int:
     """Writes a round's student with its model card, in the dtype of the teacher's checkpoint.
 
     Args:
-        round_: the round of the run's result, unless named.
+        round_: the run's result, unless named: of a finished run that is the checkpoint it has, which needs no teacher.
 
     Returns:
         the round.
@@ -28,6 +29,9 @@ def export_student(run: Run, folder: Path, round_: int | None = None) -> int:
         InputError: there is no such round, or no teacher any more.
         RunError: the round's files are gone or damaged.
     """
+    if round_ is None and run.finish and (run.student_folder / "config.json").is_file():
+        shutil.copytree(run.student_folder, folder, dirs_exist_ok=True)
+        return result_round(run)
     round_ = result_round(run) if round_ is None else round_
     if not 1 <= round_ <= len(run.rounds):
         there = f"it has rounds 1 to {len(run.rounds)}" if run.rounds else "it has finished none yet"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,8 +102,9 @@ def draw_quality(lines: Sequence[Line], ylabel: str, floor: float | None = None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid()
         above = axes.secondary_xaxis("top")
-        step = -(-len(first.removed) // 9)
-        above.set_xticks(first.removed[::step], [count(value) for value in first.parameters[::step]])
+        parameters = dict(zip(first.removed, first.parameters, strict=True))
+        shown = list(parameters)[:: -(-len(parameters) // 9)]
+        above.set_xticks(shown, [count(parameters[removed]) for removed in shown])
         above.set_xlabel("parameters" if len(lines) == 1 else f"parameters of {one_line(first.name, 40)}")
     return figure
 
@@ -157,7 +159,7 @@ def draw_heat(rows: Sequence[Mapping[str, Any]], removed: Sequence[int], total: 
 
 def draw_training(curves: Mapping[int, Sequence[Mapping[str, float]]]) -> Figure:
     """The loss and its parts against tokens, a line a round."""
-    other = {"learning_rate", "gradient_norm", "tokens"}
+    other = {"learning_rate", "gradient_norm", "tokens", "skipped"}
     parts = sorted({key for curve in curves.values() for point in curve for key in point} - other - {"loss"})
     panels = ["loss", *parts][:4]
     with canvas(3.0 * len(panels) + 1.6, 3.2, ncols=len(panels), squeeze=False) as (figure, axes):
@@ -166,7 +168,7 @@ def draw_training(curves: Mapping[int, Sequence[Mapping[str, float]]]) -> Figure
                 tokens, values = _smooth(curve, panel)
                 colour = ROUNDS((number - 1) / max(1, max(curves) - 1))
                 own.plot(tokens, values, color=colour, linewidth=1.2, label=f"round {number}")
-            if own.get_lines() and min(float(np.min(line.get_ydata())) for line in own.get_lines()) > 0:  # type: ignore[arg-type]
+            if min((float(value) for line in own.get_lines() for value in line.get_ydata()), default=0) > 0:
                 own.set_yscale("log")
                 own.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 own.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -189,9 +191,9 @@ def _tick(value: float, _: int | None = None) -> str:
 
 def _smooth(curve: Sequence[Mapping[str, float]], key: str, most: int = 300) -> tuple[list[float], list[float]]:
     """A curve of at most so many points, each the mean of its neighbours."""
-    points = [(point["tokens"], point[key]) for point in curve if key in point]
+    points = [(point["tokens"], point[key]) for point in curve if math.isfinite(point.get(key, math.nan))]
     groups = np.array_split(np.array(points, dtype=float).reshape(-1, 2), max(1, min(most, len(points))))
-    means = [group.mean(axis=0) for group in groups if len(group)]
+    means = [group.mean(axis=0) for group in groups if len(group)]  # steps without a finite loss were skipped
     return [float(mean[0]) for mean in means], [float(mean[1]) for mean in means]
 
 

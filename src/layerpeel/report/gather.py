@@ -28,12 +28,25 @@ Row = dict[str, Any]
 
 
 def depth_rows(run: Run) -> list[Row]:
-    """A row for the teacher and one for each round: what there is to choose from."""
+    """A row for the teacher, one for each round, and one for the last pass, if there was one: what to choose from."""
     if not run.teacher:
         return []
     each = bytes_per_parameter(run)
-    start = {"round": 0, "removed": None, "kept": range(run.teacher["layers"])}
-    return [_depth_row(run, event, each) for event in [run.teacher | start, *run.rounds]]
+    events = [run.teacher | {"round": 0, "removed": None, "kept": range(run.teacher["layers"])}, *run.rounds]
+    rows = [_depth_row(run, event, each) for event in events]
+    if last := last_pass(run):
+        rows.append(_depth_row(run, events[result_round(run)] | last, each) | {"last_pass": True})
+    return rows
+
+
+def last_pass(run: Run) -> dict[str, Any] | None:
+    """What the training after the last removal did, if there was one."""
+    return run.finish.get("last_pass") if run.finish else None
+
+
+def result_row(rows: Sequence[Row], run: Run) -> int:
+    """The row of the run's result, or of the last round while it goes on."""
+    return max(index for index, row in enumerate(rows) if row["round"] == result_round(run))
 
 
 def _depth_row(run: Run, event: dict[str, Any], bytes_each: float | None) -> Row:
@@ -42,6 +55,7 @@ def _depth_row(run: Run, event: dict[str, Any], bytes_each: float | None) -> Row
     return {
         "round": event["round"],
         "removed": event["removed"],
+        "last_pass": False,
         "layers": len(event["kept"]),
         "parameters": event["parameters"],
         "parameters_kept": event["parameters"] / run.teacher["parameters"],
@@ -157,6 +171,13 @@ def cost_rows(run: Run) -> list[Row]:
         })  # fmt: skip
         before = event["aggregate"]
     return rows
+
+
+def seconds_of(run: Run) -> dict[str, float]:
+    """What scoring (healing on trial included) and training took in all."""
+    rows, last = cost_rows(run), last_pass(run)
+    training = sum(row["training_seconds"] for row in rows) + (last["training"]["seconds"] if last else 0.0)
+    return {"scoring": sum(row["scoring_seconds"] + row["healing_seconds"] for row in rows), "training": training}
 
 
 def training_curves(run: Run) -> dict[int, list[dict[str, float]]]:

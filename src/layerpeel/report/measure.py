@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from layerpeel.config import RunConfig
 from layerpeel.data import mix_documents
 from layerpeel.errors import LayerpeelError
+from layerpeel.files import write_whole
 from layerpeel.journal import Run, describe_machine
 from layerpeel.models import load_model
 from layerpeel.progress import console, progress
@@ -54,9 +55,7 @@ def measurements(run: Run, *, measure: bool = True) -> dict[str, Any] | None:
         console.print(f"nothing measured: {error}", style="yellow", markup=False)
         return {"problem": str(error)}
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found, ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(found, ensure_ascii=False, indent=1))
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
+from layerpeel.files import write_whole
 from layerpeel.journal import Run
 from layerpeel.progress import console
 from layerpeel.report import figures, gather, tables
@@ -58,9 +58,7 @@ def write_report(
     tables.write_tables(folder / "tables", _files(run, runs, depths))
     facts = _facts(run, runs, depths, measured) | {"pictures": pictures, "refresh": WATCH_SECONDS if refresh else None}
     page = folder / "index.html"
-    partial = folder / ".index.partial"
-    partial.write_text(_render(facts), encoding="utf-8")
-    os.replace(partial, page)
+    write_whole(page, _render(facts))
     return page
 
 
@@ -87,8 +85,8 @@ def _with_speed(depths: list[dict[str, Any]], measured: dict[str, Any] | None) -
 
 def _files(run: Run, runs: dict[str, Run], depths: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     quality = [
-        {"run": name, "removed": row["round"], **{key: row[key] for key in ("layers", "parameters", "aggregate",
-         "aggregate_stderr", "kept_quality")}}
+        {"run": name, "removed": row["round"], **{key: row[key] for key in ("last_pass", "layers", "parameters",
+         "aggregate", "aggregate_stderr", "kept_quality")}}
         for name, each in runs.items()
         for row in gather.depth_rows(each)
     ]  # fmt: skip
@@ -139,7 +137,10 @@ def _quality(run: Run, runs: dict[str, Run]) -> Drawn:
         "parameters": ("parameters", count), "aggregate": ("aggregate", number),
         "aggregate_stderr": ("± stderr", number), "kept_quality": ("% kept", percent),
     })  # fmt: skip
-    note = "Aggregate of the tasks at each depth; bars are one standard error. The upper axis gives parameters."
+    note = (
+        "Aggregate of the tasks at each depth; bars are one standard error. The upper axis gives parameters; a step "
+        "straight up or down at the end is a last pass of training."
+    )
     return "quality", "Quality against layers removed", note, figure, table
 
 
@@ -188,14 +189,16 @@ def _facts(
     """What the page says beside figures."""
     state, note = gather.state_of(run)
     start: dict[str, Any] = next((event for event in run.events if event["event"] == "start"), {})
-    result = gather.result_round(run)
+    row = gather.result_row(depths, run) if depths else None
     speed = bool(measured and "depths" in measured)
     return {
-        "name": next(iter(runs)), "others": list(runs)[1:], "state": state, "state_note": note, "result": result,
-        "first": depths[0] if depths else None, "last": depths[result] if depths else None,
-        "depths": tables.depth_table(depths, result, measured=speed) if depths else None,
+        "name": next(iter(runs)), "others": list(runs)[1:], "state": state, "state_note": note,
+        "result": gather.result_round(run), "last_pass": gather.last_pass(run),
+        "first": depths[0] if depths else None, "last": None if row is None else depths[row],
+        "before": depths[gather.result_round(run)] if depths else None,
+        "depths": tables.depth_table(depths, row, measured=speed) if depths else None,
         "removals": tables.simple_table("Layers removed, in order", gather.removal_rows(run), tables.REMOVALS),
-        "costs": gather.cost_rows(run), "measured": measured, "speed": speed,
+        "seconds": gather.seconds_of(run), "measured": measured, "speed": speed,
         "findings": [event for event in run.events if event["event"] == "finding"],
         "versions": start.get("versions", {}), "machine": start.get("machine", {}),
         "started": start.get("time"), "ended": run.events[-1]["time"] if run.events else None,

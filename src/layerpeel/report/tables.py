@@ -68,7 +68,7 @@ def flat(rows: Iterable[Row]) -> list[Row]:
     return flattened
 
 
-def depth_table(rows: Sequence[Row], result: int, *, measured: bool) -> Table:
+def depth_table(rows: Sequence[Row], marked: int | None, *, measured: bool) -> Table:
     """The depths to choose from."""
     tasks = list(rows[0]["tasks"])
     speed = ["ms/token", "tokens/s", "peak memory"] if measured else []
@@ -78,7 +78,7 @@ def depth_table(rows: Sequence[Row], result: int, *, measured: bool) -> Table:
         caption="Layers, size, quality and speed of each depth; ± is one standard error",
         heads=[*heads, *(one_line(task, 40) + _arrow(rows[0]["tasks"][task]) for task in tasks)],
         rows=[_depth_cells(row, tasks, sizes=bool(sizes), measured=measured) for row in rows],
-        marked=next((index for index, row in enumerate(rows) if row["round"] == result), None),
+        marked=marked,
         sortable=True,
     )
 
@@ -89,7 +89,7 @@ def _arrow(score: Row) -> str:
 
 def _depth_cells(row: Row, tasks: Sequence[str], *, sizes: bool, measured: bool) -> list[Cell]:
     cells = [
-        Cell(str(row["layers"]), row["layers"]),
+        Cell(str(row["layers"]) + (", last pass" if row["last_pass"] else ""), row["layers"]),
         Cell("–" if row["removed"] is None else str(row["removed"]), row["removed"]),
         Cell(count(row["parameters"]), row["parameters"]),
         Cell(percent(row["parameters_kept"]), row["parameters_kept"]),
