@@ -19,7 +19,7 @@ PACKAGE = ROOT / "src" / "layerpeel"
 # A room is a module, or a package with all in it. Each may import those before it, and none after.
 # fmt: off
 ROOMS = [
-    "errors", "files", "progress", "config", "architecture", "surgery", "models", "data", "stack", "tasks",
+    "errors", "files", "progress", "config", "architecture", "surgery", "models", "data", "stack", "head", "tasks",
     "importance", "losses", "student", "parallel", "teacher_cache", "training", "journal", "health", "preflight",
     "report", "loop", "study", "demo",
     "cli", "__main__",

@@ -28,7 +28,7 @@ from layerpeel.errors import RunError
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 # Bytes of fp32 logits that may exist at a time, to which chunks of positions are sized. A CPU is fastest within its
 # caches; but below some rows the head's weights are read more often than they are used.
-LOGITS_BYTES_ON_CPU, LOGITS_BYTES, LEAST_LOGIT_ROWS = 8 * 2**20, 256 * 2**20, 128
+LOGITS_BYTES_ON_CPU, LOGITS_BYTES, LEAST_LOGIT_ROWS = 8 * 2**20, 256 * 2**20, 384
 # Tokens that go through a layer at a time: enough to keep a processor busy, few enough to stay in its caches.
 TOKENS_PER_CALL = 8192
 

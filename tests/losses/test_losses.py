@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,15 +21,19 @@ ON_LOGITS = [name for name, loss in LOSSES.items() if issubclass(loss, LogitLoss
 
 
 class PlainHead:
-    """A head whose logits are the hidden states."""
+    """A stack whose logits are the hidden states, two of them, one position a chunk."""
 
-    model = SimpleNamespace(get_output_embeddings=lambda: nn.Identity())
+    vocab_size, device = 2, torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.head_module = nn.Linear(2, 2, bias=False).requires_grad_(False)
+        self.head_module.weight.copy_(torch.eye(2))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return hidden * 1.0
+        return self.head_module(hidden[None])[0]
 
     def logit_rows(self, streams: int = 1) -> int:
-        return 2
+        return 1
 
 
 def outputs(student: Tensor, teacher: Tensor, mask: Tensor, head: Any, **changes: Any) -> StepOutputs:
@@ -155,7 +158,7 @@ def test_hidden_cosine_by_hand() -> None:
 def test_a_hidden_loss_at_every_repaired_layer_is_the_mean_over_them() -> None:
     student = {2: torch.tensor([[[1.0]]]), 5: torch.tensor([[[3.0]]])}
     teacher = {2: torch.tensor([[[2.0]]]), 5: torch.tensor([[[5.0]]])}
-    final = torch.tensor([[[1.0]]])
+    final = torch.tensor([[[1.0, 0.0]]])
     step = outputs(
         final, final, torch.ones(1, 1).bool(), PlainHead(), student_hidden=student, teacher_hidden=teacher
     )  # fmt: skip

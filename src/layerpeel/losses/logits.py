@@ -9,14 +9,17 @@ Shapes: N positions, D hidden, V vocabulary, K losses.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
+from layerpeel.head import Heads
 from layerpeel.losses.base import Loss, StepOutputs
+
+BYTES_IN_CACHE = 4 * 2**20  # of one of the tensors that a loss makes of some rows of logits
 
 
 class LogitLoss(Loss):
@@ -69,7 +72,9 @@ class Divergence(LogitLoss):
 
     def measure(self, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         t = self.temperature
-        value, slope = self.between((student / t).log_softmax(-1), (teacher / t).log_softmax(-1))
+        if t != 1:
+            student, teacher = student / t, teacher / t
+        value, slope = self.between(student.log_softmax(-1), teacher.log_softmax(-1))
         return value * t**2, slope.mul_(t)
 
 
@@ -81,50 +86,51 @@ def sweep(losses: Sequence[LogitLoss], weights: Sequence[float], outputs: StepOu
     Returns:
         a scalar in fp32, differentiable by the student's final hidden states and the parameters of its head; and [K].
     """
-    head = outputs.student_head.model.get_output_embeddings()
-    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    head = outputs.student_head.head_module
+    trained = {name: parameter for name, parameter in head.named_parameters() if parameter.requires_grad}
     mask = outputs.mask
-    shares = [loss.share(outputs) for loss in losses]
     return _Sweep.apply(  # type: ignore[no-untyped-call, no-any-return]
-        losses, weights, shares, outputs, outputs.labels[mask], outputs.teacher_final[mask],
-        outputs.student_final[mask], *trained,
+        losses, weights, outputs, outputs.labels[mask], outputs.teacher_final[mask], list(trained),
+        outputs.student_final[mask], *trained.values(),
     )  # fmt: skip
 
 
 class _Sweep(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, losses: Sequence[LogitLoss], weights: Sequence[float], shares: Sequence[float],
-        outputs: StepOutputs, labels: Tensor, teacher: Tensor, student: Tensor, *trained: Tensor,
+        ctx: Any, losses: Sequence[LogitLoss], weights: Sequence[float], outputs: StepOutputs, labels: Tensor,
+        teacher: Tensor, trained: list[str], student: Tensor, *_: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        wanted = any(ctx.needs_input_grad)
-        gradients = [torch.zeros_like(t) for t in (student, *trained)] if wanted else []
+        shares = torch.tensor([loss.share(outputs) for loss in losses], device=student.device)
+        weighted = torch.tensor(weights, device=student.device)
+        factors = (shares * weighted).tolist()
         parts = torch.zeros(len(losses), dtype=torch.float32, device=student.device)
-        rows = outputs.student_head.logit_rows(streams=2)
+        gradient = torch.zeros_like(student) if any(ctx.needs_input_grad) else None
+        rows = min(outputs.student_head.logit_rows(streams=2), max(len(student), 1))
+        heads = Heads(outputs.student_head, outputs.teacher_head, rows)
+        reads_teacher = any(loss.reads_teacher for loss in losses)
         for start in range(0, len(student), rows):
             chunk = slice(start, start + rows)
-            with torch.set_grad_enabled(wanted):
-                hidden = student[chunk].detach().requires_grad_(wanted)
-                logits = outputs.student_head.logits(hidden)
-            target = logits.new_zeros(0)
-            if any(loss.reads_teacher for loss in losses):
-                target = outputs.teacher_head.logits(teacher[chunk]).float()
-            slope = None
-            for number, loss in enumerate(losses):
-                value, own = loss.measure(logits.detach().float(), target, labels[chunk])
-                parts[number] += value * shares[number]
-                own.mul_(weights[number] * shares[number])
-                slope = own if slope is None else slope.add_(own)
-            if wanted and slope is not None:
-                of_hidden, *of_head = torch.autograd.grad(logits, [hidden, *trained], slope.to(logits.dtype))
-                gradients[0][chunk] = of_hidden
-                for gradient, part in zip(gradients[1:], of_head, strict=True):
-                    gradient += part
-        ctx.gradients = gradients
+            own, target = heads.logits(student[chunk], teacher[chunk] if reads_teacher else None)
+            for few in _few_rows(own):
+                read = own[:0] if target is None else target[few]
+                measured = [loss.measure(own[few], read, labels[chunk][few]) for loss in losses]
+                parts += torch.stack([value for value, _ in measured]) * shares
+                own[few] = sum(slope.mul_(factor) for (_, slope), factor in zip(measured, factors, strict=True))
+            if gradient is not None:
+                gradient[chunk] = heads.backward(own)
+        ctx.gradients = [gradient, *(heads.gradients[name] for name in trained)]
         ctx.mark_non_differentiable(parts)
-        return (parts * torch.tensor(weights, device=parts.device)).sum(), parts
+        return (parts * weighted).sum(), parts
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         own = [gradient * grad_outputs[0].to(gradient.dtype) for gradient in ctx.gradients]
         return (None, None, None, None, None, None, *own)
+
+
+def _few_rows(logits: Tensor) -> Iterator[slice]:
+    """All rows at once; on a CPU a few at a time, so that what is derived from them stays in its caches."""
+    rows, vocabulary = logits.shape
+    few = max(1, BYTES_IN_CACHE // (4 * vocabulary)) if logits.device.type == "cpu" else rows
+    yield from (slice(start, start + few) for start in range(0, rows, max(few, 1)))
