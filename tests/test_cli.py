@@ -19,6 +19,9 @@ from tests.families import save_tiny, tiny_tokenizer
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a teacher, text, tasks and `run.yaml`."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("layerpeel.report.measure.TURN_SECONDS", 0.0)
+    monkeypatch.setattr("layerpeel.report.measure.REPEATS", 1)
+    monkeypatch.setattr("layerpeel.report.measure.NEW", 2)
     save_tiny(tmp_path / "teacher")
     (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join("w5 w9 w7 w8 w4 w6 " * 12 for _ in range(12)))
     rows = [{"context": "w5 w9", "choices": ["w7", "w8"], "answer": 0}] * 4
@@ -64,6 +67,25 @@ def test_run_score_eval_remove_distill(
     assert ok("score", "run.yaml").count("\n") >= 5 and ok("eval", "teacher", "run.yaml").count("choice") == 1
 
 
+def test_report_ls_export(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def ok(*arguments: str) -> str:
+        code, out, err = call(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        return out
+
+    assert "no runs below" in ok("ls", ".")
+    assert "out/report/index.html" in ok("run", "run.yaml")
+    assert "ms/token" in Path("out/report/index.html").read_text(encoding="utf-8")
+    assert "again/index.html" in ok("report", "out", "out", "--no-measure", "-o", "again")
+    assert "out/report/index.html" in ok("report", "out", "--watch")  # finished: it does not wait
+    assert "finished" in ok("ls", ".") and json.loads(ok("ls", "out", "--json"))[0]["layers"] == 5
+    assert "(round 1)" in ok("export", "out", "-o", "copy") and Path("copy/README.md").is_file()
+    monkeypatch.setattr("layerpeel.cli.push", lambda folder, repository: f"https://hub.test/{repository}")
+    assert "https://hub.test/me/short" in ok("export", "out", "-o", "pushed", "--round", "1", "--push", "me/short")
+    code, _, err = call(monkeypatch, capsys, "export", "out", "-o", "none", "--round", "2")
+    assert code == 2 and "out has no round 2: it has rounds 1 to 1" in err and not Path("none").exists()
+
+
 def test_a_floor_exits_with_three(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,6 +122,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "another run": (["run", "run.yaml", "--set", "output=used"], "used is not empty, and what it holds is no run"),
     "bad layers": (["remove", "teacher", "--layers", "one", "-o", "x"], "--layers one: expected layer numbers"),
     "no such layer": (["remove", "teacher", "--layers", "9", "-o", "x"], "layer 9 cannot be removed"),
+    "no run": (["report", "teacher"], "teacher holds no run: there is no journal.jsonl in it"),
+    "no run to export": (["export", "teacher", "-o", "x"], "teacher holds no run"),
+    "no folder of runs": (["ls", "nowhere"], "no such folder: nowhere"),
     "output in use": (["remove", "teacher", "--layers", "1", "-o", "used"], "used is not empty"),
 }  # fmt: skip
 

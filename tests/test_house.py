@@ -21,7 +21,7 @@ PACKAGE = ROOT / "src" / "layerpeel"
 ROOMS = [
     "errors", "files", "progress", "config", "architecture", "surgery", "models", "data", "stack", "head", "tasks",
     "importance", "losses", "student", "parallel", "teacher_cache", "training", "journal", "health", "preflight",
-    "loop", "study", "report", "demo",
+    "report", "loop", "study", "demo",
     "cli", "__main__",
 ]
 # fmt: on

@@ -28,7 +28,8 @@ from layerpeel.loop import peel
 from layerpeel.models import count_parameters, fingerprint, load_model, load_streamed, save_model, stored_dtype
 from layerpeel.preflight import check
 from layerpeel.progress import RANK, console
-from layerpeel.report import draw_importance
+from layerpeel.report import draw_importance, export_student, list_runs, push, watch, write_report
+from layerpeel.report.text import moment, one_line, percent
 from layerpeel.stack import Stack
 from layerpeel.surgery import remove_layers
 from layerpeel.tasks import Evaluation, evaluate
@@ -150,6 +151,52 @@ def demo(
     _finish(peel(load_config(prepare_demo(output_), [f"output={output_ / 'run'}", *set_])), as_json=False)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run's folder; more to compare it with.")],
+    output_: Annotated[Path | None, typer.Option("--output", "-o", help="A folder; RUN/report if not given.")] = None,
+    measure: Annotated[bool, typer.Option(help="Measure speed and memory, where not done before.")] = True,
+    watch_: Annotated[bool, typer.Option("--watch", help="Keep the page fresh until the run has finished.")] = False,
+) -> None:
+    """Write the report of a run: a page that works offline, with its figures and tables in files beside it."""
+    first, *others = map(Run, runs)
+    page = watch(first, others, output_) if watch_ else write_report(first, others, output_, measure=measure)
+    output.print(f"report   {escape(str(page))}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    output_: Folder,
+    round_: Annotated[int | None, typer.Option("--round", help="Of which round; the result if not given.")] = None,
+    repository: Annotated[
+        str | None, typer.Option("--push", metavar="REPO", help="Upload it to the hub, too (private, if new).")
+    ] = None,
+) -> None:
+    """Write the student of a round as a full Hugging Face checkpoint with its model card."""
+    _check_free(output_)
+    number = export_student(Run(run), output_, round_)
+    output.print(f"student  {escape(str(output_))} (round {number})", soft_wrap=True)
+    if repository:
+        output.print(f"hub      {escape(push(output_, repository))}", soft_wrap=True)
+
+
+@app.command()
+def ls(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"), as_json: AsJson = False) -> None:
+    """List the runs below a folder, and how far each has come."""
+    found = list_runs(folder)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    table = Table("run", "state", "rounds", "layers", "% kept", "last activity", "", box=None, header_style="bold")
+    for row in found:
+        depth = f"{row['teacher_layers']} → {row['layers']}" if row["layers"] else "–"
+        cells = [row["run"], row["state"], row["rounds"], depth, percent(row["kept_quality"])]
+        cells += [moment(row["last_activity"]), one_line(row["note"])]
+        table.add_row(*(escape(str(cell)) for cell in cells))
+    output.print(table if found else f"no runs below {escape(str(folder))}")
+
+
 def main() -> None:
     """The `layerpeel` command."""
     _quiet_libraries()
@@ -173,17 +220,22 @@ def main() -> None:
 
 
 def _finish(run: Run, as_json: bool) -> None:
-    assert run.finish and run.teacher
-    if as_json:
-        print(json.dumps({"teacher": run.teacher, "rounds": run.rounds, "finish": run.finish,
-                          "student": str(run.student_folder)}))  # fmt: skip
-    else:
-        output.print(_run_table(run))
-        output.print(f"student  {escape(str(run.student_folder))}", soft_wrap=True)
-        output.print(f"record   {escape(str(run.journal))}", soft_wrap=True)
+    assert run.finish
+    if not RANK:
+        _show(run, write_report(run), as_json)
     if run.finish["reason"] == "min_quality":
         console.print(f"stopped by the quality floor; the student is that of round {run.finish['round']}")
         sys.exit(3)
+
+
+def _show(run: Run, page: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"teacher": run.teacher, "rounds": run.rounds, "finish": run.finish,
+                          "student": str(run.student_folder), "report": str(page)}))  # fmt: skip
+        return
+    output.print(_run_table(run))
+    for name, path in (("student", run.student_folder), ("report", page), ("record", run.journal)):
+        output.print(f"{name:8} {escape(str(path))}", soft_wrap=True)
 
 
 def _run_table(run: Run) -> Table:

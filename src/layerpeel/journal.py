@@ -3,7 +3,8 @@
 NAME/config.yaml             the config, resolved
      journal.jsonl           one line an event, flushed and fsynced; the only truth
      rounds/03/              scores.json, training.json, trained.safetensors (the student's own weights)
-     student/                the Hugging Face checkpoint
+     student/                the Hugging Face checkpoint, with its model card
+     report/                 the page, its figures and tables, and what was measured for it
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import os
 import platform
 import shutil
 import time
+import weakref
 from collections.abc import Mapping
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
@@ -34,6 +37,11 @@ from layerpeel.student import Student
 from layerpeel.tasks.base import Evaluation
 from layerpeel.tasks.store import AnswerStore
 from layerpeel.training import TrainingResult
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 LIBRARIES = ("layerpeel", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 
@@ -82,12 +90,24 @@ class Run:
             )
         run = cls(folder)
         _check_same(folder, config)
+        if not RANK:
+            _cut_torn_line(run.journal)
+        claim = os.open(run.journal, os.O_RDONLY)  # as long as this object lives: see `is_running`
+        weakref.finalize(run, os.close, claim)
+        _lock(claim, exclusive=False)
         if not run.events:
             run.record(
                 "start",
                 versions={name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+                machine=describe_machine(),
             )
         return run
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a process of this machine works on the run (never, where files cannot be locked)."""
+        with self.journal.open("rb") as file:
+            return not _lock(file.fileno(), exclusive=True)
 
     @property
     def journal(self) -> Path:
@@ -230,16 +250,37 @@ class Run:
         return next((event for event in reversed(self.events) if event["event"] == kind), None)
 
 
+def describe_machine() -> dict[str, Any]:
+    """What measured times depend on."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
+
+
 def _read_events(journal: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; a last line torn by a crash is cut off."""
+    """The whole lines of a journal; the last may be torn by a crash, or be on its way."""
     content = journal.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(journal, len(whole))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
+        return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
     except ValueError as error:
         raise RunError(f"{journal}: a line is damaged ({error})", hint="start again in a new output folder") from None
+
+
+def _cut_torn_line(journal: Path) -> None:
+    content = journal.read_bytes()
+    os.truncate(journal, content.rfind(b"\n") + 1)
+
+
+def _lock(file: int, *, exclusive: bool) -> bool:
+    """Takes a lock that ends with the descriptor or the process; False if another one is in the way of an exclusive."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
+    except BlockingIOError:
+        return False
+    except OSError:  # some file systems know no locks
+        return True
+    return True
 
 
 def _check_same(folder: Path, config: RunConfig) -> None:

@@ -8,6 +8,7 @@ from layerpeel.journal import Run
 from layerpeel.models import count_parameters, load_model, save_model, stored_dtype
 from layerpeel.preflight import check_run, removable
 from layerpeel.progress import console
+from layerpeel.report import write_card
 from layerpeel.student import Student
 from layerpeel.tasks import evaluate
 from layerpeel.teacher_cache import cache_for
@@ -63,6 +64,7 @@ def peel(config: RunConfig) -> Run:
         training = train_last(student, tokenizer, config, storage=storage, cache=cache, log=run.track)
         last = run.judged(student, training, evaluate(student.model, tokenizer, tasks))
     save_model(student.model, tokenizer, run.student_folder, storage)
+    write_card(run, run.student_folder, len(student.depth.removed), last)
     run.record(
         "finish", reason=reason, round=len(student.depth.removed), layers=len(student.depth), last_pass=last
     )  # fmt: skip

@@ -1,12 +1,221 @@
-"""Figures, as files."""
+"""Figures: drawn once, saved as PNG and SVG, and shown in the page in the colours of its theme."""
 
 from __future__ import annotations
 
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
+import matplotlib
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from layerpeel.importance import LayerScores
+from layerpeel.report.text import count, one_line
+
+INK, PAPER = "#1f2937", "#ffffff"  # the page puts its own in their place
+COLOURS = ("#2f7de1", "#d9651a", "#1a9a6c", "#b4509e", "#94851c", "#7a78d6", "#6f7a87")  # seen on light and dark
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one more than colours, so that pairs repeat late
+ROUNDS = LinearSegmentedColormap.from_list("rounds", ["#2f7de1", "#9b6bd0", "#d9651a"])
+STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a $ in a name is a $
+    "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "legend.labelcolor": INK, "legend.frameon": False, "hatch.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "grid.color": INK, "grid.alpha": 0.15, "grid.linewidth": 0.6,
+    "font.size": 11, "axes.titlesize": "medium", "axes.titlelocation": "left",
+    "legend.fontsize": "small", "errorbar.capsize": 2.5,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """A run in the chart of quality.
+
+    Attributes:
+        method: how it works, in a few words.
+        removed: layers removed, one a depth.
+        aggregate, stderr: at each depth.
+        parameters: at each depth.
+    """
+
+    name: str
+    method: str
+    removed: Sequence[int]
+    aggregate: Sequence[float]
+    stderr: Sequence[float]
+    parameters: Sequence[int]
+
+
+@contextmanager
+def canvas(width: float = 6.2, height: float = 3.9, **layout: Any) -> Iterator[tuple[Figure, Any]]:
+    """A figure and its axes, in our style."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
+        yield figure, figure.subplots(**layout)
+
+
+def save(figure: Figure, path: Path) -> str:
+    """Writes PATH.png and PATH.svg; gives the SVG to be put into a page."""
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": path.name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the page's fonts have more
+        figure.savefig(path.with_suffix(".png"), dpi=150)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    return inline(path.with_suffix(".svg").read_text(encoding="utf-8"), path.name)
+
+
+def inline(svg: str, name: str) -> str:
+    """An SVG of matplotlib's as part of a page: it scales, takes the page's colours, and shares no id with another."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    width = float(re.search(r'width="([\d.]+)pt"', svg)[1])  # type: ignore[index]
+    bounds = f'style="width: {1.45 * width:.0f}px; min-width: {0.79 * width:.0f}px" aria-hidden="true"'
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf"\1 {bounds}", svg, count=1)  # text stays of one, legible size
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    return svg.replace(INK, "currentColor").replace(f"fill: {PAPER}", "fill: none")
+
+
+def draw_quality(lines: Sequence[Line], ylabel: str, floor: float | None = None) -> Figure:
+    """Quality against layers removed, a line a run, with the first run's parameters above (the paper's figure)."""
+    with canvas(height=3.7 + 0.22 * len(lines)) as (figure, axes):
+        for line, colour, marker in zip(lines, cycle(COLOURS), cycle(MARKERS), strict=False):
+            axes.errorbar(
+                line.removed, line.aggregate, yerr=line.stderr, color=colour, marker=marker, markersize=4.5,
+                linewidth=1.6, elinewidth=0.9, label=f"{one_line(line.name, 32)} ({one_line(line.method, 44)})",
+            )  # fmt: skip
+        if floor is not None:
+            axes.axhline(floor, color=INK, linewidth=0.8, linestyle=":", label="quality floor")
+        first = lines[0]
+        if len(lines) > 1 or floor is not None:
+            figure.legend(loc="outside lower left")
+        axes.set(xlabel="layers removed", ylabel=ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid()
+        above = axes.secondary_xaxis("top")
+        parameters = dict(zip(first.removed, first.parameters, strict=True))
+        shown = list(parameters)[:: -(-len(parameters) // 9)]
+        above.set_xticks(shown, [count(parameters[removed]) for removed in shown])
+        above.set_xlabel("parameters" if len(lines) == 1 else f"parameters of {one_line(first.name, 40)}")
+    return figure
+
+
+def draw_tasks(shares: Mapping[str, Sequence[float | None]]) -> Figure:
+    """Each task's quality as a share of the teacher's, against layers removed."""
+    with canvas() as (figure, axes):
+        for (name, values), colour, marker in zip(shares.items(), cycle(COLOURS), cycle(MARKERS), strict=False):
+            known = [np.nan if value is None else 100 * value for value in values]
+            axes.plot(known, color=colour, marker=marker, markersize=4, linewidth=1.4, label=one_line(name, 24))
+        axes.axhline(100, color=INK, linewidth=0.8)
+        axes.set(xlabel="layers removed", ylabel="% of the teacher's score")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid()
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    return figure
+
+
+def draw_heat(rows: Sequence[Mapping[str, Any]], removed: Sequence[int], total: int, metric: str) -> Figure:
+    """Importance by round and teacher layer.
+
+    Args:
+        rows: `round`, `layer` and `importance`, of one metric.
+        removed: the layer that each round removed.
+        total: the teacher's layers.
+    """
+    grid = np.full((len(removed), total), np.nan)
+    for row in rows:
+        grid[row["round"] - 1, row["layer"]] = row["importance"]
+    height = min(9.0, 1.7 + 0.3 * len(removed))
+    with canvas(max(6.0, min(12.0, 2.0 + 0.33 * total)), height) as (figure, axes):
+        known = grid[np.isfinite(grid)]
+        low, high = (float(known.min()), float(np.quantile(known, 0.95))) if known.size else (0.0, 1.0)
+        mesh = axes.pcolormesh(
+            np.arange(total + 1) - 0.5, np.arange(len(removed) + 1) + 0.5, np.ma.masked_invalid(grid), cmap="viridis",
+            vmin=low, vmax=max(high, low + 1e-12), edgecolors=INK, linewidth=0.3,
+        )  # fmt: skip
+        for number, layer in enumerate(removed, start=1):
+            axes.text(layer, number, "×", ha="center", va="center", color="#fefefe", fontweight="bold",
+                      bbox={"boxstyle": "circle,pad=0.12", "facecolor": "#b91c1c", "edgecolor": "none"})  # fmt: skip
+            for gone in removed[: number - 1]:
+                axes.text(gone, number, "–", ha="center", va="center", color=INK, alpha=0.6)
+        clipped = bool(known.size) and high < known.max()
+        figure.colorbar(mesh, ax=axes, extend="max" if clipped else "neither", pad=0.02).set_label(
+            f"{one_line(metric, 40)}:\nlost when skipped", labelpad=10
+        )
+        axes.set(xlabel="teacher layer", ylabel="round", xlim=(-0.5, total - 0.5), ylim=(len(removed) + 0.5, 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=24, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=24, integer=True))
+    return figure
+
+
+def draw_training(curves: Mapping[int, Sequence[Mapping[str, float]]]) -> Figure:
+    """The loss and its parts against tokens, a line a round."""
+    other = {"learning_rate", "gradient_norm", "tokens", "skipped"}
+    parts = sorted({key for curve in curves.values() for point in curve for key in point} - other - {"loss"})
+    panels = ["loss", *parts][:4]
+    with canvas(3.0 * len(panels) + 1.6, 3.2, ncols=len(panels), squeeze=False) as (figure, axes):
+        for panel, own in zip(panels, axes[0], strict=True):
+            for number, curve in curves.items():
+                tokens, values = _smooth(curve, panel)
+                colour = ROUNDS((number - 1) / max(1, max(curves) - 1))
+                own.plot(tokens, values, color=colour, linewidth=1.2, label=f"round {number}")
+            if min((float(value) for line in own.get_lines() for value in line.get_ydata()), default=0) > 0:
+                own.set_yscale("log")
+                own.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                own.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                own.yaxis.set_minor_formatter(NullFormatter())
+            own.set(title=one_line(panel, 24), xlabel="tokens")
+            own.xaxis.set_major_locator(MaxNLocator(3))
+            own.xaxis.set_major_formatter(_tick)
+            own.grid()
+        some = axes[0, -1].get_legend_handles_labels()
+        step = -(-len(curves) // 8)
+        figure.legend(some[0][::step], some[1][::step], loc="outside right upper")
+    return figure
+
+
+def _tick(value: float, _: int | None = None) -> str:
+    """A count without zeros at its end: 1.5 k for 1.50 k."""
+    digits, *unit = count(value).split(" ")
+    return " ".join([digits.rstrip("0").rstrip(".") if "." in digits else digits, *unit])
+
+
+def _smooth(curve: Sequence[Mapping[str, float]], key: str, most: int = 300) -> tuple[list[float], list[float]]:
+    """A curve of at most so many points, each the mean of its neighbours."""
+    points = [(point["tokens"], point[key]) for point in curve if math.isfinite(point.get(key, math.nan))]
+    groups = np.array_split(np.array(points, dtype=float).reshape(-1, 2), max(1, min(most, len(points))))
+    means = [group.mean(axis=0) for group in groups if len(group)]  # steps without a finite loss were skipped
+    return [float(mean[0]) for mean in means], [float(mean[1]) for mean in means]
+
+
+def draw_costs(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Seconds of scoring and training, above what each round lost."""
+    rounds = [row["round"] for row in rows]
+    with canvas(height=4.0, nrows=2, sharex=True) as (figure, (top, bottom)):
+        base = np.zeros(len(rows))
+        for key, colour in (("scoring_seconds", 0), ("healing_seconds", 2), ("training_seconds", 1)):
+            values = np.array([row[key] for row in rows], dtype=float)
+            if values.any():
+                top.bar(rounds, values, bottom=base, color=COLOURS[colour], width=0.7, label=key.split("_")[0])
+            base += values
+        top.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        bottom.bar(rounds, [row["aggregate_lost"] for row in rows], color=COLOURS[3], width=0.7)
+        bottom.axhline(0, color=INK, linewidth=0.8)
+        top.set_ylabel("seconds")
+        bottom.set(xlabel="round", ylabel="aggregate lost")
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axes in (top, bottom):
+            axes.grid(axis="y")
+    return figure
 
 
 def draw_importance(scores: LayerScores, path: Path) -> None:
@@ -19,13 +228,12 @@ def draw_importance(scores: LayerScores, path: Path) -> None:
     values = [scores.importance[layer] for layer in layers]
     errors = [scores.stderr.get(layer, 0.0) for layer in layers] if scores.stderr else None
     first = scores.ranked()[0]
-    colours = ["#c2410c" if layer == first else "#94a3b8" if layer in scores.dropped else "#2563eb" for layer in layers]
-    figure = Figure(figsize=(max(5.0, 0.32 * len(layers) + 1.5), 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.bar([str(layer) for layer in layers], values, yerr=errors, color=colours, ecolor="#0f172a", capsize=2)
-    axes.axhline(0, color="#0f172a", linewidth=0.8)
-    axes.set_xlabel("layer")
-    axes.set_ylabel(f"{scores.metric}: lost when skipped")
-    axes.set_title(f"Layer {first} would go first", loc="left", fontsize="medium")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=160)
+    colours = [
+        COLOURS[1] if layer == first else "#94a3b8" if layer in scores.dropped else COLOURS[0] for layer in layers
+    ]
+    with canvas(max(5.0, 0.32 * len(layers) + 1.5), 3.6) as (figure, axes):
+        axes.bar([str(layer) for layer in layers], values, yerr=errors, color=colours, ecolor=INK, capsize=2)
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set(xlabel="layer", ylabel=f"{one_line(scores.metric, 40)}: lost when skipped")
+        axes.set_title(f"Layer {first} would go first")
+        figure.savefig(path, dpi=160)

@@ -1,0 +1,53 @@
+"""What `layerpeel ls` says of runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from layerpeel import Run
+from layerpeel.errors import InputError
+from layerpeel.report import list_runs
+
+
+def test_states(run: Run, tmp_path: Path) -> None:
+    lines = run.journal.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert len(lines) == 5  # start, teacher, two rounds, finish
+    (found,) = list_runs(tmp_path)
+    assert found["run"] == str(run.folder)
+    assert (found["state"], found["note"]) == ("finished", "the target depth was reached")
+    assert (found["rounds"], found["teacher_layers"], found["layers"], found["last_layers"]) == (2, 6, 4, 4)
+    assert found["kept_quality"] == run.rounds[-1]["kept_quality"]
+
+    run.journal.write_text("".join(lines[:3]) + '{"event": "rou', encoding="utf-8")  # torn by a crash, or being written
+    (found,) = list_runs(run.folder)
+    assert (found["state"], found["rounds"], found["layers"]) == ("interrupted", 1, 5)
+    assert run.journal.read_text(encoding="utf-8").endswith('{"event": "rou')  # whoever looks changes nothing
+
+    working = Run.open(run.config)
+    assert list_runs(tmp_path)[0]["state"] == "running"
+    del working
+    assert list_runs(tmp_path)[0]["state"] == "interrupted"
+
+    run.journal.write_text(lines[0], encoding="utf-8")
+    assert list_runs(tmp_path)[0]["rounds"] == 0
+    run.journal.write_text("{}\n[]\nx\n", encoding="utf-8")
+    assert list_runs(tmp_path)[0]["state"] == "damaged"
+
+
+def test_the_latest_comes_first(finished: Path, tmp_path: Path) -> None:
+    for name, age in (("old", 100), ("new", 1), ("middle", 10)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "journal.jsonl").touch()
+        (tmp_path / name / "config.yaml").write_bytes((finished / "config.yaml").read_bytes())
+        os.utime(tmp_path / name / "journal.jsonl", (age and 1e9 - age,) * 2)
+    assert [Path(row["run"]).name for row in list_runs(tmp_path)] == ["new", "middle", "old"]
+    assert list_runs(tmp_path)[0]["last_activity"] == 1e9 - 1
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    assert list_runs(tmp_path) == []
+    with pytest.raises(InputError, match="no such folder"):
+        list_runs(tmp_path / "nowhere")
