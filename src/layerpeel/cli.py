@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from layerpeel.architecture import find_architecture
 from layerpeel.config import RunConfig, load_config
 from layerpeel.demo import prepare_demo
 from layerpeel.errors import InputError, LayerpeelError
@@ -101,7 +102,9 @@ def remove(
     shorter, tokenizer = load_model(model)
     remove_layers(shorter, chosen)
     save_model(shorter, tokenizer, output_, stored_dtype(model))
-    output.print(f"{shorter.config.num_hidden_layers} layers, {count_parameters(shorter):,} parameters: {output_}")
+    output.print(
+        f"{len(find_architecture(shorter).layers)} layers, {count_parameters(shorter):,} parameters: {output_}"
+    )
 
 
 @app.command(name="distill")
@@ -118,7 +121,7 @@ def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Override
     save_model(student, tokenizer, output_, storage)
     ends = result.summary()
     output.print(
-        f"{student.config.num_hidden_layers} layers, loss {ends['first_loss']:.4f} -> {ends['last_loss']:.4f} "
+        f"{len(find_architecture(student).layers)} layers, loss {ends['first_loss']:.4f} -> {ends['last_loss']:.4f} "
         f"over {result.tokens:,} tokens in {result.seconds:.0f} s: {output_}"
     )
 
