@@ -102,9 +102,8 @@ def remove(
     shorter, tokenizer = load_model(model)
     remove_layers(shorter, chosen)
     save_model(shorter, tokenizer, output_, stored_dtype(model))
-    output.print(
-        f"{len(find_architecture(shorter).layers)} layers, {count_parameters(shorter):,} parameters: {output_}"
-    )
+    depth = len(find_architecture(shorter).layers)
+    output.print(f"{depth} layers, {count_parameters(shorter):,} parameters: {output_}")
 
 
 @app.command(name="distill")

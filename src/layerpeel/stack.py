@@ -1,7 +1,7 @@
 """A causal language model run layer by layer, outside its own forward.
 
-Each layer's arguments (masks, rotary embeddings, positions) are taken from the model itself (`calls`), so that no family
-needs code of its own.
+Each layer's arguments (masks, rotary embeddings, positions) are taken from the model itself (`calls`), so that no
+family needs code of its own.
 
 Batches are right-padded and no padding mask is passed: under causal attention a real token never sees what follows
 it, so its hidden state is the same with and without padding.

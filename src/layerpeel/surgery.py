@@ -228,7 +228,7 @@ def _rewrite(config: PretrainedConfig, kept: list[int]) -> None:
 
 
 def _take_places(model: PreTrainedModel, built: PreTrainedModel, depth: int) -> None:
-    """Tells the modules of a shortened model where they are, and how many layers there are, as if it had been loaded."""
+    """Tells the modules of a shortened model their places and its depth, as if it had been loaded."""
     modules = dict(built.named_modules(remove_duplicate=False))
     for path, module in model.named_modules(remove_duplicate=False):
         for name, value in vars(modules[path]).items():
@@ -240,10 +240,7 @@ def _take_places(model: PreTrainedModel, built: PreTrainedModel, depth: int) -> 
 def _called_otherwise(model: PreTrainedModel, kept: list[int]) -> str | None:
     """Which layer would be handed other arguments by the base model's forward, once the config is rewritten."""
     architecture, config = find_architecture(model), text_config(model.config)
-    device = model.get_input_embeddings().weight.device
-    if device.type == "meta":
-        return None
-    inputs = {"input_ids": torch.arange(1, 9, device=device)[None]}
+    inputs = {"input_ids": torch.arange(1, 9, device=architecture.device)[None]}
     every = list(architecture.layers)
     # Short sight, so that the masks of a few tokens show which layers have it.
     reaches = {name: 3 for name in ATTENTION_REACHES if isinstance(vars(config).get(name), int)}
