@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = IDS | {
     **dict.fromkeys(["num_hidden_layers", "n_layer", "n_layers", "num_layers"], LAYERS),
     **dict.fromkeys(["vocab_size", "vocab_size_per_layer_input"], VOCABULARY),
     **dict.fromkeys(["hidden_size", "n_embd", "d_model", "lru_width", "word_embed_proj_dim"], 32),
-    **dict.fromkeys(["intermediate_size", "ffn_dim", "n_inner", "dff", "intermediate_size_mlp"], 48),
+    **dict.fromkeys(["intermediate_size", "ffn_dim", "n_inner", "dff", "intermediate_size_mlp", "ffn_hidden_size"], 48),
     **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"], 4),
     **dict.fromkeys(["swa_num_attention_heads", "mamba_n_heads", "mamba_num_heads", "linear_num_value_heads"], 4),
     **dict.fromkeys(["num_key_value_heads", "swa_num_key_value_heads", "linear_num_key_heads", "index_n_heads"], 2),
@@ -31,7 +31,8 @@ SMALL: dict[str, Any] = IDS | {
     **dict.fromkeys(["num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "rotary_dim"], 4),
     **dict.fromkeys(["time_step_rank", "mamba_dt_rank"], 4),
     **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"], 16),
-    **dict.fromkeys(["moe_shared_expert_intermediate_size", "mamba_d_head", "mamba_head_dim", "qk_head_dim"], 16),
+    **dict.fromkeys(["moe_shared_expert_intermediate_size", "expert_ffn_hidden_size", "qk_head_dim"], 16),
+    **dict.fromkeys(["mamba_d_head", "mamba_head_dim"], 16),
     **dict.fromkeys(["num_experts_per_tok", "moe_k", "moe_topk", "first_k_dense_replace", "num_dense_layers"], 2),
     **dict.fromkeys(["n_group", "topk_group", "mamba_n_groups", "n_groups"], 1),
     "mamba_d_ssm": 64, "use_mamba_kernels": False,
@@ -63,7 +64,7 @@ FAMILIES = {
 UNLISTED: dict[str, dict[str, Any]] = {"iquestcoder": {}, "jais2": {}}
 # What others need beyond SMALL.
 OTHERS = {
-    **dict.fromkeys(["axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "sarvam_mla"], LATENT),
+    **dict.fromkeys(["axk1", "longcat_flash", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "sarvam_mla"], LATENT),
     **dict.fromkeys(["axk2", "deepseek_v32", "glm_moe_dsa", "minicpm3"], LATENT),
     **dict.fromkeys(["granitemoehybrid", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text"], HYBRID),
     **dict.fromkeys(["gemma4_text", "gemma4_unified_text"], GEMMA4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from layerpeel.architecture import find_architecture
+from layerpeel.calls import replaced_forward
 from layerpeel.errors import InputError
-from layerpeel.stack import replaced_forward
-from layerpeel.surgery import Depth, remove_layers
+from layerpeel.surgery import Depth, fixed_layers, remove_layers
 from tests.families import FAMILIES, LAYERS, UNLISTED, tiny_ids, tiny_model
 
 depths = st.integers(2, 12).flatmap(
@@ -80,7 +82,7 @@ def test_saved_and_loaded_is_the_model_in_memory(family: str, removed: list[int]
 def test_skipping_is_removing(family: str) -> None:
     model, ids = tiny_model(family), tiny_ids()
     shorter = remove_layers(copy.deepcopy(model), [3])
-    layers = model.base_model.h if family == "gpt2" else model.base_model.layers
+    layers = find_architecture(model).layers
     with replaced_forward(layers[3], lambda hidden, *_, **__: hidden), torch.no_grad():
         skipped = model(ids, use_cache=False).logits
     with torch.no_grad():
@@ -112,9 +114,45 @@ def test_impossible_removals_say_so(layers: list[int], message: str) -> None:
 
 
 def test_unknown_families_whose_layers_cannot_be_found_are_refused() -> None:
-    from transformers import BloomConfig
-
-    model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=32, hidden_size=16, n_layer=2, n_head=2))
-    model.transformer.blocks = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
-    with pytest.raises(InputError, match="'bloom' is not known, and its layers cannot be found without doubt"):
+    model = tiny_model("jais2")
+    model.model.blocks = torch.nn.ModuleList([torch.nn.Linear(1, 1) for _ in range(LAYERS)])
+    with pytest.raises(InputError, match="'jais2' is not known, and its layers cannot be found without doubt"):
         remove_layers(model, [0])
+
+
+def test_fixed_layers_are_those_that_may_not_go_alone() -> None:
+    model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+    before = copy.deepcopy(model.config.to_dict())
+    fixed = fixed_layers(model)
+    assert list(fixed) == [0, 1, 2, 3, 4]
+    # 1 / sqrt(8) / 3 instead of 1 / sqrt(8) / 4
+    assert re.match(r"layer 3 would be loaded with attn\.scaling = 0\.11785\d+ instead of 0\.08838\d+$", fixed[2])
+    assert model.config.to_dict() == before and len(model.transformer.h) == LAYERS
+    assert fixed_layers(tiny_model("gpt2")) == {}
+
+
+def test_a_list_of_another_name_that_the_forward_reads_by_index_is_seen() -> None:
+    model = tiny_model("gemma2")
+    model.model.config.layer_types = model.config.layer_types
+    kinds = list(model.config.layer_types)
+    own = model.model.forward
+
+    def forward(*args, **kwargs):  # a model that keeps its kinds where no config field says them
+        shown, model.config.layer_types = model.config.layer_types, kinds[: len(model.model.layers)]
+        try:
+            return own(*args, **kwargs)
+        finally:
+            model.config.layer_types = shown
+
+    model.model.forward = forward
+    with pytest.raises(InputError, match=r"layer 1 would be given another attention_mask"):
+        remove_layers(model, [0])
+    assert len(model.model.layers) == LAYERS and model.config.layer_types == kinds
+
+
+def test_layers_that_share_weights_are_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[4].mlp = model.model.layers[1].mlp
+    with pytest.raises(InputError, match="layers share their weights"):
+        remove_layers(model, [1])
+    assert set(fixed_layers(model)) == {1, 4}

@@ -36,7 +36,7 @@ _MAMBA = Family(norm="norm_f")
 _SPARSE = Family(note="scoring and training are exact for texts of up to index_topk tokens; removal is exact")
 _LAST_OF_A_KIND = Family(note="the last layer of each kind of attention stays: the config derives its KV sharing")
 _PLAIN_FAMILIES = """
-    afmoe apertus apertus1p5_text arcee aria_text axk1 bailing_hybrid bitnet cohere cohere2 cohere2_moe cwm deepseek_v2
+    afmoe apertus apertus1p5_text arcee aria_text axk1 bitnet cohere cohere2 cohere2_moe cwm deepseek_v2
     deepseek_v3 doge dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma gemma2 gemma3_text glm glm4
     glm4_moe glm4_moe_lite gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared
     helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 inkling_text jetmoe laguna lara_mini llama mellum mimo_v2_flash
@@ -60,7 +60,6 @@ FAMILIES = {name: _PLAIN for name in _PLAIN_FAMILIES.split()} | {
     "gemma3": Family(layers="language_model.layers", norm="language_model.norm"),
     "gemma4_text": _LAST_OF_A_KIND,
     "gemma4_unified_text": _LAST_OF_A_KIND,
-    "glm_moe_dsa": _SPARSE,
     "gpt-sw3": _GPT2,
     "gpt2": Family(layers="h", norm="ln_f", note="with scale_attn_by_inverse_layer_idx only the last layers can go"),
     "gpt_bigcode": _GPT2,
@@ -68,29 +67,34 @@ FAMILIES = {name: _PLAIN for name in _PLAIN_FAMILIES.split()} | {
     "gpt_neox": Family(norm="final_layer_norm"),
     "gpt_neox_japanese": Family(norm="final_layer_norm", note="the last layer stays: it alone has a bias"),
     "gptj": _GPT2,
-    "jamba": Family(norm="final_layernorm", note="layers stay whose loss would break the periods of attention or experts"),
+    "jamba": Family(
+        norm="final_layernorm", note="layers stay without which the periods of attention or experts would break"
+    ),
     "lfm2": _EMBEDDING_NORM,
     "lfm2_moe": _EMBEDDING_NORM,
     "lfm3": _EMBEDDING_NORM,
     "llama4_text": Family(base="model"),
     "mamba": _MAMBA,
     "mamba2": _MAMBA,
-    "modernbert-decoder": Family(norm="final_norm", note="the first layer stays: it alone has no norm before attention"),
+    "modernbert-decoder": Family(norm="final_norm", note="the first layer stays: it alone has no first norm"),
     "mpt": Family(layers="blocks", norm="norm_f"),
     "nemotron_h": _MAMBA,
-    "opt": Family(norm="final_layer_norm", base="model.decoder", note="those with a projection after the norm are refused"),
+    "opt": Family(
+        norm="final_layer_norm", base="model.decoder", note="those with a projection after the layers are refused"
+    ),
     "persimmon": _FINAL_LAYERNORM,
     "phi": _FINAL_LAYERNORM,
     "recurrent_gemma": Family(norm="final_norm"),
     "xglm": Family(norm="layer_norm"),
 }  # fmt: skip
 
-# Families of which no layer can go, or that cannot be run layer by layer; the checks find it out, and a test that they do.
+# Families of which no layer can go, or that cannot be run layer by layer: what the checks find, in words.
 REFUSED = {
     "cpmant": "its layers are inside an encoder of its own",
     "deepseek_v4": "its layers hand on several streams of hidden states",
     "dory": "it runs layers in loops, and mixes their results",
     "gemma3n_text": "its layers hand on several streams of hidden states, and embeddings outside them are per layer",
+    "glm_moe_dsa": "its layers hand on the tokens that they chose to attend to",
     "hrm_text": "it runs stacks of layers in loops",
     "hy_v4": "its layers hand on several streams of hidden states",
     "longcat_flash": "each of its layers counts as two",
@@ -124,6 +128,9 @@ PERIODS = (  # "the layers whose index divided by the period leaves the offset a
 
 # Attributes by which a module knows its layer's place, such as where its part of the KV cache is.
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
+
+# Attributes outside the layers that follow from the config's lists.
+LIST_ATTRIBUTES = ("has_sliding_layers",)
 
 # Fields that limit how far back a layer attends.
 ATTENTION_REACHES = ("sliding_window", "attention_chunk_size", "window_size")

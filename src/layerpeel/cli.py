@@ -23,6 +23,7 @@ from layerpeel.architecture import find_architecture
 from layerpeel.config import RunConfig, load_config
 from layerpeel.demo import prepare_demo
 from layerpeel.errors import InputError, LayerpeelError
+from layerpeel.families import OTHERS, TESTED, families_json, families_markdown, family_statuses
 from layerpeel.importance import Estimate, LayerScores, score_layers, scoring_text
 from layerpeel.journal import Run
 from layerpeel.loop import peel
@@ -141,6 +142,23 @@ def eval_(
         print(json.dumps(evaluation.to_json()))
     else:
         output.print(_evaluation_table(evaluation))
+
+
+@app.command()
+def families(
+    as_json: AsJson = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/families.md.")] = False,
+) -> None:
+    """List the model families that are tested, and those that are refused, with the reasons."""
+    if as_json:
+        print(json.dumps(families_json()))
+    elif as_markdown:
+        print(families_markdown(), end="")
+    else:
+        table = Table("family", "layers", "status", "note", box=None, header_style="bold")
+        for each in family_statuses():
+            table.add_row(each.family, each.layers, each.status, each.note)
+        output.print(table, TESTED, OTHERS, sep="\n")
 
 
 @app.command()

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, P
 from layerpeel.architecture import (
     ATTENTION_REACHES,
     INDEX_ATTRIBUTES,
+    LIST_ATTRIBUTES,
     PER_LAYER_LISTS,
     find_architecture,
     shortened_fields,
@@ -22,6 +23,11 @@ from layerpeel.architecture import (
 )
 from layerpeel.calls import LayerCalls, leaves
 from layerpeel.errors import InputError
+
+# Attributes that say a module's place, follow from the config's lists, or do not change what it computes.
+NOT_COMPARED = {
+    *INDEX_ATTRIBUTES, *LIST_ATTRIBUTES, "training", "name_or_path", "warnings_issued", "all_tied_weights_keys",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,8 @@ def check_expressible(model: PreTrainedModel, kept: list[int]) -> PreTrainedMode
 def fixed_layers(model: PreTrainedModel) -> dict[int, str]:
     """The layers that may not go next, each with the reason: what its config cannot express of the others."""
     total = len(find_architecture(model).layers)
+    if total == 1:
+        return {0: "no layer would be left"}
     found = {layer: _build_shorter(model, [n for n in range(total) if n != layer])[1] for layer in range(total)}
     return {layer: difference for layer, difference in found.items() if difference}
 
@@ -233,7 +241,7 @@ def _take_places(model: PreTrainedModel, built: PreTrainedModel, depth: int) -> 
     for path, module in model.named_modules(remove_duplicate=False):
         for name, value in vars(modules[path]).items():
             counts = type(value) is int and value == depth and name in vars(module)
-            if name in vars(module) and (counts or name in (*INDEX_ATTRIBUTES, *PER_LAYER_LISTS)):
+            if name in vars(module) and (counts or name in (*INDEX_ATTRIBUTES, *PER_LAYER_LISTS, *LIST_ATTRIBUTES)):
                 setattr(module, name, value)
 
 
@@ -288,7 +296,7 @@ def _plain_attributes(module: nn.Module) -> dict[str, object]:
         if all(isinstance(leaf, (bool, int, float, str, type(None))) for _, leaf in leaves(value))
         and not name.startswith("_")
         and not (name in PER_LAYER_LISTS and isinstance(value, (list, tuple)))  # the config's own, compared through it
-        and name not in ("training", "name_or_path", "warnings_issued", "all_tied_weights_keys", *INDEX_ATTRIBUTES)
+        and name not in NOT_COMPARED
     }
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     return plain | shapes | {name: tuple(b.shape) for name, b in module.named_buffers(recurse=False)}
