@@ -15,9 +15,10 @@ from layerpeel.architecture import FAMILIES, REFUSED, find_architecture, shorten
 from layerpeel.calls import replaced_forward
 from layerpeel.config import DistillConfig
 from layerpeel.errors import InputError
+from layerpeel.expressible import fixed_layers
 from layerpeel.families import families_markdown, family_statuses
 from layerpeel.stack import Stack
-from layerpeel.surgery import fixed_layers, remove_layers
+from layerpeel.surgery import remove_layers
 from tests.families import LAYERS, tiny_config, tiny_ids, tiny_model, tiny_tokenizer
 
 # Layers of the tiny models that may not go; all others may.

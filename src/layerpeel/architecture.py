@@ -1,7 +1,7 @@
 """All that is known of model families: where their layers and final norms are, and which config fields are per layer.
 
 A family is a row of `FAMILIES`. A family without a row works too, if its layers can be found without doubt. Either
-way, `surgery.check_expressible` refuses what a config cannot express, and `calls` what cannot be run layer by layer.
+way, `expressible` refuses what a config cannot express, and `calls` what cannot be run layer by layer.
 """
 
 from __future__ import annotations
@@ -155,9 +155,13 @@ class Architecture:
         """Where the embeddings are, and so the input has to be."""
         return next(self.base.parameters()).device
 
-    def set_layers(self, layers: list[nn.Module]) -> None:
+    def set_layers(self, layers: list[nn.Module] | nn.ModuleList) -> None:
         parent, _, name = self.family.layers.rpartition(".")
-        setattr(self.base.get_submodule(parent), name, nn.ModuleList(layers))
+        setattr(
+            self.base.get_submodule(parent),
+            name,
+            layers if isinstance(layers, nn.ModuleList) else nn.ModuleList(layers),
+        )
 
     @property
     def norm(self) -> nn.Module:

@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from layerpeel.architecture import find_architecture
 from layerpeel.errors import InputError, RunError
-from layerpeel.surgery import first_difference
+from layerpeel.expressible import first_difference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

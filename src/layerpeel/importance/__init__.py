@@ -15,13 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from layerpeel.config import RunConfig, ScoreConfig
 from layerpeel.data import Rows, load_rows
 from layerpeel.errors import InputError, resolve_class
+from layerpeel.expressible import fixed_layers
 from layerpeel.importance.base import Findings, Metric, ScoringInputs
 from layerpeel.importance.block_influence import BlockInfluence
 from layerpeel.importance.task_quality import TaskQuality
 from layerpeel.importance.teacher_kl import TeacherKL
 from layerpeel.progress import console
 from layerpeel.stack import Stack
-from layerpeel.surgery import Depth, fixed_layers
+from layerpeel.surgery import Depth
 from layerpeel.tasks import Task
 from layerpeel.tasks.answering import len_of
 from layerpeel.tasks.base import Evaluation, Generation, LogLikelihood
