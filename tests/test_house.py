@@ -19,7 +19,8 @@ PACKAGE = ROOT / "src" / "layerpeel"
 # A room is a module, or a package with all in it. Each may import those before it, and none after.
 # fmt: off
 ROOMS = [
-    "errors", "progress", "config", "architecture", "families", "calls", "expressible", "surgery", "models", "data", "stack", "tasks",
+    "errors", "progress", "config", "architecture", "families", "calls", "expressible", "surgery",
+    "models", "data", "stack", "tasks",
     "importance", "losses", "student", "training", "journal", "health", "preflight",
     "loop", "study", "report", "demo",
     "cli", "__main__",
