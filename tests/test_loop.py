@@ -158,6 +158,21 @@ def test_a_tracker_that_is_not_installed_is_named(settings: dict[str, Any], monk
         peel(config_of(settings, trackers=["wandb"]))
 
 
+def test_layers_that_the_config_fixes_stay_with_the_reason_said_once(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings["teacher"] = str(save_tiny(tmp_path / "jamba", "jamba"))
+    settings["score"] = {"decide": "block_influence", "tokens": 64, "protect": {"first": 0, "last": 0}}
+    settings["distill"]["tokens_per_round"] = 0
+    run = peel(config_of(settings, stop={"target_layers": 1}))
+    assert run.finish is not None
+    assert run.rounds[0]["removed"] in (0, 3, 5) and set(run.rounds[0]["scores"]["importance"]) == {"0", "3", "5"}
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("layers 1, 2, 4 stay: without one, layer 2 would be loaded with other modules") == 1
+    student = AutoModelForCausalLM.from_pretrained(run.student_folder)
+    assert len(student.model.layers) == run.finish["layers"] < 6
+
+
 def test_another_config_is_refused_and_the_run_left_alone(settings: dict[str, Any]) -> None:
     run = peel(config_of(settings))
     before = run.journal.read_bytes()

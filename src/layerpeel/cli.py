@@ -19,9 +19,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from layerpeel.architecture import find_architecture
 from layerpeel.config import RunConfig, load_config
 from layerpeel.demo import prepare_demo
 from layerpeel.errors import InputError, LayerpeelError
+from layerpeel.families import OTHERS, TESTED, families_json, families_markdown, family_statuses
 from layerpeel.importance import Estimate, LayerScores, score_layers, scoring_text
 from layerpeel.journal import Run
 from layerpeel.loop import peel
@@ -102,7 +104,8 @@ def remove(
     shorter, tokenizer = load_model(model)
     remove_layers(shorter, chosen)
     save_model(shorter, tokenizer, output_, stored_dtype(model))
-    output.print(f"{shorter.config.num_hidden_layers} layers, {count_parameters(shorter):,} parameters: {output_}")
+    depth = len(find_architecture(shorter).layers)
+    output.print(f"{depth} layers, {count_parameters(shorter):,} parameters: {output_}")
 
 
 @app.command(name="distill")
@@ -119,7 +122,7 @@ def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Override
     save_model(student, tokenizer, output_, storage)
     ends = result.summary()
     output.print(
-        f"{student.config.num_hidden_layers} layers, loss {ends['first_loss']:.4f} -> {ends['last_loss']:.4f} "
+        f"{len(find_architecture(student).layers)} layers, loss {ends['first_loss']:.4f} -> {ends['last_loss']:.4f} "
         f"over {result.tokens:,} tokens in {result.seconds:.0f} s: {output_}"
     )
 
@@ -140,6 +143,23 @@ def eval_(
         print(json.dumps(evaluation.to_json()))
     else:
         output.print(_evaluation_table(evaluation))
+
+
+@app.command()
+def families(
+    as_json: AsJson = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/families.md.")] = False,
+) -> None:
+    """List the model families that are tested, and those that are refused, with the reasons."""
+    if as_json:
+        print(json.dumps(families_json()))
+    elif as_markdown:
+        print(families_markdown(), end="")
+    else:
+        table = Table("family", "layers", "status", "note", box=None, header_style="bold")
+        for each in family_statuses():
+            table.add_row(each.family, each.layers, each.status, each.note)
+        output.print(table, TESTED, OTHERS, sep="\n")
 
 
 @app.command()

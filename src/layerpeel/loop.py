@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from layerpeel.config import RunConfig
-from layerpeel.importance import ScoringInputs, score_candidates, scoring_text
+from layerpeel.importance import ScoringInputs, fixed_by_config, score_candidates, scoring_text
 from layerpeel.journal import Run
 from layerpeel.models import count_parameters, load_model, save_model, stored_dtype
 from layerpeel.preflight import check_run, removable
@@ -36,10 +38,10 @@ def peel(config: RunConfig) -> Run:
     run.restore(student)
     cache = cache_for(config, teacher, run.folder)
 
-    while not (reason := stop_reason(run, student)):
+    while not (reason := stop_reason(run, student, free := _free_layers(student, config))):
         number = len(run.rounds) + 1
         console.print(f"round {number}: {len(student.depth)} layers")
-        candidates = [student.depth.position(layer) for layer in removable(student.depth, config)]
+        candidates = [student.depth.position(layer) for layer in free]
         inputs = ScoringInputs(
             student.stack, student.teacher, tokenizer, candidates, text, tasks, run.reference, config.aggregate,
             config.score, run.answers(),
@@ -71,8 +73,12 @@ def peel(config: RunConfig) -> Run:
     return run
 
 
-def stop_reason(run: Run, student: Student) -> str | None:
-    """Why the run is over: the name of the stop that holds, or `no_candidates`; None to go on."""
+def stop_reason(run: Run, student: Student, free: Sequence[int]) -> str | None:
+    """Why the run is over: the name of the stop that holds, or `no_candidates`; None to go on.
+
+    Args:
+        free: the teacher layers that may go next.
+    """
     stop = run.config.stop
     if run.rounds and stop.min_quality is not None and run.rounds[-1]["kept_quality"] < stop.min_quality:
         return "min_quality"
@@ -80,4 +86,8 @@ def stop_reason(run: Run, student: Student) -> str | None:
         return "target_layers"
     if stop.max_params is not None and count_parameters(student.model) <= stop.max_params:
         return "max_params"
-    return None if removable(student.depth, run.config) else "no_candidates"
+    return None if free else "no_candidates"
+
+
+def _free_layers(student: Student, config: RunConfig) -> tuple[int, ...]:
+    return removable(student.depth, config, fixed_by_config(student.model, student.depth))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 
+from layerpeel.architecture import text_config
 from layerpeel.config import RunConfig
 from layerpeel.data import read_documents
 from layerpeel.errors import InputError
@@ -20,7 +22,8 @@ def check(config: RunConfig) -> list[Task]:
     Raises:
         InputError: it says what will not do.
     """
-    total = load_config_of(config.teacher, trust_remote_code=config.trust_remote_code).num_hidden_layers
+    teacher = load_config_of(config.teacher, trust_remote_code=config.trust_remote_code)
+    total = text_config(teacher).num_hidden_layers
     _check_target(config, total)
     tasks = make_tasks(config.tasks)
     check_metrics(config.score, has_text=bool(config.score.text or config.distill.text), has_tasks=bool(tasks))
@@ -49,10 +52,14 @@ def check_run(config: RunConfig) -> list[Task]:
     return check(config)
 
 
-def removable(depth: Depth, config: RunConfig) -> tuple[int, ...]:
-    """The teacher layers that may go next; at least one layer stays."""
+def removable(depth: Depth, config: RunConfig, fixed: Iterable[int] = ()) -> tuple[int, ...]:
+    """The teacher layers that may go next; at least one layer stays.
+
+    Args:
+        fixed: those without which the model could not be saved, from `importance.fixed_by_config`.
+    """
     protect = config.score.protect
-    return depth.removable(protect.first, protect.last, protect.layers) if len(depth) > 1 else ()
+    return depth.removable(protect.first, protect.last, [*protect.layers, *fixed]) if len(depth) > 1 else ()
 
 
 def _check_target(config: RunConfig, total: int) -> None:

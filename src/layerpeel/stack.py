@@ -1,7 +1,7 @@
 """A causal language model run layer by layer, outside its own forward.
 
-Each layer's arguments (masks, rotary embeddings, positions) are taken from the model itself: its forward runs once
-with every layer standing in as a recorder, so that no family needs code of its own.
+Each layer's arguments (masks, rotary embeddings, positions) are taken from the model itself (`calls`), so that no
+family needs code of its own.
 
 Batches are right-padded and no padding mask is passed: under causal attention a real token never sees what follows
 it, so its hidden state is the same with and without padding.
@@ -20,12 +20,12 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from layerpeel.architecture import find_architecture
+from layerpeel.architecture import find_architecture, text_config
+from layerpeel.calls import LayerArguments, LayerCalls, first_tensor, replaced_forward, take_rows
 from layerpeel.errors import RunError
 
-LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 # Bytes of fp32 logits that may exist at a time, to which chunks of positions are sized. A CPU is fastest within its
 # caches; but below some rows the head's weights are read more often than they are used.
 LOGITS_BYTES_ON_CPU, LOGITS_BYTES, LEAST_LOGIT_ROWS = 8 * 2**20, 256 * 2**20, 384
@@ -53,9 +53,7 @@ class Budget:
 
     def tokens(self, stack: Stack, streams: int) -> int:
         """Tokens of the batch that fit, with all streams of them."""
-        return max(
-            1, self.bytes // (streams * LAYER_WIDTH * stack.model.config.hidden_size * stack.model.dtype.itemsize)
-        )
+        return max(1, self.bytes // (streams * LAYER_WIDTH * stack.width * stack.model.dtype.itemsize))
 
     def shrink(self, error: Exception, stack: Stack, streams: int, row: int) -> None:
         """After an error: halves the budget, if memory has run out and there is something left to halve.
@@ -94,6 +92,7 @@ class Stack:
     ) -> None:
         self.model = model
         self.architecture = find_architecture(model)
+        self.calls = LayerCalls(self.architecture)
         self.streamed = resident is not None
         self.resident = resident or (lambda _: nullcontext())
         self.tokens_per_call = TOKENS_PER_CALL
@@ -117,6 +116,11 @@ class Stack:
         return self.model.device
 
     @property
+    def width(self) -> int:
+        """D."""
+        return text_config(self.model.config).hidden_size
+
+    @property
     def vocab_size(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]
 
@@ -133,14 +137,6 @@ class Stack:
         Returns:
             hidden states [B, T, D], and one `(args, kwargs)` a layer.
         """
-        seen: list[Tensor] = []
-        arguments: list[LayerArguments] = []
-
-        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            seen.append(hidden)
-            arguments.append((args, kwargs))
-            return hidden
-
         inputs: dict[str, Tensor] = {"input_ids": input_ids.to(self.device)}
         if positions is not None:
             inputs["position_ids"] = positions.to(self.device)
@@ -148,12 +144,7 @@ class Stack:
             dtype = self.model.dtype
             blocked = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
             inputs["attention_mask"] = blocked[:, None].to(self.device)
-        with ExitStack() as patches:
-            for layer in self.layers:
-                patches.enter_context(replaced_forward(layer, record))
-            patches.enter_context(replaced_forward(self.architecture.norm, lambda hidden: hidden))
-            self.architecture.base(**inputs, use_cache=False)
-        return seen[0], arguments
+        return self.calls.record(inputs)
 
     def layer(self, position: int, hidden: Tensor, arguments: LayerArguments) -> Tensor:
         """Runs one layer on the batch that `arguments` were recorded for: [B, T, D] -> [B, T, D]."""
@@ -175,7 +166,7 @@ class Stack:
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows]
             of = torch.arange(start, start + len(part), device=hidden.device) % batch
-            outputs.append(self.layer(position, part, _take(arguments, of, batch)))
+            outputs.append(self.layer(position, part, take_rows(arguments, of, batch, self.calls.rows, ())))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def norm(self, hidden: Tensor) -> Tensor:
@@ -191,12 +182,17 @@ class Stack:
         Returns:
             [N, V].
         """
+        finished = _Finished(last_hidden_state=hidden[None])  # type: ignore[arg-type]
+        asked = []
 
-        def give_back(*_: Any, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])  # type: ignore[arg-type]
+        def give_back(*_: Any, **__: Any) -> _Finished:
+            asked.append(True)
+            return finished
 
         with replaced_forward(self.architecture.base, give_back):
-            return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+            logits = self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        assert asked, "the head did not ask the base model for hidden states"
+        return logits
 
     def logit_rows(self, streams: int = 1) -> int:
         """How many positions of `streams` streams may go through the head at a time."""
@@ -260,7 +256,7 @@ class Stack:
         """[B, T, D] in fp32, or None if the model takes no such positions or mask."""
         try:
             return self.walk(input_ids, positions=positions, sees=sees)[0].float()
-        except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
             return None
 
     def _same(self, hidden: Tensor, expected: Tensor) -> bool:
@@ -268,18 +264,12 @@ class Stack:
         return bool((hidden - expected).norm() <= tolerance * expected.norm())
 
 
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Lets `module` run `forward` in place of its own, for the time of the context."""
-    own = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own  # type: ignore[method-assign]
+class _Finished(BaseModelOutputWithPast):
+    """What a base model gives back; what else a family's head may ask for (router logits, states) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 @contextmanager
@@ -306,20 +296,3 @@ def _skip_rows(layer: nn.Module, rows: slice) -> Any:
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     return replaced_forward(layer, forward)
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The hidden states in a layer's output: some families return them in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _take(value: Any, rows: Tensor, batch: int) -> Any:
-    """A layer's arguments for these rows of the batch that they were recorded for."""
-    if isinstance(value, Tensor):
-        per_row = batch > 1 and value.dim() > 1 and value.shape[0] == batch  # a leading 1 broadcasts
-        return value[rows] if per_row else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_take(item, rows, batch) for item in value)
-    if isinstance(value, dict):
-        return {key: _take(item, rows, batch) for key, item in value.items()}
-    return value

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from layerpeel.architecture import find_architecture, shortened_fields
+from layerpeel.architecture import INDEX_ATTRIBUTES, LIST_ATTRIBUTES, PER_LAYER_LISTS, find_architecture, text_config
 from layerpeel.errors import InputError
+from layerpeel.expressible import check_expressible, rewrite_config
 
 
 @dataclass(frozen=True)
@@ -105,70 +103,21 @@ def remove_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedMo
     architecture = find_architecture(model)
     kept = list(Depth.full(len(architecture.layers)).without(layers).kept)
     survivors = [architecture.layers[index] for index in kept]
-    check_expressible(model.config, kept, survivors)
+    expected = check_expressible(model, kept)
     architecture.set_layers(survivors)
-    for position, layer in enumerate(survivors):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # where attention finds its part of the KV cache
-                module.layer_idx = position  # type: ignore[assignment]
-    _rewrite(model.config, kept)
+    _take_places(model, expected, len(kept))
+    rewrite_config(text_config(model.config), kept)
     return model
 
 
-def check_expressible(config: PretrainedConfig, kept: list[int], survivors: list[nn.Module]) -> None:
-    """Checks that a model built from the rewritten config has layers like the surviving ones.
-
-    A config that derives a property of a layer from its index (sparse steps, shared KV, scaling by depth) would
-    load into another model than was pruned. So the layers that transformers builds from it are compared with the
-    survivors: classes, tensor shapes, and every plain attribute.
-
-    Raises:
-        InputError: they differ; the message names the first difference.
-    """
-    shorter = copy.deepcopy(config)
-    _rewrite(shorter, kept)
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(shorter)
-    for index, expected, layer in zip(kept, find_architecture(built).layers, survivors, strict=True):
-        difference = _first_difference(expected, layer)
-        if difference:
-            raise InputError(
-                f"a {config.model_type} config cannot express this removal: layer {index} would be loaded with "
-                f"{difference}",
-                hint="remove other layers, or protect this one (score.protect.layers)",
-            )
-
-
-def _rewrite(config: PretrainedConfig, kept: list[int]) -> None:
-    for name, value in shortened_fields(config, kept).items():
-        setattr(config, name, value)
-
-
-def _first_difference(expected: nn.Module, actual: nn.Module) -> str | None:
-    ours, theirs = dict(actual.named_modules()), dict(expected.named_modules())
-    if ours.keys() != theirs.keys():
-        return f"other modules ({', '.join(sorted(ours.keys() ^ theirs.keys())[:3])})"
-    for name, module in ours.items():
-        built = theirs[name]
-        if type(module) is not type(built):
-            return f"{name or 'the layer'} = {type(built).__name__} instead of {type(module).__name__}"
-        mine, its = _plain_attributes(module), _plain_attributes(built)
-        for key in sorted(mine.keys() & its.keys()):
-            if mine[key] != its[key]:
-                return f"{'.'.join(filter(None, (name, key)))} = {its[key]!r} instead of {mine[key]!r}"
-    return None
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, object]:
-    plain: dict[str, object] = {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, (bool, int, float, str, type(None)))
-        and not name.startswith("_")
-        and name not in ("training", "layer_idx")
-    }
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-    return plain | shapes
+def _take_places(model: PreTrainedModel, built: PreTrainedModel, depth: int) -> None:
+    """Tells the modules of a shortened model their places and its depth, as if it had been loaded."""
+    modules = dict(built.named_modules(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, value in vars(modules[path]).items():
+            counts = type(value) is int and value == depth and name in vars(module)
+            if name in vars(module) and (counts or name in (*INDEX_ATTRIBUTES, *PER_LAYER_LISTS, *LIST_ATTRIBUTES)):
+                setattr(module, name, value)
 
 
 def _ranges(indices: tuple[int, ...]) -> str:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
+from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config import RunConfig, ScoreConfig
 from layerpeel.data import Rows, load_rows
 from layerpeel.errors import InputError, resolve_class
+from layerpeel.expressible import fixed_layers
 from layerpeel.importance.base import Findings, Metric, ScoringInputs
 from layerpeel.importance.block_influence import BlockInfluence
 from layerpeel.importance.task_quality import TaskQuality
 from layerpeel.importance.teacher_kl import TeacherKL
+from layerpeel.progress import console
 from layerpeel.stack import Stack
 from layerpeel.surgery import Depth
 from layerpeel.tasks import Task
@@ -177,7 +181,8 @@ def score_layers(
     """
     stack = model if isinstance(model, Stack) else Stack(model)
     depth = Depth.full(len(stack.layers))
-    candidates = depth.removable(config.protect.first, config.protect.last, config.protect.layers)
+    protected = [*config.protect.layers, *fixed_by_config(stack.model, depth)]
+    candidates = depth.removable(config.protect.first, config.protect.last, protected)
     if not candidates:
         raise InputError("no layer may be removed: all are protected", hint="protect fewer (score.protect)")
     inputs = ScoringInputs(stack, stack, tokenizer, candidates, text, tasks, None, aggregate, config, store)
@@ -186,6 +191,19 @@ def score_layers(
     if announce:
         announce(estimate(inputs))
     return score_candidates(inputs, depth)
+
+
+def fixed_by_config(model: PreTrainedModel, depth: Depth) -> tuple[int, ...]:
+    """The teacher layers that may not go next, as the config could not express what is left; says why, once."""
+    fixed = {depth.kept[position]: reason for position, reason in fixed_layers(model).items()}
+    if fixed:
+        _say_once(f"layers {', '.join(map(str, fixed))} stay: without one, {next(iter(fixed.values()))}")
+    return tuple(fixed)
+
+
+@cache
+def _say_once(text: str) -> None:
+    console.print(escape(text), style="dim")
 
 
 def _refuse_generation(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -290,6 +308,7 @@ __all__ = [
     "ScoringInputs",
     "check_metrics",
     "estimate",
+    "fixed_by_config",
     "make_metric",
     "score_candidates",
     "score_layers",

@@ -161,7 +161,7 @@ class Engine:
     @property
     def _row_width(self) -> int:
         """Up to the hidden size, attention costs a small part of what else a layer does, also where it is slow."""
-        return self.stack.model.config.hidden_size
+        return self.stack.width
 
     # Generation
 
