@@ -5,6 +5,8 @@
 Rivals, each in a process of its own, in turn, over several rounds:
 (published) the recipe of arXiv 2511.05085: two full models, all hidden states, dense softmaxes;
 (trl) TRL's GKDTrainer, lmbda=0, beta=0: forward KL on dense logits (needs `pip install trl`);
+(uncached) with `--rivals uncached`: ours against itself; "ours" then finds the teacher's states on disk, as from the
+second round on over the same text.
 (liger) on a GPU, the published recipe with Liger's fused linear JSD in place of the dense KL (needs liger-kernel).
 All train the same parameters of the same student, with AdamW: the layers beside the gap (or as --train says).
 Writes for each rival `speed`, our tokens/s over its, and `memory`, our peak over its: of the whole process on a CPU,
@@ -39,6 +41,7 @@ from layerpeel.config import DistillConfig
 from layerpeel.data import Rows
 from layerpeel.student import Student, parameters_to_train
 from layerpeel.surgery import remove_layers
+from layerpeel.teacher_cache import TeacherCache
 from layerpeel.training import _Trainer
 
 
@@ -89,14 +92,16 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ("ours", *rivals)}
     for _ in range(options.repeats):
         for name, found in runs.items():
-            found.append(in_a_process(name, options))
+            way = "cached" if name == "ours" and "uncached" in rivals else name
+            found.append(in_a_process(way, options))
             print(name, {key: round(value, 3) for key, value in found[-1].items()}, flush=True)
     middle = {
         name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
     }
     ours = middle["ours"]
     record = {
-        "command": f"python benchmarks/distillation.py --shape {options.shape} --train {options.train}",
+        "command": f"python benchmarks/distillation.py --shape {options.shape} --train {options.train}"
+        + f" --rivals {options.rivals}" * (options.rivals is not None),
         "machine": machine(),
         "shape": options.shape,
         "rivals": {
@@ -170,14 +175,25 @@ def batches(shape: Shape, steps: int) -> Iterator[torch.Tensor]:
         yield torch.randint(shape.vocabulary, (shape.rows, shape.tokens), generator=generator)
 
 
-def ours(teacher: PreTrainedModel, shape: Shape, train: str, steps: int, mark: Callable[..., None]) -> None:
+def ours(
+    teacher: PreTrainedModel, shape: Shape, train: str, steps: int, mark: Callable[..., None],
+    cache: TeacherCache | None = None,
+) -> None:  # fmt: skip
     """Our training loop."""
     student = Student(teacher)
     student.remove(shape.gap)
     config = DistillConfig(text=[], batch_size=shape.rows, sequence_length=shape.tokens, tokens_per_round=0)
     ids = torch.cat(list(batches(shape, steps)))
-    trainer = _Trainer(student, parameters_to_train(student, train), config, steps, None)
+    trainer = _Trainer(student, parameters_to_train(student, train), config, steps, cache)
     trainer.train(Rows(ids, torch.ones_like(ids).bool()), 0, mark, "ours")
+
+
+def cached(teacher: PreTrainedModel, shape: Shape, train: str, steps: int, mark: Callable[..., None]) -> None:
+    """Our training loop for the second time over the same text, with the teacher's states on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache = TeacherCache(Path(folder), "teacher", 2**40)
+        for marks in (lambda *_: None, mark):
+            ours(teacher, shape, train, steps, marks, cache)
 
 
 def full_student(teacher: PreTrainedModel, shape: Shape, train: str) -> tuple[PreTrainedModel, int]:
@@ -271,7 +287,7 @@ def with_liger(teacher: PreTrainedModel, shape: Shape, train: str, steps: int, m
     published(teacher, shape, train, steps, mark, liger=True)
 
 
-WAYS = {"ours": ours, "published": published, "trl": trl, "liger": with_liger}
+WAYS = {"ours": ours, "cached": cached, "uncached": ours, "published": published, "trl": trl, "liger": with_liger}
 
 
 def peak_gib(device: torch.device) -> float:

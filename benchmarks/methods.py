@@ -46,12 +46,17 @@ def main() -> None:
     }
     record = {
         "command": f"python benchmarks/methods.py {options.config} --depths {','.join(map(str, options.depths))}",
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "machine": machine(),
         "minutes_of_the_loop": round(minutes, 1),
         "results": results,
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(markdown(results))
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
 def without_training(config: RunConfig) -> RunConfig:

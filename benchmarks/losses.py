@@ -1,0 +1,59 @@
+"""Compares losses at equal tokens: the loop of a config with each of several sets of losses.
+
+    python benchmarks/losses.py configs/storyteller.yaml --depths 16,14 --out results.json
+
+KL alone, hidden MSE alone, both (KL as a mean over tokens), and both as the paper weighs them (KL summed, over 100, and
+a plain MSE). Runs that are finished are read from their journals. Prints a Markdown table, and writes the scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from methods import by_depth, machine, markdown, row
+
+from layerpeel import peel
+from layerpeel.config import LossConfig, load_config
+
+LOSSES = {
+    "KL": {"kl": LossConfig()},
+    "hidden MSE": {"hidden_mse": LossConfig()},
+    "KL + hidden MSE": {"kl": LossConfig(), "hidden_mse": LossConfig()},
+    "the paper's: KL sum/100 + plain MSE": {
+        "kl": LossConfig(reduction="sum/100"),  # type: ignore[call-arg]
+        "hidden_mse": LossConfig(relative=False),  # type: ignore[call-arg]
+    },
+}
+
+
+def main() -> None:
+    """Runs the loop with each set of losses."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML config")
+    parser.add_argument("--set", action="append", default=[], help="section.field=value, over the config's")
+    parser.add_argument("--depths", type=lambda text: [int(part) for part in text.split(",")], required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    results = {}
+    for number, (name, losses) in enumerate(LOSSES.items()):
+        config = load_config(options.config, options.set)
+        config.stop.target_layers, config.stop.min_quality = min(options.depths), None
+        config.distill.losses = losses
+        config.output = config.output.with_name(f"{config.output.name}-losses-{number}")
+        run = peel(config)
+        results |= {} if results else {"teacher": row(run, run.reference)}
+        results[name] = by_depth(run, options.depths)
+    depths = ",".join(map(str, options.depths))
+    record = {
+        "command": f"python benchmarks/losses.py {options.config} --depths {depths}",
+        "machine": machine(),
+        "results": results,
+    }
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()
