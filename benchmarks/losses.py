@@ -8,14 +8,14 @@ a plain MSE). Runs that are finished are read from their journals. Prints a Mark
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
-from methods import by_depth, machine, markdown, row
+from methods import by_depth, machine, markdown, read_options, row
 
 from layerpeel import peel
 from layerpeel.config import LossConfig, load_config
+from layerpeel.demo import prepare_demo
 
 LOSSES = {
     "KL": {"kl": LossConfig()},
@@ -30,15 +30,11 @@ LOSSES = {
 
 def main() -> None:
     """Runs the loop with each set of losses."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a YAML config")
-    parser.add_argument("--set", action="append", default=[], help="section.field=value, over the config's")
-    parser.add_argument("--depths", type=lambda text: [int(part) for part in text.split(",")], required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = read_options(__doc__)
+    path = prepare_demo(Path("runs/losses-demo")) if options.config == "demo" else options.config
     results = {}
     for number, (name, losses) in enumerate(LOSSES.items()):
-        config = load_config(options.config, options.set)
+        config = load_config(path, options.set)
         config.stop.target_layers, config.stop.min_quality = min(options.depths), None
         config.distill.losses = losses
         config.output = config.output.with_name(f"{config.output.name}-losses-{number}")

@@ -26,12 +26,7 @@ from layerpeel.tasks import Evaluation, make_tasks
 
 def main() -> None:
     """Runs the three ways (those that were run before are read from their journals)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a YAML config, or `demo` for that of the bundled teacher")
-    parser.add_argument("--set", action="append", default=[], help="section.field=value, over the config's")
-    parser.add_argument("--depths", type=lambda text: [int(part) for part in text.split(",")], required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = read_options(__doc__)
     path = prepare_demo(Path("runs/methods-demo")) if options.config == "demo" else options.config
     config = load_config(path, options.set)
     started = time.monotonic()
@@ -52,6 +47,16 @@ def main() -> None:
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(markdown(results))
+
+
+def read_options(description: str | None) -> argparse.Namespace:
+    """A config, overrides, depths and where to write."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML config, or `demo` for that of the bundled teacher")
+    parser.add_argument("--set", action="append", default=[], help="section.field=value, over the config's")
+    parser.add_argument("--depths", type=lambda text: [int(part) for part in text.split(",")], required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
 
 
 def machine() -> str:
