@@ -51,16 +51,22 @@ def dense_reference(teacher, removed, trained, batch, reduction):
     with torch.no_grad():
         teacher_out, teacher_final = teacher(**ask).logits, teacher.base_model(**ask).last_hidden_state
     student_out, student_final = student(**ask).logits, student.base_model(**ask).last_hidden_state
-    p, q = teacher_out[mask].double().softmax(-1), student_out[mask].double().log_softmax(-1)
-    divergence = (p * (p.log() - q)).sum()
-    error = 0.0
-    for ours, theirs in ((seen["student"], seen["teacher"]), (student_final, teacher_final)):
-        squares = (ours[mask].double() - theirs[mask].double()).pow(2).mean(-1)
-        error = (
-            error + (squares / theirs[mask].double().pow(2).mean(-1) if reduction == "token_mean" else squares).sum()
-        )
+    p, q = teacher_out[mask].double().softmax(-1), student_out[mask].double().softmax(-1)
+    m, labels = (p + q) / 2, batch["labels"][mask]
+    known = labels >= 0
     tokens = int(mask.sum())
-    loss = (divergence / tokens if reduction == "token_mean" else divergence / 100) + 0.5 * error / tokens
+    even = (p * (p / m).log()).sum() / 2 + (q * (q / m).log()).sum() / 2
+    entropy = -q[known].log()[torch.arange(int(known.sum())), labels[known]].sum()
+    on_logits = [
+        (1.0, (p * (p / q).log()).sum(), tokens), (0.3, (q * (q / p).log()).sum(), tokens), (0.7, even, tokens),
+        (0.2, entropy, int(known.sum())),
+    ]  # fmt: skip
+    loss = sum(w * total / (n if reduction == "token_mean" else 100) for w, total, n in on_logits)
+    for ours, theirs in ((seen["student"], seen["teacher"]), (student_final, teacher_final)):
+        a, b = ours[mask].double(), theirs[mask].double()
+        squares = (a - b).pow(2).mean(-1) / (b.pow(2).mean(-1) if reduction == "token_mean" else 1)
+        cosines = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+        loss = loss + (0.5 * squares + 0.4 * (1 - cosines)).sum() / tokens
     loss.backward()
     for hook in hooks:
         hook.remove()
@@ -87,21 +93,22 @@ def test_loss_and_gradients_are_those_of_two_models(family: str, gap: str, reduc
         with torch.no_grad():
             for parameter in student.layer(index).parameters():
                 parameter.mul_(1.05)
+    weights = {"kl": 1.0, "reverse_kl": 0.3, "jensen_shannon": 0.7, "cross_entropy": 0.2}
     losses = LossSum(
-        {
-            "kl": LossConfig(weight=1.0, reduction=reduction),
-            "hidden_mse": LossConfig(weight=0.5, relative=reduction == "token_mean"),
-        }
+        {name: LossConfig(weight=weight, reduction=reduction) for name, weight in weights.items()}
+        | {"hidden_mse": LossConfig(weight=0.5, relative=reduction == "token_mean")}
+        | {"hidden_cosine": LossConfig(weight=0.4)}
     )
     for index in trained:
         student.layer(index).requires_grad_(True)
     tokens = int(batch["attention_mask"].sum())
-    outputs = run_both(student, batch, [max(trained)], step_tokens=tokens, step_labels=tokens, recompute=recompute)
+    labels = int((batch["labels"] >= 0).sum())
+    outputs = run_both(student, batch, [max(trained)], step_tokens=tokens, step_labels=labels, recompute=recompute)
     loss, _ = losses(outputs)
     loss.backward()
 
-    weights = {index: student.layer(index).state_dict() for index in trained}
-    reference_loss, gradients = dense_reference(teacher, removed, weights, batch, reduction)
+    own_weights = {index: student.layer(index).state_dict() for index in trained}
+    reference_loss, gradients = dense_reference(teacher, removed, own_weights, batch, reduction)
     assert loss.item() == pytest.approx(reference_loss, rel=1e-5)
     for (index, name), expected in gradients.items():
         own = dict(student.layer(index).named_parameters())[name].grad
