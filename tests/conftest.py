@@ -15,7 +15,7 @@ import numpy
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 # Models are slow to start and CI machines differ: examples are the same on all of them, and none is timed.
 hypothesis.settings.register_profile("layerpeel", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("layerpeel")

@@ -261,20 +261,22 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @contextmanager
-def skipping_by_row(stack: Stack, candidates: Sequence[int], batch: int) -> Iterator[None]:
-    """Lets the model's own forward, and so its `generate`, serve the model and all candidates in one batch.
+def skipping_by_row(stack: Stack, skipped: Sequence[int | None]) -> Iterator[None]:
+    """Lets the model's own forward, and so its `generate`, serve several candidates in one batch.
 
-    Rows are [1 + C, B] flattened: the first B rows run every layer, the next B skip the first candidate, and so on.
-    A skipped layer still runs on its rows, so that the KV cache keeps its shape; what it gives is put aside.
+    A skipped layer still runs on the rows that skip it, so that the KV cache keeps its shape; what it gives is put aside.
+
+    Args:
+        skipped: for each row of the batch, the position that it skips, or None.
     """
     with ExitStack() as patches:
-        for stream, position in enumerate(candidates, start=1):
-            rows = slice(stream * batch, (stream + 1) * batch)
+        for position in {own for own in skipped if own is not None}:
+            rows = torch.tensor([row for row, own in enumerate(skipped) if own == position], device=stack.device)
             patches.enter_context(_skip_rows(stack.layers[position], rows))
         yield
 
 
-def _skip_rows(layer: nn.Module, rows: slice) -> Any:
+def _skip_rows(layer: nn.Module, rows: Tensor) -> Any:
     run = layer.forward
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
