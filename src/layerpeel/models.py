@@ -180,12 +180,12 @@ def load_streamed(
         model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     files = _tensor_files(path)
     layers = f"{find_architecture(model).layer_prefix()}."
-    outside = [name for name, _ in model.named_parameters() if not name.startswith(layers)]
+    outside = {n for n, _ in model.named_parameters(remove_duplicate=False) if not n.startswith(layers)}
     tensors = read_tensors({name: files[name] for name in outside if name in files}, target, wanted)
     for name, tensor in tensors.items():
         set_module_tensor_to_device(model, name, target, value=tensor)
-    model.tie_weights()
-    missing = [n for n, p in model.named_parameters() if p.device.type == "meta" and not n.startswith(layers)]
+    missing = outside - set(tensors)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)  # takes out what is tied to something there
     if missing:
         raise InputError(
             f"{path}: the checkpoint lacks weights of its model: {', '.join(sorted(missing)[:3])}",
