@@ -151,13 +151,13 @@ class LayerFiles:
         try:
             yield
         finally:
-            meta = {name: p.to("meta") for name, p in layer.named_parameters()}
+            meta = {name: value.to("meta") for name, value in layer.state_dict().items()}
             layer.load_state_dict(meta, strict=False, assign=True)
 
     def _names(self, position: int) -> dict[str, str]:
-        """The layer's parameters, and what the checkpoint calls them."""
+        """The layer's weights, and what the checkpoint calls them."""
         prefix = f"{self._architecture.layer_prefix()}.{position}."
-        return {name: prefix + name for name, _ in self._architecture.layers[position].named_parameters()}
+        return {name: prefix + name for name in self._architecture.layers[position].state_dict()}
 
     def _read(self, position: int) -> dict[str, Tensor]:
         names = self._names(position)

@@ -46,16 +46,23 @@ class Budget:
     """
 
     def __init__(self, size: int | None, device: torch.device) -> None:
-        """Takes 1 GiB on a CPU and half of what is free on a GPU, where no size is given."""
+        """Takes 1 GiB on a CPU and about half of what is free on a GPU, where no size is given.
+
+        That is a power of two, so that batches are the same when an interrupted scoring goes on.
+        """
         if size is None:
-            size = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**30
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**31
+            size = 2 ** (free.bit_length() - 2)
         self.bytes, self.halved = size, 0
 
     def tokens(self, stack: Stack, streams: int) -> int:
         """Tokens of the batch that fit, with all streams of them."""
-        return max(
-            1, self.bytes // (streams * LAYER_WIDTH * stack.model.config.hidden_size * stack.model.dtype.itemsize)
-        )
+        return max(1, self.bytes // self.bytes_of_token(stack, streams))
+
+    @staticmethod
+    def bytes_of_token(stack: Stack, streams: int) -> int:
+        """What a token of the batch takes, in all streams."""
+        return streams * LAYER_WIDTH * stack.model.config.hidden_size * stack.model.dtype.itemsize
 
     def shrink(self, error: Exception, stack: Stack, streams: int, row: int) -> None:
         """After an error: halves the budget, if memory has run out and there is something left to halve.
@@ -69,16 +76,16 @@ class Budget:
         """
         if not should_reduce_batch_size(error):
             raise error
-        if self.tokens(stack, streams) < row:
+        at_a_time = min(stack.tokens_per_call, streams * max(row, self.tokens(stack, streams)))
+        if at_a_time <= row and self.tokens(stack, streams) <= row:
             raise RunError(
                 f"out of memory with a single row of {row} tokens in {streams} streams",
                 hint="score fewer candidates (score.protect), shorter samples, or on a larger device",
             ) from None
         self.bytes //= 2
         self.halved += 1
-        stack.tokens_per_call = max(1, stack.tokens_per_call // 2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        stack.tokens_per_call = max(1, at_a_time // 2)
+        stack.logit_rows_at_a_time = max(1, stack.logit_rows_at_a_time // 2)
 
 
 class Stack:
@@ -264,7 +271,8 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 def skipping_by_row(stack: Stack, skipped: Sequence[int | None]) -> Iterator[None]:
     """Lets the model's own forward, and so its `generate`, serve several candidates in one batch.
 
-    A skipped layer still runs on the rows that skip it, so that the KV cache keeps its shape; what it gives is put aside.
+    A skipped layer still runs on the rows that skip it, so that the KV cache keeps its shape; what it gives is put
+    aside.
 
     Args:
         skipped: for each row of the batch, the position that it skips, or None.

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -83,6 +84,16 @@ class Metric(ABC):
         """Scores each candidate position."""
 
 
+def _kept(store: AnswerStore | None, asked: tuple[Any, ...], measure: Callable[[], Tensor]) -> Tensor:
+    """What `measure` gives, or gave before the scoring was interrupted."""
+    if store and (found := store.find_value(*asked)):
+        return torch.tensor(found, dtype=torch.float64)
+    part = measure().double().cpu()
+    if store:
+        store.keep_value(part.tolist(), *asked)
+    return part
+
+
 def mean_over_text(
     inputs: ScoringInputs, streams: int, measure: Callable[[Tensor, Tensor], Tensor], description: str
 ) -> list[float]:
@@ -103,8 +114,9 @@ def mean_over_text(
     with progress(description, len(ids)) as advance:
         while start < len(ids):
             rows = slice(start, start + max(1, inputs.budget.tokens(inputs.student, streams) // width))
+            asked = (description, list(inputs.candidates), ids[rows].tolist(), mask[rows].sum(1).tolist())
             try:
-                part = measure(ids[rows].to(device), mask[rows].to(device)).cpu()
+                part = _kept(inputs.store, asked, lambda: measure(ids[rows].to(device), mask[rows].to(device)))  # noqa: B023
             except Exception as error:
                 inputs.budget.shrink(error, inputs.student, streams, width)
                 continue
