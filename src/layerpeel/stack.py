@@ -29,8 +29,9 @@ LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 # Bytes of fp32 logits that may exist at a time, to which chunks of positions are sized. A CPU is fastest within its
 # caches; but below some rows the head's weights are read more often than they are used.
 LOGITS_BYTES_ON_CPU, LOGITS_BYTES, LEAST_LOGIT_ROWS = 8 * 2**20, 256 * 2**20, 128
-# Tokens that go through a layer at a time: enough to keep a processor busy, few enough to stay in its caches.
-TOKENS_PER_CALL = 8192
+# Tokens that go through a layer at a time: enough to keep a processor busy, few enough for the caches of a CPU, where
+# they are told by the numbers in their hidden states.
+TOKENS_PER_CALL, LEAST_TOKENS_PER_CALL, HIDDEN_PER_CALL_ON_CPU = 8192, 256, 2**20
 
 
 # A token's share of a layer's memory while it runs, in hidden states: inputs, projections, the wide middle of the MLP.
@@ -103,8 +104,10 @@ class Stack:
         self.architecture = find_architecture(model)
         self.streamed = resident is not None
         self.resident = resident or (lambda _: nullcontext())
-        self.tokens_per_call = TOKENS_PER_CALL
-        size = LOGITS_BYTES_ON_CPU if self.device.type == "cpu" else LOGITS_BYTES
+        on_cpu = self.device.type == "cpu"
+        few = max(LEAST_TOKENS_PER_CALL, HIDDEN_PER_CALL_ON_CPU // model.config.hidden_size)
+        self.tokens_per_call = few if on_cpu else TOKENS_PER_CALL
+        size = LOGITS_BYTES_ON_CPU if on_cpu else LOGITS_BYTES
         self.logit_rows_at_a_time = max(LEAST_LOGIT_ROWS, size // (4 * self.vocab_size))
 
     @property
