@@ -80,7 +80,7 @@ def test_tasks_that_read_are_streamed_and_those_that_write_are_refused(tmp_path:
 
 
 def test_no_more_than_two_layers_are_ever_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, tokenizer = load_streamed(save_tiny(tmp_path), device="cpu")
+    files, _ = load_streamed(save_tiny(tmp_path), device="cpu")
     layers, read, most = Stack(files.model).layers, LayerFiles._read, [0]
     assert all(p.device.type == "meta" for layer in layers for p in layer.parameters())
 

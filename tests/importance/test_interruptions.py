@@ -153,8 +153,7 @@ def test_two_processes_give_the_numbers_of_one(tasks: list[Task], tmp_path: Path
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     command = ["-m", "layerpeel", "score", str(tmp_path / "run.yaml"), "--json", "-o"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     said = {}
     for name, start in (("one", []), ("two", launch)):
         done = subprocess.run(

@@ -86,10 +86,10 @@ class Metric(ABC):
 
 def _kept(store: AnswerStore | None, asked: tuple[Any, ...], measure: Callable[[], Tensor]) -> Tensor:
     """What `measure` gives, or gave before the scoring was interrupted."""
-    if store and (found := store.find_value(*asked)):
+    if store is not None and (found := store.find_value(*asked)):
         return torch.tensor(found, dtype=torch.float64)
     part = measure().double().cpu()
-    if store:
+    if store is not None:
         store.keep_value(part.tolist(), *asked)
     return part
 

@@ -93,14 +93,14 @@ class Engine:
 
     def _answer_batch(self, requests: Sequence[Request]) -> list[list[Answer]]:
         """[requests][1 + C]; all of one kind."""
-        found = self.store.find(requests, self.candidates) if self.store else None
+        found = self.store.find(requests, self.candidates) if self.store is not None else None
         if found:
             return found
         if isinstance(requests[0], Generation):
             answers = self._generate([r for r in requests if isinstance(r, Generation)])
         else:
             answers = self._log_likelihoods([r for r in requests if isinstance(r, LogLikelihood)])
-        if self.store:
+        if self.store is not None:
             self.store.keep(requests, self.candidates, answers)
         return answers
 
