@@ -230,8 +230,8 @@ def _announce(estimates: list[Estimate]) -> None:
         console.print(
             f"{each.metric}: {each.tokens:,} tokens, {each.layer_runs} layer runs on each (one by one: "
             f"{each.one_by_one}), about {each.seconds:,.0f} s, up to {each.memory / 2**30:.2g} GB beside the weights",
-            style="dim",
-        )
+            style="dim", soft_wrap=True,
+        )  # fmt: skip
 
 
 def _load_stack(settings: RunConfig) -> tuple[Stack, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from layerpeel.architecture import find_architecture
 from layerpeel.errors import InputError
 
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt: blocks of this size or more are mapped, and unmapped when freed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -175,6 +178,7 @@ def load_streamed(
     Args, errors: as `load_model`.
     """
     config = load_config_of(path, trust_remote_code=trust_remote_code)
+    _give_memory_back()
     target, wanted = pick_device(device), _wanted_dtype(config, pick_device(device), dtype)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
@@ -196,6 +200,15 @@ def load_streamed(
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     check_vocabulary(model, tokenizer, path)
     return LayerFiles(model.eval().requires_grad_(False), files, path), tokenizer
+
+
+def _give_memory_back() -> None:
+    """Lets what is freed go back to the system at once, where it can be said.
+
+    glibc keeps freed blocks of up to 32 MB for others of that size; those of one layer after another would pile up.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def read_tensors(files: Mapping[str, Path], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
