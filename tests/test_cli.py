@@ -86,6 +86,29 @@ def test_report_ls_export(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert code == 2 and "out has no round 2: it has rounds 1 to 1" in err and not Path("none").exists()
 
 
+def test_score_shows_a_ranking_a_picture_and_an_estimate(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--set", "score.decide=task_quality", "--set", "score.shortlist={by: teacher_kl, keep: 3}"]
+    code, out, err = call(monkeypatch, capsys, "score", "run.yaml", *arguments)
+    assert code == 0, err
+    scores = json.loads(Path("out-score/scores.json").read_text())
+    lines = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit()]
+    assert [line[0] for line in lines] == ["1", "2", "3"]
+    assert {line[1] for line in lines} == set(scores["importance"]) and set(scores["stderr"]) == set(
+        scores["importance"]
+    )
+    assert all(f"{scores['importance'][line[1]]:.5f}" == line[2] for line in lines)
+    assert "± stderr" in out and "out-score/importance.png" in out
+    assert Path("out-score/importance.png").read_bytes().startswith(b"\x89PNG")
+    first, second = (line for line in err.splitlines() if "layer runs on each" in line)
+    # 4 candidates of 6 layers: 6 + (4 + 3 + 2 + 1), against 6 + 4 * 5; then at most the 3 deepest-reaching
+    assert first.startswith("teacher_kl: 64 tokens, 16 layer runs on each (one by one: 26), about ")
+    assert second.startswith("task_quality: ") and "GB beside the weights" in second
+    again = json.loads(call(monkeypatch, capsys, "score", "run.yaml", *arguments, "--json")[1])
+    assert again["importance"] == scores["importance"] and again["cheap"]["importance"] == scores["cheap"]["importance"]
+
+
 def test_a_floor_exits_with_three(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -228,11 +228,11 @@ def main() -> None:
             console.print(f"[bold]hint:[/] {escape(error.hint)}", soft_wrap=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
-        console.print("stopped; run the same command again to go on from the last finished round")
+        console.print("stopped; run the same command again to go on where it was")
         sys.exit(130)
     except torch.cuda.OutOfMemoryError:
         console.print("[bold red]error:[/] out of memory on the GPU")
-        console.print("[bold]hint:[/] lower distill.batch_size, score.batch_size or distill.sequence_length")
+        console.print("[bold]hint:[/] lower distill.batch_size, distill.sequence_length or score.memory")
         sys.exit(1)
     except OSError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
@@ -301,9 +301,9 @@ def _announce(estimates: list[Estimate]) -> None:
     for each in estimates:
         console.print(
             f"{each.metric}: {each.tokens:,} tokens, {each.layer_runs} layer runs on each (one by one: "
-            f"{each.one_by_one}), about {each.seconds:,.0f} s",
-            style="dim",
-        )
+            f"{each.one_by_one}), about {each.seconds:,.0f} s, up to {each.memory / 2**30:.2g} GB beside the weights",
+            style="dim", soft_wrap=True,
+        )  # fmt: skip
 
 
 def _load_stack(settings: RunConfig) -> tuple[Stack, Any]:

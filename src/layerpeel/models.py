@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +35,7 @@ from layerpeel.expressible import first_difference
 from layerpeel.files import replace_folder
 from layerpeel.progress import RANK
 
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt: blocks of this size or more are mapped, and unmapped when freed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -154,13 +157,13 @@ class LayerFiles:
         try:
             yield
         finally:
-            meta = {name: p.to("meta") for name, p in layer.named_parameters()}
+            meta = {name: value.to("meta") for name, value in layer.state_dict().items()}
             layer.load_state_dict(meta, strict=False, assign=True)
 
     def _names(self, position: int) -> dict[str, str]:
-        """The layer's parameters, and what the checkpoint calls them."""
+        """The layer's weights, and what the checkpoint calls them."""
         prefix = f"{self._architecture.layer_prefix()}.{position}."
-        return {name: prefix + name for name, _ in self._architecture.layers[position].named_parameters()}
+        return {name: prefix + name for name in self._architecture.layers[position].state_dict()}
 
     def _read(self, position: int) -> dict[str, Tensor]:
         names = self._names(position)
@@ -178,17 +181,18 @@ def load_streamed(
     Args, errors: as `load_model`.
     """
     config = load_config_of(path, trust_remote_code=trust_remote_code)
+    _give_memory_back()
     target, wanted = pick_device(device), _wanted_dtype(config, pick_device(device), dtype)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     files = _tensor_files(path)
     layers = f"{find_architecture(model).layer_prefix()}."
-    outside = [name for name, _ in model.named_parameters() if not name.startswith(layers)]
+    outside = {n for n, _ in model.named_parameters(remove_duplicate=False) if not n.startswith(layers)}
     tensors = read_tensors({name: files[name] for name in outside if name in files}, target, wanted)
     for name, tensor in tensors.items():
         set_module_tensor_to_device(model, name, target, value=tensor)
-    model.tie_weights()
-    missing = [n for n, p in model.named_parameters() if p.device.type == "meta" and not n.startswith(layers)]
+    missing = outside - set(tensors)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)  # takes out what is tied to something there
     if missing:
         raise InputError(
             f"{path}: the checkpoint lacks weights of its model: {', '.join(sorted(missing)[:3])}",
@@ -199,6 +203,15 @@ def load_streamed(
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     check_vocabulary(model, tokenizer, path)
     return LayerFiles(model.eval().requires_grad_(False), files, path), tokenizer
+
+
+def _give_memory_back() -> None:
+    """Lets what is freed go back to the system at once, where it can be said.
+
+    glibc keeps freed blocks of up to 32 MB for others of that size; those of one layer after another would pile up.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def read_tensors(files: Mapping[str, Path], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

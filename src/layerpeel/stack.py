@@ -29,8 +29,9 @@ from layerpeel.errors import RunError
 # Bytes of fp32 logits that may exist at a time, to which chunks of positions are sized. A CPU is fastest within its
 # caches; but below some rows the head's weights are read more often than they are used.
 LOGITS_BYTES_ON_CPU, LOGITS_BYTES, LEAST_LOGIT_ROWS = 8 * 2**20, 256 * 2**20, 384
-# Tokens that go through a layer at a time: enough to keep a processor busy, few enough to stay in its caches.
-TOKENS_PER_CALL = 8192
+# Tokens that go through a layer at a time: enough to keep a processor busy, few enough for the caches of a CPU, where
+# they are told by the numbers in their hidden states.
+TOKENS_PER_CALL, LEAST_TOKENS_PER_CALL, HIDDEN_PER_CALL_ON_CPU = 8192, 256, 2**20
 
 
 # A token's share of a layer's memory while it runs, in hidden states: inputs, projections, the wide middle of the MLP.
@@ -46,14 +47,23 @@ class Budget:
     """
 
     def __init__(self, size: int | None, device: torch.device) -> None:
-        """Takes 1 GiB on a CPU and half of what is free on a GPU, where no size is given."""
+        """Takes 1 GiB on a CPU and about half of what is free on a GPU, where no size is given.
+
+        That is a power of two, so that batches are the same when an interrupted scoring goes on.
+        """
         if size is None:
-            size = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**30
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**31
+            size = 2 ** (free.bit_length() - 2)
         self.bytes, self.halved = size, 0
 
     def tokens(self, stack: Stack, streams: int) -> int:
         """Tokens of the batch that fit, with all streams of them."""
-        return max(1, self.bytes // (streams * LAYER_WIDTH * stack.width * stack.model.dtype.itemsize))
+        return max(1, self.bytes // self.bytes_of_token(stack, streams))
+
+    @staticmethod
+    def bytes_of_token(stack: Stack, streams: int) -> int:
+        """What a token of the batch takes, in all streams."""
+        return streams * LAYER_WIDTH * stack.width * stack.model.dtype.itemsize
 
     def shrink(self, error: Exception, stack: Stack, streams: int, row: int) -> None:
         """After an error: halves the budget, if memory has run out and there is something left to halve.
@@ -67,16 +77,16 @@ class Budget:
         """
         if not should_reduce_batch_size(error):
             raise error
-        if self.tokens(stack, streams) < row:
+        at_a_time = min(stack.tokens_per_call, streams * max(row, self.tokens(stack, streams)))
+        if at_a_time <= row and self.tokens(stack, streams) <= row:
             raise RunError(
                 f"out of memory with a single row of {row} tokens in {streams} streams",
                 hint="score fewer candidates (score.protect), shorter samples, or on a larger device",
             ) from None
         self.bytes //= 2
         self.halved += 1
-        stack.tokens_per_call = max(1, stack.tokens_per_call // 2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        stack.tokens_per_call = max(1, at_a_time // 2)
+        stack.logit_rows_at_a_time = max(1, stack.logit_rows_at_a_time // 2)
 
 
 class Stack:
@@ -95,8 +105,10 @@ class Stack:
         self.calls = LayerCalls(self.architecture)
         self.streamed = resident is not None
         self.resident = resident or (lambda _: nullcontext())
-        self.tokens_per_call = TOKENS_PER_CALL
-        size = LOGITS_BYTES_ON_CPU if self.device.type == "cpu" else LOGITS_BYTES
+        on_cpu = self.device.type == "cpu"
+        few = max(LEAST_TOKENS_PER_CALL, HIDDEN_PER_CALL_ON_CPU // self.width)
+        self.tokens_per_call = few if on_cpu else TOKENS_PER_CALL
+        size = LOGITS_BYTES_ON_CPU if on_cpu else LOGITS_BYTES
         self.logit_rows_at_a_time = max(LEAST_LOGIT_ROWS, size // (4 * self.vocab_size))
 
     @property
@@ -273,20 +285,23 @@ class _Finished(BaseModelOutputWithPast):
 
 
 @contextmanager
-def skipping_by_row(stack: Stack, candidates: Sequence[int], batch: int) -> Iterator[None]:
-    """Lets the model's own forward, and so its `generate`, serve the model and all candidates in one batch.
+def skipping_by_row(stack: Stack, skipped: Sequence[int | None]) -> Iterator[None]:
+    """Lets the model's own forward, and so its `generate`, serve several candidates in one batch.
 
-    Rows are [1 + C, B] flattened: the first B rows run every layer, the next B skip the first candidate, and so on.
-    A skipped layer still runs on its rows, so that the KV cache keeps its shape; what it gives is put aside.
+    A skipped layer still runs on the rows that skip it, so that the KV cache keeps its shape; what it gives is put
+    aside.
+
+    Args:
+        skipped: for each row of the batch, the position that it skips, or None.
     """
     with ExitStack() as patches:
-        for stream, position in enumerate(candidates, start=1):
-            rows = slice(stream * batch, (stream + 1) * batch)
+        for position in {own for own in skipped if own is not None}:
+            rows = torch.tensor([row for row, own in enumerate(skipped) if own == position], device=stack.device)
             patches.enter_context(_skip_rows(stack.layers[position], rows))
         yield
 
 
-def _skip_rows(layer: nn.Module, rows: slice) -> Any:
+def _skip_rows(layer: nn.Module, rows: Tensor) -> Any:
     run = layer.forward
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:

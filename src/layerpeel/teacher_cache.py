@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from layerpeel.architecture import text_config
 from layerpeel.config import RunConfig
 from layerpeel.files import write_whole
 from layerpeel.losses import LossSum
@@ -102,9 +103,10 @@ def cache_for(config: RunConfig, teacher: PreTrainedModel, folder: Path) -> Teac
     distill = config.distill
     if distill.teacher_cache == "off" or not distill.tokens_per_round:
         return None
-    every = range(teacher.config.num_hidden_layers)
+    sizes = text_config(teacher.config)
+    every = range(sizes.num_hidden_layers)
     places = 1 + len(LossSum(distill.losses).hidden_layers(every))
-    size = distill.tokens_per_round * 2 * teacher.config.hidden_size * places
+    size = distill.tokens_per_round * 2 * sizes.hidden_size * places
     fits = size <= min(distill.teacher_cache_size, shutil.disk_usage(folder).free // 2)
     if distill.teacher_cache == "auto" and (distill.fresh_text or not fits):
         return None

@@ -24,7 +24,7 @@ from layerpeel.progress import console
 from layerpeel.stack import Stack
 from layerpeel.surgery import Depth
 from layerpeel.tasks import Task
-from layerpeel.tasks.answering import len_of
+from layerpeel.tasks.answering import Engine, len_of
 from layerpeel.tasks.base import Evaluation, Generation, LogLikelihood
 from layerpeel.tasks.store import AnswerStore
 
@@ -68,17 +68,16 @@ class LayerScores:
 
         Those healed on trial come first, by what they lost then; those that a race gave up last; ties go by index.
         """
-
-        def key(layer: int) -> tuple[Any, ...]:
-            lost = self.healed.get(layer, self.importance[layer])
-            return (layer not in self.healed, layer in self.dropped, lost, layer)
-
-        return sorted(self.importance, key=key)
+        return sorted(self.importance, key=lambda layer: (*self._place(layer), layer))
 
     def tied(self) -> list[int]:
-        """The layers that share the least importance to the last digit; the first of them goes, by its index."""
-        least = min(self.importance[layer] for layer in self.importance if layer not in self.dropped)
-        return [layer for layer in sorted(self.importance) if self.importance[layer] == least]
+        """The layers that share the first place to the last digit; the first of them goes, by its index."""
+        ranked = self.ranked()
+        return [layer for layer in ranked if self._place(layer) == self._place(ranked[0])]
+
+    def _place(self, layer: int) -> tuple[bool, bool, float]:
+        lost = self.healed.get(layer, self.importance[layer])
+        return (layer not in self.healed, layer in self.dropped, lost)
 
     def to_json(self) -> dict[str, Any]:
         """For the journal; with a shortlist, whether the cheap metric alone would have chosen the same layer."""
@@ -225,6 +224,7 @@ class Estimate:
         layer_runs: how often a layer runs on each of them, over all candidates.
         one_by_one: how often it would, if each candidate were removed and run.
         seconds: about how long, by the time of one layer and of the head on a few tokens.
+        memory: bytes beside those of the weights, at most.
     """
 
     metric: str
@@ -232,6 +232,7 @@ class Estimate:
     layer_runs: int
     one_by_one: int
     seconds: float
+    memory: int
 
 
 def estimate(inputs: ScoringInputs) -> list[Estimate]:
@@ -252,14 +253,18 @@ def estimate(inputs: ScoringInputs) -> list[Estimate]:
             else []
         )
         written = [r for r in requests if isinstance(r, Generation)]
-        asked = sum(len_of(r) for r in requests if isinstance(r, LogLikelihood))
-        walked = read + asked + sum(len(r.prompt) for r in written)
+        asked = [r for r in requests if isinstance(r, LogLikelihood)]
+        walked = read + Engine(inputs.student, inputs.tokenizer).tokens_of(asked) + sum(map(len_of, written))
         decoded = sum(r.max_new_tokens for r in written)
         runs = depth + sum(depth - 1 - position for position in list(inputs.candidates)[:candidates])
-        scored = read * (2 if read else 0) + sum(len(r.continuation) for r in requests if isinstance(r, LogLikelihood))
-        seconds = (walked * runs + decoded * depth * (1 + candidates)) * per_layer
-        seconds += (scored + decoded) * (1 + candidates) * per_logit
-        estimates.append(Estimate(name, walked + decoded, runs, depth + candidates * (depth - 1), seconds))
+        scored = read + decoded + sum(len(r.continuation) for r in asked)
+        # Of what is generated, candidates write about half themselves, after reading the prompts again.
+        seconds = (walked * runs + sum(map(len_of, written)) * depth * (1 + candidates) / 2) * per_layer
+        seconds += scored * (1 + candidates) * per_logit
+        needed = walked * inputs.budget.bytes_of_token(inputs.student, 1 + candidates)
+        estimates.append(
+            Estimate(name, walked, runs, depth + candidates * (depth - 1), seconds, min(needed, inputs.budget.bytes))
+        )
     return estimates
 
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -83,6 +84,16 @@ class Metric(ABC):
         """Scores each candidate position."""
 
 
+def _kept(store: AnswerStore | None, asked: tuple[Any, ...], measure: Callable[[], Tensor]) -> Tensor:
+    """What `measure` gives, or gave before the scoring was interrupted."""
+    if store is not None and (found := store.find_value(*asked)):
+        return torch.tensor(found, dtype=torch.float64)
+    part = measure().double().cpu()
+    if store is not None:
+        store.keep_value(part.tolist(), *asked)
+    return part
+
+
 def mean_over_text(
     inputs: ScoringInputs, streams: int, measure: Callable[[Tensor, Tensor, Tensor | None], Tensor], description: str
 ) -> list[float]:
@@ -107,10 +118,15 @@ def mean_over_text(
     with progress(description, len(own)) as advance:
         while start < len(own):
             rows = own[start : start + max(1, inputs.budget.tokens(inputs.student, streams) // width)]
-            batch = {name: value.to(device) for name, value in text.take(rows).items()}
+            batch = text.take(rows)
+            asked = (description, list(inputs.candidates), *(value.tolist() for value in batch.values()))
+            here = {name: value.to(device) for name, value in batch.items()}
+            positions = positions_of(here["document"])
             try:
-                positions = positions_of(batch["document"])
-                part = measure(batch["input_ids"], batch["attention_mask"].bool(), positions).cpu()
+                part = _kept(
+                    inputs.store, asked,
+                    lambda: measure(here["input_ids"], here["attention_mask"].bool(), positions),  # noqa: B023
+                )  # fmt: skip
             except Exception as error:
                 inputs.budget.shrink(error, inputs.student, streams, width)
                 continue

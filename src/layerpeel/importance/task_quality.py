@@ -12,6 +12,8 @@ from layerpeel.importance.base import Findings, Metric, ScoringInputs
 from layerpeel.tasks.answering import Engine, answer_samples
 from layerpeel.tasks.base import Answer, Evaluation
 
+LEAST_SAMPLES = 16
+
 Answered = dict[str, dict[int, list[Answer]]]  # by task and sample
 
 
@@ -20,7 +22,8 @@ class TaskQuality(Metric):
 
     In a race, all candidates start on a share of each task's samples. Those whose aggregate is below the best one's
     by more than chance explains (paired differences on the same samples, drawn without replacement) drop out; the
-    others go on to twice the share, until one is left or all samples are used.
+    others go on to twice the share, until one is left or all samples are used. A task's first share is at least
+    `LEAST_SAMPLES`: fewer say too little of how far they scatter.
     """
 
     needs = frozenset({"tasks"})
@@ -33,17 +36,15 @@ class TaskQuality(Metric):
         findings = Findings({})
         before = 0.0
         for share in _shares(inputs.config.race):
-            engine = Engine(
-                inputs.student, inputs.tokenizer, alive, budget=inputs.budget, store=inputs.store
-            )  # fmt: skip
+            engine = Engine(inputs.student, inputs.tokenizer, alive, budget=inputs.budget, store=inputs.store)
             for task in inputs.tasks:
                 order, own = orders[task.name], samples[task.name]
-                new = order[math.ceil(before * len(order)) : math.ceil(share * len(order))]
+                new = order[_taken(before, len(order)) : _taken(share, len(order))]
                 said = answer_samples(engine, {sample: own[sample] for sample in sorted(new)}, task.name)
                 for stream, answers in zip((None, *alive), said, strict=True):
                     answered[stream][task.name] |= answers
             evaluations = {stream: _evaluate(inputs, answered[stream]) for stream in (None, *alive)}
-            seen = {name: math.ceil(share * len(order)) / len(order) for name, order in orders.items()}
+            seen = {name: _taken(share, len(order)) / len(order) for name, order in orders.items()}
             _record(findings, inputs, evaluations)
             if share < 1:
                 alive = _survivors(findings, inputs, evaluations, alive, seen)
@@ -97,6 +98,11 @@ def _shares(race: RaceConfig | None) -> Iterator[float]:
         yield share
         share *= 2
     yield 1.0
+
+
+def _taken(share: float, samples: int) -> int:
+    """How many of a task's samples a share is."""
+    return min(samples, max(math.ceil(share * samples), LEAST_SAMPLES)) if share else 0
 
 
 def _order(samples: int, name: str) -> list[int]:

@@ -14,12 +14,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from layerpeel.architecture import attention_reach
 from layerpeel.progress import Advance, progress
-from layerpeel.stack import Budget, Stack, skipping_by_row
+from layerpeel.stack import Budget, Stack
 from layerpeel.tasks.base import Answer, Generation, Likelihood, LogLikelihood, Request, Task, TaskScore
+from layerpeel.tasks.decoding import Decoder
 from layerpeel.tasks.store import AnswerStore
 from layerpeel.tasks.trees import Row, pad_rows, plant, single
 
@@ -92,39 +93,53 @@ class Engine:
 
     def _answer_batch(self, requests: Sequence[Request]) -> list[list[Answer]]:
         """[requests][1 + C]; all of one kind."""
-        found = self.store.find(requests, self.candidates) if self.store else None
+        found = self.store.find(requests, self.candidates) if self.store is not None else None
         if found:
             return found
         if isinstance(requests[0], Generation):
             answers = self._generate([r for r in requests if isinstance(r, Generation)])
         else:
             answers = self._log_likelihoods([r for r in requests if isinstance(r, LogLikelihood)])
-        if self.store:
+        if self.store is not None:
             self.store.keep(requests, self.candidates, answers)
         return answers
 
     # Log-likelihoods
 
-    @torch.no_grad()
     def _log_likelihoods(self, requests: Sequence[LogLikelihood]) -> list[list[Answer]]:
+        sums, same = self._read(requests)
+        greedy = same == torch.tensor([len(request.continuation) for request in requests])
+        columns = zip(sums.T.tolist(), greedy.T.tolist(), strict=True)
+        return [[Likelihood(*both) for both in zip(*own, strict=True)] for own in columns]
+
+    @torch.no_grad()
+    def _read(self, requests: Sequence[LogLikelihood]) -> tuple[Tensor, Tensor]:
+        """Walks over contexts and continuations, on all streams.
+
+        Returns:
+            the log-probability of each continuation, [S, requests] of float64; and how many of its first tokens greedy
+            decoding gives too, [S, requests].
+        """
         limit = context_length(self.stack)
         sequences = [(r.context + r.continuation)[-(limit + 1) :] for r in requests]
+        lengths = [len(r.continuation) for r in requests]
         rows = list(self._rows([sequence[:-1] for sequence in sequences]))
         input_ids, positions, sees = pad_rows(rows)
         hidden = self.stack.walk(input_ids, self.candidates, positions=positions, sees=sees)
         asked = [
-            (index, number * input_ids.shape[1] + path[place - 1], sequences[index][place])
+            (index, number * input_ids.shape[1] + path[place - 1], sequences[index][place], place - start)
             for number, row in enumerate(rows)
             for index, path in row.paths
-            for place in range(len(sequences[index]) - len(requests[index].continuation), len(sequences[index]))
+            for start in [len(sequences[index]) - lengths[index]]
+            for place in range(start, len(sequences[index]))
         ]
         asked.sort(key=lambda ask: ask[1])  # by node, so that each node goes through the head once
-        owner, node, target = torch.tensor(asked).T if asked else torch.zeros(3, 0, dtype=torch.long)
+        owner, node, target, place = torch.tensor(asked).T if asked else torch.zeros(4, 0, dtype=torch.long)
         scored, best = self._token_scores(hidden.flatten(1, 2), node, target)
         sums = torch.zeros(self.streams, len(requests), dtype=torch.float64).index_add_(1, owner, scored)
-        misses = torch.zeros(self.streams, len(requests)).index_add_(1, owner, (~best).float())
-        columns = zip(sums.T.tolist(), (misses == 0).T.tolist(), strict=True)
-        return [[Likelihood(*both) for both in zip(*own, strict=True)] for own in columns]
+        same = torch.tensor(lengths).repeat(self.streams, 1)
+        missed = torch.where(best, same[:, owner], place)
+        return sums, same.scatter_reduce_(1, owner.expand_as(missed), missed, "amin")
 
     def _token_scores(self, hidden: Tensor, node: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability of each target after its node, and whether it is the most probable token.
@@ -151,6 +166,11 @@ class Engine:
         empty = torch.zeros(self.streams, 0)
         return torch.cat([empty.double(), *scores], dim=1), torch.cat([empty.bool(), *bests], dim=1)
 
+    def tokens_of(self, requests: Sequence[LogLikelihood]) -> int:
+        """Tokens that go through the layers, where shared beginnings run once."""
+        sequences = [request.context + request.continuation[:-1] for request in requests]
+        return sum(len(row.tokens) for row in self._rows(sequences)) if sequences else 0
+
     def _rows(self, sequences: Sequence[Sequence[int]]) -> Iterator[Row]:
         """Trees, where the model runs them and the layers see far enough back; else one sequence a row."""
         longest, reach = max(map(len, sequences)), attention_reach(self.stack.model.config)
@@ -165,33 +185,24 @@ class Engine:
 
     # Generation
 
-    @torch.no_grad()
     def _generate(self, requests: Sequence[Generation]) -> list[list[Answer]]:
-        """Greedy text for each prompt, all streams in one decode loop with the model's own cache."""
-        stops = requests[0].stop
-        limit = max(r.max_new_tokens for r in requests)
-        prompts = [r.prompt[-max(1, context_length(self.stack) - limit) :] for r in requests]
-        width, streams = max(map(len, prompts)), self.streams
-        input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros_like(input_ids)
-        for index, prompt in enumerate(prompts):
-            input_ids[index, width - len(prompt) :] = torch.tensor(prompt)
-            mask[index, width - len(prompt) :] = 1
-        ends = _end_tokens(self.tokenizer, stops)
-        config = GenerationConfig(
-            do_sample=False, max_new_tokens=limit, eos_token_id=ends, pad_token_id=ends[0], use_cache=True
-        )
-        with skipping_by_row(self.stack, self.candidates, len(prompts)):
-            output = self.stack.model.generate(
-                input_ids.repeat(streams, 1).to(self.stack.device),
-                attention_mask=mask.repeat(streams, 1).to(self.stack.device),
-                generation_config=config,
-            )
-        new = output[:, width:].unflatten(0, (streams, len(prompts))).tolist()
-        return [
-            [_text(self.tokenizer, new[stream][index][: r.max_new_tokens], r.stop) for stream in range(streams)]
-            for index, r in enumerate(requests)
-        ]
+        """Greedy text for each prompt, on all streams; all requests have the same stops and limit.
+
+        The model as it is writes first. In one walk, every candidate then reads what was written: where greedy decoding
+        gives the same, it is the candidate's text too. From where it does not, the candidates write on, in one loop.
+        """
+        decoder = Decoder(self.stack, self.tokenizer, requests[0].stop, requests[0].max_new_tokens)
+        prompts = [r.prompt[-max(1, context_length(self.stack) - r.max_new_tokens) :] for r in requests]
+        texts = {(index, 0): own for index, own in enumerate(decoder.write(prompts, [None] * len(prompts)))}
+        if self.candidates:
+            asked = [LogLikelihood(prompt, tuple(texts[index, 0])) for index, prompt in enumerate(prompts)]
+            same = self._read(asked)[1].T.tolist()
+            rows = [(index, stream) for index in range(len(prompts)) for stream in range(1, self.streams)]
+            begun = [texts[index, 0][: same[index][stream]] for index, stream in rows]
+            skipped = [self.candidates[stream - 1] for _, stream in rows]
+            written = decoder.write([prompts[index] for index, _ in rows], skipped, begun)
+            texts |= dict(zip(rows, written, strict=True))
+        return [[decoder.text(texts[index, stream]) for stream in range(self.streams)] for index in range(len(prompts))]
 
     # What goes together
 
@@ -288,26 +299,3 @@ def _kind(request: Request) -> tuple[Any, ...]:
     if isinstance(request, Generation):
         return (1, request.stop, -request.max_new_tokens)
     return (0, (), 0)
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[str]) -> str:
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    for stop in stops:
-        text = text.split(stop, 1)[0]
-    return text
-
-
-_END_TOKENS: dict[tuple[int, int, tuple[str, ...]], list[int]] = {}
-
-
-def _end_tokens(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> list[int]:
-    """End of text, and every token that holds a stop: nothing after it would be read."""
-    key = (id(tokenizer), len(tokenizer), tuple(stops))
-    if key not in _END_TOKENS:
-        texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
-        held = [index for index, text in enumerate(texts) if any(stop in text for stop in stops)]
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        _END_TOKENS[key] = list(dict.fromkeys(end + held)) or [0]
-    return _END_TOKENS[key]

@@ -70,7 +70,7 @@ class TaskScore:
         """The (weighted) mean, with the standard error of the sample (n - 1); of a ratio, by the delta method."""
         n = len(samples)
         weights = weights or [1.0] * n
-        total = math.fsum(weights)
+        total = math.fsum(weights) or 1.0  # documents without a token weigh nothing
         mean = math.fsum(w * sample for w, sample in zip(weights, samples, strict=True)) / total
         influences = tuple(n * w * (sample - mean) / total for w, sample in zip(weights, samples, strict=True))
         return cls(mean, _stderr_of(influences), n, influences=influences)

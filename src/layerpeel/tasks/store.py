@@ -38,13 +38,21 @@ class AnswerStore:
 
     def find(self, requests: Sequence[Request], candidates: Sequence[int]) -> Answers | None:
         """The answers to these requests with these candidates, [requests][1 + C], if they were given before."""
-        found = self._known.get(_key(requests, candidates))
+        found = self.find_value(list(candidates), list(requests))
         return found and [[Likelihood(*a) if isinstance(a, list) else a for a in own] for own in found]
 
     def keep(self, requests: Sequence[Request], candidates: Sequence[int], answers: Answers) -> None:
         """Writes answers down; returns once they are on the disk."""
+        self.keep_value(answers, list(candidates), list(requests))
+
+    def find_value(self, *asked: Any) -> Any:
+        """What was kept of a question, told by what it prints as; None if nothing was."""
+        return self._known.get(_key(asked))
+
+    def keep_value(self, value: Any, *asked: Any) -> None:
+        """Writes a value down that JSON can hold; returns once it is on the disk."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" * self._torn() + json.dumps({"key": _key(requests, candidates), "answers": answers}) + "\n")
+            file.write("\n" * self._torn() + json.dumps({"key": _key(asked), "answers": value}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -55,8 +63,8 @@ class AnswerStore:
             return file.read(1) != b"\n"
 
 
-def _key(requests: Sequence[Request], candidates: Sequence[int]) -> str:
-    return hashlib.sha256(repr((list(candidates), list(requests))).encode()).hexdigest()
+def _key(asked: tuple[Any, ...]) -> str:
+    return hashlib.sha256(repr(asked).encode()).hexdigest()
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -1,0 +1,42 @@
+"""Healing on trial: the choice by what tasks say after a short distillation, and what the journal says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from layerpeel import distill, evaluate, load_model, peel
+from layerpeel.config import parse_config
+from layerpeel.tasks import make_tasks
+from tests.families import save_tiny
+
+
+def test_the_best_few_are_healed_before_the_choice(tmp_path: Path) -> None:
+    words = [" ".join(f"w{3 + (7 * line + word * word) % 60}" for word in range(30)) for line in range(40)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+    settings = {
+        "teacher": str(save_tiny(tmp_path / "teacher")), "output": str(tmp_path / "run"), "stop": {"target_layers": 5},
+        "score": {"heal": {"keep": 3, "steps": 4}},
+        "tasks": [{"kind": "perplexity", "data": str(tmp_path / "text.jsonl"), "limit": 5}],
+        "distill": {
+            "text": str(tmp_path / "text.jsonl"), "tokens_per_round": 0, "sequence_length": 16, "batch_size": 4,
+            "learning_rate": 1e-2,
+        },
+    }  # fmt: skip
+    config = parse_config(settings, "test")
+    run = peel(config)
+    (event,) = run.rounds
+    said = event["scores"]
+    first = sorted(said["importance"], key=lambda layer: (said["importance"][layer], int(layer)))[:3]
+    assert set(said["healed"]) == set(first) and said["heal_seconds"] > 0
+    assert str(event["removed"]) == min(said["healed"], key=lambda layer: (said["healed"][layer], int(layer)))
+    teacher, tokenizer = load_model(config.teacher)
+    tasks, trial = make_tasks(config.tasks), config.distill.model_copy(update={"tokens_per_round": 4 * 4 * 16})
+    for layer, lost in said["healed"].items():
+        student, result = distill(teacher, tokenizer, [int(layer)], trial, seed=config.seed)
+        assert result.steps == 4
+        quality = evaluate(student, tokenizer, tasks).aggregate(run.reference)
+        assert lost == pytest.approx(run.reference.aggregate(run.reference) - quality, abs=1e-6)
+    assert any(said["healed"][layer] != said["importance"][layer] for layer in first)

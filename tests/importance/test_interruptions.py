@@ -1,0 +1,170 @@
+"""A scoring that is stopped, runs out of memory, or is shared by processes gives the numbers of one that is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from layerpeel.config import ScoreConfig, TaskConfig
+from layerpeel.data import Rows
+from layerpeel.errors import RunError
+from layerpeel.importance import LayerScores, score_layers
+from layerpeel.stack import Stack
+from layerpeel.tasks import Task, make_tasks
+from layerpeel.tasks.store import AnswerStore
+from tests.families import save_tiny, tiny_ids, tiny_model, tiny_tokenizer
+
+TEXT = Rows(tiny_ids(12), torch.ones(12, 17, dtype=torch.bool))
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> list[Task]:
+    """Tasks that read and that write."""
+    words = [" ".join(f"w{3 + (7 * line + word * word) % 60}" for word in range(20)) for line in range(12)]
+    rows = [{"text": text, "prompt": text[:12], "target": text[12:20]} for text in words]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = str(tmp_path / "rows.jsonl")
+    return make_tasks([
+        TaskConfig(kind="perplexity", data=data), TaskConfig(kind="generate", data=data, metric="copy"),
+    ])  # fmt: skip
+
+
+def scored(tasks: list[Task], stack: Stack | None = None, **options: Any) -> LayerScores:
+    store = options.pop("store", None)
+    config = ScoreConfig(**({"memory": 2**20} | options))  # so little that there are several batches
+    return score_layers(stack or small(), tiny_tokenizer(), config, tasks=tasks, text=TEXT, store=store)
+
+
+def small() -> Stack:
+    """A stack whose budget holds few tokens."""
+    return Stack(tiny_model("llama", hidden_size=128, head_dim=32))
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[int]:
+    """Counts walks over the layers; interrupts one."""
+    walk, walks = Stack.walk, []
+
+    def counting(self: Stack, *args: Any, **options: Any) -> Any:
+        if len(walks) == stop_after:
+            raise KeyboardInterrupt
+        walks.append(1)
+        return walk(self, *args, **options)
+
+    monkeypatch.setattr(Stack, "walk", counting)
+    return walks
+
+
+@pytest.mark.parametrize("metric", ["task_quality", "teacher_kl"])
+def test_an_interrupted_scoring_goes_on_where_it_was(
+    tasks: list[Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str
+) -> None:
+    def store() -> AnswerStore:
+        return AnswerStore(tmp_path / "kept/answers.jsonl", "this model")
+
+    with monkeypatch.context() as patch:
+        all_walks = watched(patch)
+        whole = scored(tasks, decide=metric)
+    trying = 2 * (metric == "task_quality")  # walks that find out whether rows may branch
+    assert len(all_walks) - trying >= 4
+    stop = len(all_walks) - 2
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        watched(patch, stop_after=stop)
+        scored(tasks, decide=metric, store=store())
+    kept = len(store())
+    assert kept
+    with (tmp_path / "kept/answers.jsonl").open("a") as file:
+        file.write('{"key": "torn by a cra')
+    with monkeypatch.context() as patch:
+        walks = watched(patch)
+        resumed = scored(tasks, decide=metric, store=store())
+    assert resumed.importance == whole.importance and resumed.stderr == whole.stderr
+    assert len(walks) <= len(all_walks) - kept + trying
+    with monkeypatch.context() as patch:
+        walks = watched(patch)
+        assert scored(tasks, decide=metric, store=store()).importance == whole.importance
+    assert len(walks) <= trying  # all is known
+
+
+def test_answers_of_another_model_are_dropped(tmp_path: Path) -> None:
+    store = AnswerStore(tmp_path / "a.jsonl", "one")
+    store.keep_value([1.5], "how much", [1, 2])
+    assert AnswerStore(tmp_path / "a.jsonl", "one").find_value("how much", [1, 2]) == [1.5]
+    assert AnswerStore(tmp_path / "a.jsonl", "one").find_value("how much", [1, 3]) is None
+    assert AnswerStore(tmp_path / "a.jsonl", "another").find_value("how much", [1, 2]) is None
+    assert len(AnswerStore(tmp_path / "a.jsonl", "one")) == 0
+
+
+ERRORS: dict[str, Callable[[], Exception]] = {
+    "gpu": lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cpu": lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+}
+
+
+def limited(most: int, error: Callable[[], Exception]) -> Stack:
+    """A stack whose third layer has memory for so many tokens at a time."""
+    stack = small()
+    run = stack.layers[2].forward
+
+    def forward(hidden: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if hidden.shape[0] * hidden.shape[1] > most:
+            raise error()
+        return run(hidden, *args, **options)
+
+    stack.layers[2].forward = forward  # type: ignore[method-assign]
+    return stack
+
+
+@pytest.mark.parametrize("metric", ["task_quality", "teacher_kl", "block_influence"])
+@pytest.mark.parametrize("error", ERRORS)
+def test_running_out_of_memory_halves_the_budget_and_goes_on(tasks: list[Task], metric: str, error: str) -> None:
+    tasks = tasks[:1] if metric == "task_quality" else []
+    whole = scored(tasks, decide=metric, memory=None)
+    assert whole.to_json()["memory_halved"] == 0
+    found = scored(tasks, limited(40, ERRORS[error]), decide=metric, memory=2**27)
+    assert found.importance == pytest.approx(whole.importance, abs=1e-5)
+    said = found.to_json()
+    assert said["memory_halved"] > 0 and said["memory"] == 2**27 >> said["memory_halved"]
+
+
+def test_when_not_even_a_row_fits_it_says_so(tasks: list[Task]) -> None:
+    with pytest.raises(RunError, match=r"out of memory with a single row of \d+ tokens in 5 streams") as caught:
+        scored(tasks[:1], limited(10, ERRORS["cpu"]))
+    assert caught.value.hint
+    with pytest.raises(ValueError, match="another mistake"):
+        scored(tasks[:1], limited(10, lambda: ValueError("another mistake")))
+
+
+def test_two_processes_give_the_numbers_of_one(tasks: list[Task], tmp_path: Path) -> None:
+    config = {
+        "teacher": str(save_tiny(tmp_path / "teacher")), "output": str(tmp_path / "run"), "device": "cpu",
+        "stop": {"target_layers": 5}, "tasks": [task.model_dump(exclude_none=True) for task in tasks],
+        "score": {"shortlist": {"by": "teacher_kl", "keep": 3}, "race": {}, "tokens": 256},
+        "distill": {"text": str(tmp_path / "rows.jsonl"), "tokens_per_round": 0, "sequence_length": 16},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    command = ["-m", "layerpeel", "score", str(tmp_path / "run.yaml"), "--json", "-o"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    said = {}
+    for name, start in (("one", []), ("two", launch)):
+        done = subprocess.run(
+            [sys.executable, *start, *command, str(tmp_path / name)], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        said[name] = json.loads(done.stdout)  # printed once
+        assert json.loads((tmp_path / name / "scores.json").read_text()) == said[name]
+    one, two = said["one"], said["two"]
+    assert two["importance"] == pytest.approx(one["importance"], abs=1e-6)
+    assert two["cheap"]["importance"] == pytest.approx(one["cheap"]["importance"], abs=1e-6)
+    assert two["stderr"] == pytest.approx(one["stderr"], abs=1e-6)
+    answered = [(tmp_path / "two" / f"answers.{rank}.jsonl").read_text().count("\n") for rank in (0, 1)]
+    assert min(answered) > 1  # both worked
