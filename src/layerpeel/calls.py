@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from layerpeel.architecture import Architecture
 from layerpeel.errors import InputError
 
+CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")  # what forwards call the cache that they hand to a layer
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 # What forwards expect of a layer: hidden states, or a tuple of them and something else.
 OUTPUT_FORMS: tuple[Callable[[Tensor, Any], Any], ...] = (

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from layerpeel.architecture import find_architecture, text_config
-from layerpeel.calls import LayerArguments, LayerCalls, first_tensor, replaced_forward, take_rows
+from layerpeel.calls import CACHE_ARGUMENTS, LayerArguments, LayerCalls, first_tensor, replaced_forward, take_rows
 from layerpeel.errors import RunError
 
 # Bytes of fp32 logits that may exist at a time, to which chunks of positions are sized. A CPU is fastest within its
@@ -87,6 +87,34 @@ class Budget:
         self.halved += 1
         stack.tokens_per_call = max(1, at_a_time // 2)
         stack.logit_rows_at_a_time = max(1, stack.logit_rows_at_a_time // 2)
+
+
+class LayerKeys(NamedTuple):
+    """Keys and values of a layer, [S * B, heads, T, width of a head]; `tokens` is B * T."""
+
+    keys: Tensor
+    values: Tensor
+    tokens: int
+
+
+class _KeyRecorder:
+    """Stands in for a model's cache while a layer runs: keeps what the layer would store, and adds nothing to it."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self._parts.append((keys, values))
+        return keys, values
+
+    def all_of(self, hidden: Tensor, batch: int) -> LayerKeys | None:
+        """What was kept of a layer that gave `hidden`, [S * B, T, D]; None if it is not one key a token."""
+        if not self._parts:
+            return None
+        keys, values = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        if keys.dim() != 4 or (keys.shape[0], keys.shape[2]) != hidden.shape[:2]:
+            return None
+        return LayerKeys(keys, values, batch * hidden.shape[1])
 
 
 class Stack:
@@ -219,6 +247,7 @@ class Stack:
         *,
         positions: Tensor | None = None,
         sees: Tensor | None = None,
+        keys: list[LayerKeys | None] | None = None,
     ) -> Tensor:
         """Walks the layers once, for the model as it is and for each candidate skipped.
 
@@ -231,6 +260,7 @@ class Stack:
             candidates: positions to skip, ascending.
             watch: called with (position, input, output) of the untouched stream, each [B, T, D].
             positions, sees: as in `begin`.
+            keys: takes what each layer's attention computed; None for a layer that stores something else.
 
         Returns:
             [1 + C, B, T, D] after the final norm: untouched first, then in the order of the candidates.
@@ -239,8 +269,14 @@ class Stack:
         batch = hidden.shape[0]
         for position in range(len(self.layers)):
             before = hidden[:batch]
+            args, kwargs = arguments[position]
+            recorder = _KeyRecorder()
+            if keys is not None:
+                kwargs = kwargs | {name: recorder for name in kwargs if name in CACHE_ARGUMENTS}
             with self.resident(position):
-                hidden = self.layer_on_streams(position, hidden, arguments[position], batch)
+                hidden = self.layer_on_streams(position, hidden, (args, kwargs), batch)
+            if keys is not None:
+                keys.append(recorder.all_of(hidden, batch))
             if watch:
                 watch(position, before, hidden[:batch])
             if position in candidates:

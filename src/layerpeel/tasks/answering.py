@@ -14,13 +14,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedTokenizerBase
 
 from layerpeel.architecture import attention_reach
 from layerpeel.progress import Advance, progress
 from layerpeel.stack import Budget, Stack
 from layerpeel.tasks.base import Answer, Generation, Likelihood, LogLikelihood, Request, Task, TaskScore
 from layerpeel.tasks.decoding import Decoder
+from layerpeel.tasks.keys import WalkKeys
 from layerpeel.tasks.store import AnswerStore
 from layerpeel.tasks.trees import Row, pad_rows, plant, single
 
@@ -113,8 +114,11 @@ class Engine:
         return [[Likelihood(*both) for both in zip(*own, strict=True)] for own in columns]
 
     @torch.no_grad()
-    def _read(self, requests: Sequence[LogLikelihood]) -> tuple[Tensor, Tensor]:
+    def _read(self, requests: Sequence[LogLikelihood], keys: WalkKeys | None = None) -> tuple[Tensor, Tensor]:
         """Walks over contexts and continuations, on all streams.
+
+        Args:
+            keys: takes what attention computed.
 
         Returns:
             the log-probability of each continuation, [S, requests] of float64; and how many of its first tokens greedy
@@ -125,9 +129,14 @@ class Engine:
         lengths = [len(r.continuation) for r in requests]
         rows = list(self._rows([sequence[:-1] for sequence in sequences]))
         input_ids, positions, sees = pad_rows(rows)
-        hidden = self.stack.walk(input_ids, self.candidates, positions=positions, sees=sees)
+        width = input_ids.shape[1]
+        hidden = self.stack.walk(
+            input_ids, self.candidates, positions=positions, sees=sees, keys=keys.layers if keys else None
+        )
+        if keys:
+            keys.paths = {i: torch.tensor(path) + n * width for n, row in enumerate(rows) for i, path in row.paths}
         asked = [
-            (index, number * input_ids.shape[1] + path[place - 1], sequences[index][place], place - start)
+            (index, number * width + path[place - 1], sequences[index][place], place - start)
             for number, row in enumerate(rows)
             for index, path in row.paths
             for start in [len(sequences[index]) - lengths[index]]
@@ -196,11 +205,17 @@ class Engine:
         texts = {(index, 0): own for index, own in enumerate(decoder.write(prompts, [None] * len(prompts)))}
         if self.candidates:
             asked = [LogLikelihood(prompt, tuple(texts[index, 0])) for index, prompt in enumerate(prompts)]
-            same = self._read(asked)[1].T.tolist()
+            keys = WalkKeys(self.candidates)
+            same = self._read(asked, keys)[1].T.tolist()
             rows = [(index, stream) for index in range(len(prompts)) for stream in range(1, self.streams)]
             begun = [texts[index, 0][: same[index][stream]] for index, stream in rows]
             skipped = [self.candidates[stream - 1] for _, stream in rows]
-            written = decoder.write([prompts[index] for index, _ in rows], skipped, begun)
+
+            def known(chosen: Sequence[int], lengths: Sequence[int]) -> Cache | None:
+                indices, streams = zip(*(rows[row] for row in chosen), strict=True)
+                return keys.cache_of(indices, streams, lengths, self.stack.model.config)
+
+            written = decoder.write([prompts[index] for index, _ in rows], skipped, begun, known)
             texts |= dict(zip(rows, written, strict=True))
         return [[decoder.text(texts[index, stream]) for stream in range(self.streams)] for index in range(len(prompts))]
 

@@ -5,14 +5,19 @@ The model's own `generate` decodes all rows in one loop; between its steps, rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 
+from layerpeel.calls import CACHE_ARGUMENTS
 from layerpeel.stack import Stack, skipping_by_row
+from layerpeel.tasks.keys import is_plain
 
-FIRST_STEP = 16  # tokens, before rows that have ended are first taken out; then twice as many each time
+STEP = 16  # tokens, before rows that have ended are taken out
 
 
 class Decoder:
@@ -26,6 +31,8 @@ class Decoder:
     def __init__(self, stack: Stack, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], limit: int) -> None:
         self.stack, self.tokenizer, self.stops, self.limit = stack, tokenizer, stops, limit
         self.end_tokens = _end_tokens(tokenizer, stops)
+        accepted = signature(stack.model.forward).parameters
+        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in accepted), "past_key_values")
 
     @torch.no_grad()
     def write(
@@ -33,6 +40,7 @@ class Decoder:
         prompts: Sequence[Sequence[int]],
         skipped: Sequence[int | None],
         begun: Sequence[Sequence[int]] | None = None,
+        known: Callable[[Sequence[int], Sequence[int]], Cache | None] = lambda rows, lengths: None,
     ) -> list[list[int]]:
         """The tokens after each prompt.
 
@@ -40,15 +48,25 @@ class Decoder:
             prompts: none is empty.
             skipped: for each, the position of the layer that is skipped, or None.
             begun: what has been written of each.
+            known: gives the cache of some of the rows (indices) with as many tokens, but for the last of each.
         """
         written = [list(tokens) for tokens in begun or [()] * len(prompts)]
-        step = FIRST_STEP
-        while rows := [row for row, tokens in enumerate(written) if not self.has_ended(tokens)]:
-            sequences = [[*prompts[row], *written[row]] for row in rows]
-            count = min(step, max(self.limit - len(written[row]) for row in rows))
-            for row, new in zip(rows, self._generate(sequences, [skipped[row] for row in rows], count), strict=True):
+        rows = [row for row, tokens in enumerate(written) if not self.has_ended(tokens)]
+        if not rows:
+            return written
+        sequences = [[*prompts[row], *written[row]] for row in rows]
+        input_ids, mask = _left_padded(sequences)
+        cache = known(rows, [len(own) for own in sequences])
+        while rows:
+            count = min(STEP, max(self.limit - len(written[row]) for row in rows))
+            output = self._generate(input_ids, mask, cache, [skipped[row] for row in rows], count)
+            for row, new in zip(rows, output.sequences[:, input_ids.shape[1] :].tolist(), strict=True):
                 written[row] = self._cut(written[row] + new)
-            step *= 2
+            left = torch.tensor([index for index, row in enumerate(rows) if not self.has_ended(written[row])]).long()
+            rows = [rows[index] for index in left.tolist()]
+            input_ids = output.sequences[left.to(output.sequences.device)].cpu()
+            mask = torch.cat([mask, mask.new_ones(len(mask), input_ids.shape[1] - mask.shape[1])], dim=1)[left]
+            cache = _selected(output.past_key_values, left.to(self.stack.device)) if rows else None
         return written
 
     def has_ended(self, tokens: Sequence[int]) -> bool:
@@ -72,21 +90,34 @@ class Decoder:
         return tokens[: min(last + 1, self.limit)]
 
     def _generate(
-        self, sequences: Sequence[Sequence[int]], skipped: Sequence[int | None], count: int
-    ) -> list[list[int]]:
-        width = max(map(len, sequences))
-        input_ids = torch.tensor([[0] * (width - len(own)) + list(own) for own in sequences])
-        mask = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in sequences])
+        self, input_ids: Tensor, mask: Tensor, cache: Cache | None, skipped: Sequence[int | None], count: int
+    ) -> Any:
+        """What `generate` gives for `count` more tokens, of which `cache` holds what is known of those before."""
         ends = list(self.end_tokens)
         config = GenerationConfig(
-            do_sample=False, max_new_tokens=count, eos_token_id=ends, pad_token_id=ends[0], use_cache=True
-        )
+            do_sample=False, max_new_tokens=count, eos_token_id=ends, pad_token_id=ends[0], use_cache=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
         with skipping_by_row(self.stack, skipped):
-            output = self.stack.model.generate(
-                input_ids.to(self.stack.device), attention_mask=mask.to(self.stack.device), generation_config=config
-            )
-        new: list[list[int]] = output[:, width:].tolist()
-        return new
+            return self.stack.model.generate(
+                input_ids.to(self.stack.device), attention_mask=mask.to(self.stack.device), generation_config=config,
+                **({} if cache is None else {self._cache_argument: cache}),
+            )  # fmt: skip
+
+
+def _left_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and where the real ones are, [B, T]."""
+    width = max(map(len, sequences))
+    input_ids = torch.tensor([[0] * (width - len(own)) + list(own) for own in sequences])
+    return input_ids, torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in sequences])
+
+
+def _selected(cache: Cache | None, rows: Tensor) -> Cache | None:
+    """The rows of a cache that go on; None, and all is read anew, where a family's cache cannot be cut."""
+    if cache is None or not is_plain(cache):
+        return None
+    cache.batch_select_indices(rows)
+    return cache
 
 
 _END_TOKENS: dict[tuple[int, int, tuple[str, ...]], dict[int, None]] = {}
