@@ -35,9 +35,10 @@ def main() -> None:
     results = {}
     for number, (name, losses) in enumerate(LOSSES.items()):
         config = load_config(path, options.set)
-        config.stop.target_layers, config.stop.min_quality = min(options.depths), None
-        config.distill.losses = losses
-        config.output = config.output.with_name(f"{config.output.name}-losses-{number}")
+        if losses != config.distill.losses:  # else it is the config's own run, which may go further down
+            config.stop.target_layers, config.stop.min_quality = min(options.depths), None
+            config.distill.losses = losses
+            config.output = config.output.with_name(f"{config.output.name}-losses-{number}")
         run = peel(config)
         results |= {} if results else {"teacher": row(run, run.reference)}
         results[name] = by_depth(run, options.depths)

@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--harness-candidates", type=int, default=3, help="candidates that HFLM is timed on")
     parser.add_argument("--limit", type=int, default=None, help="samples of each task, for a quick look")
     parser.add_argument("--depth", type=int, default=8, help="where the comparison of choices ends")
+    parser.add_argument("--only", choices=("times", "choices"), help="one half; the other stays as --out has it")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     model, tokenizer = load_model(KIT / "models" / "storyteller-18")
@@ -61,7 +62,6 @@ def main() -> None:
         for name in TASKS
     ])  # fmt: skip
     full, raced = ScoreConfig(), ScoreConfig(race={}, shortlist={"by": "teacher_kl", "keep": 6})  # type: ignore[arg-type]
-    candidates = list(range(1, 17))
     text = load_rows(
         [TextConfig(path=str(KIT / "text" / name)) for name in ("tinystories_2M.txt", "stories_ru.jsonl")],
         tokenizer, sequence_length=256, max_tokens=4096,
@@ -70,10 +70,30 @@ def main() -> None:
     def ours(config: ScoreConfig = full, shorter: PreTrainedModel = model) -> LayerScores:
         return score_layers(shorter, tokenizer, config, tasks=tasks, text=text)
 
+    record = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
+    record |= {
+        "command": "python benchmarks/scoring.py" + f" --limit {options.limit}" * (options.limit is not None),
+        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}",
+    }
+    if options.only != "choices":
+        record |= compare_times(options, model, tokenizer, tasks, lambda: ours(full), lambda: ours(raced))
+    if options.only != "times":
+        rounds = compare_choices(model, ours, full, raced, options.depth)
+        record |= {"agreement": sum(each["same"] for each in rounds) / len(rounds), "rounds": rounds}
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({k: record[k] for k in ("ratios", "same_scores", "agreement") if k in record}, indent=1))
+
+
+def compare_times(
+    options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task],
+    ours: Callable[[], LayerScores], raced: Callable[[], LayerScores],
+) -> dict[str, Any]:  # fmt: skip
+    """Medians of all rivals' times over ours, and whether their scores are the same."""
+    candidates = list(range(1, model.config.num_hidden_layers - 1))
     times: dict[str, list[float]] = {name: [] for name in ("ours", "raced", "loop", "loop_same_rows")}
     for _ in range(options.repeats):
         found = timed(times["ours"], ours)
-        timed(times["raced"], lambda: ours(raced))
+        timed(times["raced"], raced)
         by_loop = timed(times["loop"], lambda: loop(model, tokenizer, tasks, candidates, padded))
         same_rows = timed(times["loop_same_rows"], lambda: loop(model, tokenizer, tasks, candidates, one_by_one))
         print({name: round(values[-1], 1) for name, values in times.items()}, flush=True)
@@ -88,17 +108,9 @@ def main() -> None:
         per_candidate.append(time.monotonic() - started)
         print(candidate, round(per_candidate[-1], 1), flush=True)
     scores = {candidate: {n: s.value for n, s in e.scores.items()} for candidate, e in found.evaluations.items()}
-    equal = {
-        "loop": all(by_loop[c] == scores[c] for c in candidates),
-        "loop_same_rows": all(same_rows[c] == scores[c] for c in candidates),
-        "harness": all(theirs[c] == scores[c] for c in chosen if c is not None) and theirs[None] == by_loop[None],
-    }
     middle = {name: statistics.median(values) for name, values in times.items()}
     of_harness = statistics.median(per_candidate) * (len(candidates) + 1)
-    agreement = compare_choices(model, ours, full, raced, options.depth)
-    record = {
-        "command": "python benchmarks/scoring.py" + f" --limit {options.limit}" * (options.limit is not None),
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}",
+    return {
         "seconds": middle | {"harness": of_harness, "harness_per_candidate": per_candidate},
         "all_seconds": times,
         "ratios": {
@@ -107,12 +119,12 @@ def main() -> None:
             "harness": of_harness / middle["ours"],
             "raced_harness": of_harness / middle["raced"],
         },
-        "same_scores": equal,
-        "agreement": sum(each["same"] for each in agreement) / len(agreement),
-        "rounds": agreement,
+        "same_scores": {
+            "loop": all(by_loop[c] == scores[c] for c in candidates),
+            "loop_same_rows": all(same_rows[c] == scores[c] for c in candidates),
+            "harness": all(theirs[c] == scores[c] for c in chosen if c is not None) and theirs[None] == by_loop[None],
+        },
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: record[key] for key in ("ratios", "same_scores", "agreement")}, indent=1))
 
 
 def timed(times: list[float], call: Callable[[], Any]) -> Any:
