@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3, help="timings of each, of which the median counts")
-    parser.add_argument("--harness-candidates", type=int, default=3, help="candidates that HFLM is timed on")
+    parser.add_argument("--candidates", type=int, default=3, help="candidates that the rivals are timed on")
     parser.add_argument("--limit", type=int, default=None, help="samples of each task, for a quick look")
     parser.add_argument("--depth", type=int, default=8, help="where the comparison of choices ends")
     parser.add_argument("--only", choices=("times", "choices"), help="one half; the other stays as --out has it")
@@ -90,16 +90,14 @@ def compare_times(
 ) -> dict[str, Any]:  # fmt: skip
     """Medians of all rivals' times over ours, and whether their scores are the same."""
     candidates = list(range(1, model.config.num_hidden_layers - 1))
+    chosen = [None, *candidates[:: max(1, len(candidates) // options.candidates)][: options.candidates]]
     times: dict[str, list[float]] = {name: [] for name in ("ours", "raced", "loop", "loop_same_rows")}
     for _ in range(options.repeats):
         found = timed(times["ours"], ours)
         timed(times["raced"], raced)
-        by_loop = timed(times["loop"], lambda: loop(model, tokenizer, tasks, candidates, padded))
-        same_rows = timed(times["loop_same_rows"], lambda: loop(model, tokenizer, tasks, candidates, one_by_one))
+        by_loop = timed(times["loop"], lambda: loop(model, tokenizer, tasks, chosen, padded))
+        same_rows = timed(times["loop_same_rows"], lambda: loop(model, tokenizer, tasks, chosen, one_by_one))
         print({name: round(values[-1], 1) for name, values in times.items()}, flush=True)
-    chosen = [None, *candidates[:: max(1, len(candidates) // options.harness_candidates)]][
-        : options.harness_candidates + 1
-    ]
     per_candidate = []
     theirs = {}
     for candidate in chosen:
@@ -109,6 +107,8 @@ def compare_times(
         print(candidate, round(per_candidate[-1], 1), flush=True)
     scores = {candidate: {n: s.value for n, s in e.scores.items()} for candidate, e in found.evaluations.items()}
     middle = {name: statistics.median(values) for name, values in times.items()}
+    for name in ("loop", "loop_same_rows"):
+        middle[name] *= (len(candidates) + 1) / len(chosen)
     of_harness = statistics.median(per_candidate) * (len(candidates) + 1)
     return {
         "seconds": middle | {"harness": of_harness, "harness_per_candidate": per_candidate},
@@ -120,9 +120,8 @@ def compare_times(
             "raced_harness": of_harness / middle["raced"],
         },
         "same_scores": {
-            "loop": all(by_loop[c] == scores[c] for c in candidates),
-            "loop_same_rows": all(same_rows[c] == scores[c] for c in candidates),
-            "harness": all(theirs[c] == scores[c] for c in chosen if c is not None) and theirs[None] == by_loop[None],
+            name: all(rival[c] == scores[c] for c in chosen if c is not None) and rival[None] == theirs[None]
+            for name, rival in (("loop", by_loop), ("loop_same_rows", same_rows), ("harness", theirs))
         },
     }
 
@@ -141,13 +140,13 @@ def shortened(model: PreTrainedModel, candidate: int | None) -> PreTrainedModel:
 
 
 def loop(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task], candidates: list[int],
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task], candidates: list[int | None],
     answer: Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[Task]], dict[str, TaskScore]],
 ) -> dict[int | None, dict[str, float]]:  # fmt: skip
     """Each task's score for the model and for each candidate, removed and run."""
     return {
         candidate: {name: s.value for name, s in answer(shortened(model, candidate), tokenizer, tasks).items()}
-        for candidate in (None, *candidates)
+        for candidate in candidates
     }
 
 
@@ -213,8 +212,6 @@ def compare_choices(
         rounds.append({
             "layers": shorter.config.num_hidden_layers, "full": best, "raced": other, "same": best == other,
             "gap": gap, "stderr": error, "within_one_stderr": gap <= error,
-            "seconds_full": by_full.seconds,
-            "seconds_raced": by_race.seconds + (by_race.cheap.seconds if by_race.cheap else 0),
         })  # fmt: skip
         print(rounds[-1], flush=True)
         remove_layers(shorter, [best])

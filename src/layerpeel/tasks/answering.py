@@ -189,8 +189,8 @@ class Engine:
 
     @property
     def _row_width(self) -> int:
-        """Up to the hidden size, attention costs a small part of what else a layer does, also where it is slow."""
-        return self.stack.width
+        """Below the hidden size, attention costs a small part of what else a layer does, also where it is slow."""
+        return self.stack.width * 3 // 4
 
     # Generation
 

@@ -1,0 +1,161 @@
+"""Writes docs/results.md from what the benchmarks wrote into benchmarks/results/.
+
+    python scripts/make_results.py
+
+Figures come from those files alone; what is said about them stands here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from methods import markdown  # noqa: E402
+
+
+def read(name: str) -> dict[str, Any]:
+    """What a benchmark wrote."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def source(found: dict[str, Any]) -> str:
+    """The command, and the machine it ran on."""
+    return f"`{found['command']}` on {found['machine']}."
+
+
+def methods(name: str) -> str:
+    """Ways of making a model shallower, by depth."""
+    found = read(name)
+    return f"{markdown(found['results'])}\n\n{source(found)}"
+
+
+def scoring() -> str:
+    """One pass against a loop, and against the harness's own model class."""
+    found = read("scoring")
+    ratios, same = found["ratios"], found["same_scores"]
+    rows = [
+        ("a loop that removes each candidate and runs padded batches", ratios["loop"], same["loop"]),
+        ("the same loop over the very rows of the one pass", ratios["loop_same_rows"], same["loop_same_rows"]),
+        ("the harness's own model class on each candidate", ratios["harness"], same["harness"]),
+    ]
+    lines = ["| rival | its time over ours | same scores |", "|---|---|---|"]
+    lines += [f"| {name} | {ratio:.1f} | {'yes' if equal else 'no'} |" for name, ratio, equal in rows]
+    lines.append(f"| the harness's, against ours with a shortlist of 6 and a race | {ratios['raced_harness']:.1f} | |")
+    rounds = found["rounds"]
+    agreed = sum(each["same"] for each in rounds)
+    other = [each for each in rounds if not each["same"]]
+    near = sum(each["within_one_stderr"] for each in other)
+    return (
+        "\n".join(lines)
+        + f"\n\nShortlist and race chose the layer of the full scores in {agreed} of {len(rounds)} rounds, from "
+        f"{rounds[0]['layers']} layers down to {rounds[-1]['layers'] - 1}"
+        + (f"; of the other {len(other)}, {near} within one standard error of the best" if other else "")
+        + f".\n\n{source(found)}"
+    )
+
+
+def equality() -> str:
+    """Scores through the engine against the harness's own."""
+    lines = ["| model | models compared | scores | differ as printed | differ at all |", "|---|---|---|---|---|"]
+    commands = []
+    for name in ("storyteller-18", "stories260K"):
+        found = read(f"harness-equality-{name}")
+        parts = found["removals"].values()
+        counts = [len(parts), sum(part["scores"] for part in parts)]
+        counts += [sum(len(part[key]) for part in parts) for key in ("differ_as_printed", "differ_at_all")]
+        lines.append(f"| {name} | {' | '.join(map(str, counts))} |")
+        commands.append(source(found))
+    return "\n".join([*lines, "", *commands])
+
+
+def generation() -> str:
+    """All candidates at once against one by one."""
+    found = read("generation")
+    return (
+        f"All candidates at once take 1/{found['ratio']:.1f} of the time of one by one; of {found['texts']:,} texts "
+        f"{found['different_texts']} differ. {source(found)}"
+    )
+
+
+def streaming() -> str:
+    """Peak memory of scoring with layers read from disk."""
+    found = read("streaming")
+    peaks = {name: way["peak_bytes"] / 2**20 for name, way in found["ways"].items()}
+    return (
+        f"A random bfloat16 Llama of {found['parameters'] / 1e9:.2f} billion parameters in 48 layers, scored by "
+        f"`teacher_kl` with `score.weights: stream`: {peaks['stream']:,.0f} MiB at the peak, "
+        f"{100 * peaks['stream'] / peaks['load']:.0f} % of the {peaks['load']:,.0f} MiB that loading its weights "
+        f"takes; the scores are those in memory. {source(found)}"
+    )
+
+
+def distillation() -> str:
+    """Our step against others'."""
+    lines = ["| shape | rival | our tokens/s over its | our peak memory over its |", "|---|---|---|---|"]
+    commands = []
+    for path in sorted(RESULTS.glob("distillation-*.json")):
+        found = read(path.stem)
+        for name, ratio in found["rivals"].items():
+            lines.append(f"| {found['shape']} | {name} | {ratio['speed']:.2f} | {100 * ratio['memory']:.0f} % |")
+        commands.append(source(found))
+    return "\n".join([*lines, "", *commands])
+
+
+def page() -> str:
+    """The whole page."""
+    return TEXT.format(
+        storyteller=methods("methods-storyteller"), demo=methods("methods-demo"), losses=methods("losses-storyteller"),
+        scoring=scoring(), equality=equality(), generation=generation(), streaming=streaming(),
+        distillation=distillation(),
+    )  # fmt: skip
+
+
+TEXT = """# Results
+
+Made by `python scripts/make_results.py` from the files in `benchmarks/results/`, each of which names its command and
+its machine. `storyteller-18` is an 18-layer model of 4.1 M parameters trained on English and Russian children's stories
+and on copying; the bundled teacher is in this repository, so that anyone can make its table again. Nothing here has run
+on a GPU yet.
+
+## Quality by depth: storyteller-18
+
+{storyteller}
+
+## Quality by depth: the bundled teacher
+
+{demo}
+
+## Losses at equal tokens: storyteller-18
+
+{losses}
+
+## Scoring every layer: storyteller-18 on Zorro and next_sentence, through lm-evaluation-harness
+
+{scoring}
+
+## The harness's own scores, for the teacher and every single-layer removal
+
+{equality}
+
+## Generation for all candidates: storyteller-18's copy tasks
+
+{generation}
+
+## Models larger than memory
+
+{streaming}
+
+## A step of distillation
+
+{distillation}
+"""
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "results.md").write_text(page(), encoding="utf-8")
