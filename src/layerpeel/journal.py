@@ -22,7 +22,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,7 @@ class Run:
                 hint=f"name a new output folder, or undo the change to go on with that run{also}",
             )
         self.record("changed", to=len(self.rounds), config=now, changes=list(differences.values()))
+        self.config = config
 
     def _check_teacher(self, now: dict[str, str]) -> None:
         there = next(event for event in self.events if event["event"] == "start")["teacher_files"]
@@ -191,13 +192,13 @@ class Run:
         """Where the resulting checkpoint is, once the run has finished."""
         return self.folder / "student"
 
-    @property
+    @cached_property
     def config(self) -> RunConfig:
         """The config that holds now, as the journal has it."""
         event = next((event for event in reversed(self.events) if "config" in event), None)
         if event is None:
             raise InputError(f"{self.folder}: the run has not begun", hint="run it again: `layerpeel run`")
-        return _config_of(json.dumps(event["config"]))
+        return RunConfig.model_validate(event["config"])
 
     @property
     def config_text(self) -> str:
@@ -399,11 +400,6 @@ def describe_machine() -> dict[str, Any]:
     """What measured times depend on."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
-
-
-@lru_cache(maxsize=16)
-def _config_of(text: str) -> RunConfig:
-    return RunConfig.model_validate_json(text)
 
 
 def _make(folder: Path) -> None:
