@@ -91,7 +91,7 @@ def test_the_copy_of_the_config_is_mended(config: RunConfig) -> None:
 
 def test_changes_are_shown_and_accepted_where_rounds_still_hold(config: RunConfig) -> None:
     longer = config.model_copy(update={"stop": config.stop.model_copy(update={"target_layers": 3})})
-    with pytest.raises(InputError, match="stop.target_layers is 4 there and 3") as error:
+    with pytest.raises(InputError, match=r"stop\.target_layers is 4 there and 3") as error:
         peel(longer)
     assert "--accept-changes" in str(error.value.hint)
     before = Run(config.output).rounds
@@ -154,7 +154,7 @@ def test_a_full_disk_is_named(config: RunConfig, monkeypatch: pytest.MonkeyPatch
 
     keep_lines(config.output, 3)
     monkeypatch.setattr("layerpeel.journal.save_file", full)
-    with pytest.raises(RunError, match="no space left on the disk of .*run") as error:
+    with pytest.raises(RunError, match=r"no space left on the disk of .*run") as error:
         peel(config)
     assert "run the same command again" in str(error.value.hint)
 

@@ -29,7 +29,7 @@ class TrainingState:
     Args:
         path: a safetensors file; numbers are JSON in its header. Of several processes the first writes, and all read.
         of: says which training. What a file holds of another is not used.
-        every: seconds between saves.
+        every: seconds between saves, more where they take long; 0 to save after each step.
     """
 
     def __init__(self, path: Path, of: str, every: float) -> None:
@@ -38,7 +38,7 @@ class TrainingState:
 
     @property
     def is_due(self) -> bool:
-        return time.monotonic() - self._saved >= max(self.every, PATIENCE * self._took)
+        return time.monotonic() - self._saved >= max(self.every, PATIENCE * self._took * bool(self.every))
 
     def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Puts a state in the place of the one before; returns once it is on the disk."""
