@@ -1,15 +1,16 @@
-# make demo | test | check | format | clean        (needs python3.11 or newer; make PYTHON=python3.12 … picks one)
+# make demo | test | faults | check | format | clean        (needs python3.11 or newer; make PYTHON=python3.12 … picks one)
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test faults check format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo     prune the bundled tiny teacher, from scoring to report"
 	@echo "make test     run the tests"
+	@echo "make faults   kill, fill up and damage demo runs, and compare what comes of them (half an hour)"
 	@echo "make check    lint, formatting, types, tests: what has to pass before a change lands"
 	@echo "make format   mend what ruff can mend"
 	@echo "make clean    remove caches and builds (runs and .venv stay)"
@@ -19,6 +20,9 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+faults: .venv/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -m tests.faults --kills 100 --disks 10 --flips 50
 
 check: .venv/.installed
 	$(BIN)/ruff check .

@@ -19,9 +19,9 @@ PACKAGE = ROOT / "src" / "layerpeel"
 # A room is a module, or a package with all in it. Each may import those before it, and none after.
 # fmt: off
 ROOMS = [
-    "errors", "files", "progress", "config", "architecture", "families", "calls", "expressible", "surgery", "models",
-    "data", "stack", "head", "tasks", "importance", "losses", "student", "parallel", "teacher_cache", "training",
-    "journal", "health", "preflight", "report", "loop", "study", "demo",
+    "errors", "files", "ledger", "interrupts", "progress", "config", "architecture", "families", "calls", "expressible",
+    "surgery", "models", "data", "stack", "head", "tasks", "importance", "losses", "student", "parallel",
+    "teacher_cache", "training_state", "training", "journal", "health", "preflight", "report", "loop", "study", "demo",
     "cli", "__main__",
 ]
 # fmt: on

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -24,6 +25,7 @@ from layerpeel.config import RunConfig, load_config
 from layerpeel.demo import prepare_demo
 from layerpeel.errors import InputError, LayerpeelError
 from layerpeel.families import OTHERS, TESTED, families_json, families_markdown, family_statuses
+from layerpeel.files import disk_is_full
 from layerpeel.importance import Estimate, LayerScores, score_layers, scoring_text
 from layerpeel.journal import Run
 from layerpeel.loop import peel
@@ -59,9 +61,16 @@ Folder = Annotated[Path, typer.Option("--output", "-o", help="Where to write the
 
 
 @app.command()
-def run(config: ConfigFile, set_: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+def run(
+    config: ConfigFile,
+    set_: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on with a changed config from the round that is running.")
+    ] = False,
+) -> None:
     """Score, remove, distil, evaluate, and again, until the target. Running again resumes."""
-    _finish(peel(load_config(config, set_)), as_json)
+    _finish(peel(load_config(config, set_), accept_changes=accept_changes), as_json)
 
 
 @app.command()
@@ -227,15 +236,17 @@ def main() -> None:
         if error.hint:
             console.print(f"[bold]hint:[/] {escape(error.hint)}", soft_wrap=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        console.print("stopped; run the same command again to go on where it was")
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        console.print("stopped; run the same command again to go on from here")
+        sys.exit(128 + getattr(stop, "signal", signal.SIGINT))
     except torch.cuda.OutOfMemoryError:
         console.print("[bold red]error:[/] out of memory on the GPU")
         console.print("[bold]hint:[/] lower distill.batch_size, distill.sequence_length or score.memory")
         sys.exit(1)
     except OSError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        if disk_is_full(error):
+            console.print("[bold]hint:[/] free some space, then run the same command again")
         sys.exit(1)
 
 

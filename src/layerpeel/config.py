@@ -227,6 +227,9 @@ class DistillConfig(Section):
     half the learning rate."""
     activation_checkpointing: bool = False
     """Keep only what enters each layer, and run it again in the backward pass: less memory, a third more time."""
+    save_every: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds between saves of the state of training, from which a run that was killed goes on; saves that take long
+    are made less often; 0: after each step. It takes three times the room of what trains, in float32."""
     teacher_cache: Literal["auto", "on", "off"] = "auto"
     """Keep the teacher's hidden states on disk, in bfloat16, for text that comes again; auto: where every round trains
     on the same text and they fit into teacher_cache_size and half of the free disk."""

@@ -1,10 +1,16 @@
 """The append-only record of a run: what was done, from which the run is resumed, read and reported.
 
-NAME/config.yaml             the config, resolved
-     journal.jsonl           one line an event, flushed and fsynced; the only truth
+NAME/journal.jsonl           one line an event, flushed and fsynced; the only truth
+     config.yaml             the config, resolved; a copy for readers
      rounds/03/              scores.json, training.json, trained.safetensors (the student's own weights)
+           .answers/         what tasks were answered in the round that is running
+           .training.safetensors  the state of the training that is running
      student/                the Hugging Face checkpoint, with its model card
      report/                 the page, its figures and tables, and what was measured for it
+
+Each line is sealed by a checksum that goes on from the line before, and holds the hashes of the files that its event
+wrote. Events are `start`, `teacher`, for each round `scored` and `round`, `finish`; `resume` where a process went on;
+`changed` (another config was accepted) and `back` (a file was damaged), which undo what came after round `to`.
 """
 
 from __future__ import annotations
@@ -14,8 +20,8 @@ import os
 import platform
 import shutil
 import time
-import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -28,22 +34,23 @@ from safetensors.torch import load_file, save_file
 
 from layerpeel.config import RunConfig
 from layerpeel.errors import InputError, RunError
-from layerpeel.files import replace_folder, write_whole
+from layerpeel.files import disk_is_full, full_disk_named, replace_folder, sha256_of, sweep, write_whole
 from layerpeel.importance import LayerScores
-from layerpeel.models import count_parameters, pick_device
+from layerpeel.interrupts import interruptible
+from layerpeel.ledger import append, claim, cut_torn_line, is_claimed, read_events, seal, to_line
+from layerpeel.models import count_parameters, digests, pick_device
 from layerpeel.parallel import processes_of
-from layerpeel.progress import RANK
+from layerpeel.progress import RANK, console
 from layerpeel.student import Student
 from layerpeel.tasks.base import Evaluation
 from layerpeel.tasks.store import AnswerStore
 from layerpeel.training import TrainingResult
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+from layerpeel.training_state import TrainingState
 
 LIBRARIES = ("layerpeel", "torch", "transformers", "accelerate", "datasets", "tokenizers")
+# What the rounds of a run were measured with and by: other values need another folder, `--accept-changes` or not.
+FIXED = ("teacher", "dtype", "tasks", "aggregate")
+REPORTED = ("scores.json", "training.json")  # of a round: only reports read them
 
 
 class Run:
@@ -66,48 +73,115 @@ class Run:
                 f"{folder} holds no run: there is no journal.jsonl in it",
                 hint="give the output folder of a layerpeel run",
             )
-        self.events = _read_events(self.journal)
+        self.events = read_events(self.journal)
         self._tracked: Accelerator | None = None
         self._track_step = sum(event["training"]["steps"] + 1 for event in self.rounds)
 
     @classmethod
-    def open(cls, config: RunConfig) -> Run:
-        """Starts a run in `config.output`, or goes on with the one that is there.
+    @contextmanager
+    def open(cls, config: RunConfig, *, accept_changes: bool = False) -> Iterator[Run]:
+        """Starts a run in `config.output`, or goes on with the one there; for the time of the context no other can.
+
+        Args:
+            accept_changes: goes on with this config where it differs in other fields than FIXED.
 
         Raises:
-            InputError: the folder holds something else, or a run with another config.
+            InputError: the folder holds something else, a run with another config or teacher, or one that another
+                process works on; or it cannot be written to.
+            RunError: files are damaged, or, in the context, the disk is full.
         """
         folder, processes = config.output, processes_of(pick_device(config.device))
-        if not RANK and (not folder.exists() or not any(folder.iterdir())):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / "config.yaml", _dump(config))
-            (folder / "journal.jsonl").touch()
-        processes.wait_for_everyone()
-        if not (folder / "journal.jsonl").is_file():
+        journal = folder / "journal.jsonl"
+        with full_disk_named(folder), interruptible():
+            if not RANK:
+                _make(folder)
+            processes.wait_for_everyone()
+            with nullcontext(True) if RANK else claim(journal) as granted:
+                if not granted:
+                    raise InputError(
+                        f"output: {folder} is being worked on by process {cls(folder)._worker}",
+                        hint="wait for it, stop it, or name another folder (--set output=...)",
+                    )
+                if not RANK:
+                    cut_torn_line(journal)
+                    sweep(folder)
+                processes.wait_for_everyone()
+                run = cls(folder)
+                run._begin(config, accept_changes)
+                yield run
+
+    def _begin(self, config: RunConfig, accept_changes: bool) -> None:
+        """Starts, or finds out what of a run still holds."""
+        versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
+        teacher = digests(config.teacher, trust_remote_code=config.trust_remote_code)
+        if not self.events:
+            self.record(
+                "start", config=config.model_dump(mode="json"), teacher_files=teacher, versions=versions,
+                machine=describe_machine(), process=os.getpid(),
+            )  # fmt: skip
+        else:
+            self._check_config(config, accept_changes)
+            self._check_teacher(teacher)
+            self._check_files()
+            if not self.finish:
+                self._resume(versions)
+        copy = self.folder / "config.yaml"
+        if not RANK and (not copy.exists() or copy.read_bytes() != self.config_text.encode()):
+            write_whole(copy, self.config_text)
+
+    def _check_config(self, config: RunConfig, accept_changes: bool) -> None:
+        now = config.model_dump(mode="json")
+        differences = _differences(self.config.model_dump(mode="json") | {"output": now["output"]}, now)
+        if not differences:
+            return
+        fixed = [name for name in differences if name.split(".")[0] in FIXED]
+        if fixed or not accept_changes:
+            also = "" if fixed else ", or go on with the change from here (--accept-changes)"
             raise InputError(
-                f"output: {folder} is not empty, and what it holds is no run",
-                hint="name a new or an empty folder (--set output=...)",
+                f"output: {self.folder} holds another run: {'; '.join(list(differences.values())[:3])}",
+                hint=f"name a new output folder, or undo the change to go on with that run{also}",
             )
-        run = cls(folder)
-        _check_same(folder, config)
-        if not RANK:
-            _cut_torn_line(run.journal)
-        claim = os.open(run.journal, os.O_RDONLY)  # as long as this object lives: see `is_running`
-        weakref.finalize(run, os.close, claim)
-        _lock(claim, exclusive=False)
-        if not run.events:
-            run.record(
-                "start",
-                versions={name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-                machine=describe_machine(),
+        self.record("changed", to=len(self.rounds), config=now, changes=list(differences.values()))
+        self.config = config
+
+    def _check_teacher(self, now: dict[str, str]) -> None:
+        there = next(event for event in self.events if event["event"] == "start")["teacher_files"]
+        other = sorted(name for name in {**there, **now} if there.get(name) != now.get(name))
+        if other:
+            raise InputError(
+                f"teacher: {self.config.teacher} is another than when the run began ({', '.join(other[:3])})",
+                hint="bring the old files back, or name a new output folder (--set output=...)",
             )
-        return run
+
+    def _check_files(self) -> None:
+        """Goes back to the last round whose files are as they were written, or to before the finish."""
+        if self.finish and (name := self._damaged(self.finish)):
+            self._go_back(len(self.rounds), name)
+        needed = 2 if self.config.stop.min_quality else 1  # the last student above the floor may be the result
+        while not self.finish:
+            found = [(event, self._damaged(event)) for event in self.rounds[-needed:]]
+            event, name = next((pair for pair in found if pair[1]), ({}, None))
+            if not name:
+                return
+            self._go_back(event["round"] - 1, name)
+
+    def _go_back(self, number: int, name: str) -> None:
+        console.print(f"{self.folder / name}: damaged or gone; going on from the end of round {number}")
+        self.record("back", to=number, damaged=name)
+
+    def _resume(self, versions: dict[str, str]) -> None:
+        """Notes that a process goes on, and with which versions, if they are others."""
+        before = next(event["versions"] for event in reversed(self.events) if "versions" in event)
+        other = {name: now for name, now in versions.items() if before.get(name) != now}
+        if other:
+            said = ", ".join(f"{name} {before.get(name)} -> {now}" for name, now in other.items())
+            console.print(f"versions have changed since the run was here last: {said}", style="yellow")
+        self.record("resume", process=os.getpid(), **({"versions": versions, "changed": list(other)} if other else {}))
 
     @property
     def is_running(self) -> bool:
         """Whether a process of this machine works on the run (never, where files cannot be locked)."""
-        with self.journal.open("rb") as file:
-            return not _lock(file.fileno(), exclusive=True)
+        return is_claimed(self.journal)
 
     @property
     def journal(self) -> Path:
@@ -120,7 +194,26 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        return RunConfig.model_validate(yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")))
+        """The config that holds now, as the journal has it."""
+        event = next((event for event in reversed(self.events) if "config" in event), None)
+        if event is None:
+            raise InputError(f"{self.folder}: the run has not begun", hint="run it again: `layerpeel run`")
+        return RunConfig.model_validate(event["config"])
+
+    @property
+    def config_text(self) -> str:
+        """The config in YAML."""
+        return yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @property
+    def live(self) -> list[dict[str, Any]]:
+        """The events that hold: all but those that a later one has undone."""
+        live: list[dict[str, Any]] = []
+        for event in self.events:
+            if "to" in event:
+                live = [e for e in live if e.get("round", 0) <= event["to"] and e["event"] != "finish"]
+            live.append(event)
+        return live
 
     @property
     def teacher(self) -> dict[str, Any] | None:
@@ -135,8 +228,15 @@ class Run:
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
-        """The finished rounds, in order."""
-        return [event for event in self.events if event["event"] == "round"]
+        """The finished rounds, in order: what was scored and removed, and what came of it."""
+        scored = {event["round"]: event for event in self.live if event["event"] == "scored"}
+        return [scored[event["round"]] | event for event in self.live if event["event"] == "round"]
+
+    @property
+    def scored(self) -> dict[str, Any] | None:
+        """The running round's scores and the layer that they chose, if it has come so far."""
+        event = self._last("scored")
+        return event if event and event["round"] > len(self.rounds) else None
 
     @property
     def finish(self) -> dict[str, Any] | None:
@@ -146,11 +246,9 @@ class Run:
     def record(self, event: str, **fields: Any) -> None:
         """Appends an event, and returns once it is on the disk."""
         line = {"event": event, "time": round(time.time(), 3), **fields}
+        line["check"] = seal(line, self.events[-1]["check"] if self.events else "")
         if not RANK:
-            with self.journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append(self.journal, to_line(line))
         self.events.append(line)
 
     def record_teacher(self, student: Student, evaluation: Evaluation) -> None:
@@ -160,23 +258,28 @@ class Run:
             evaluation=evaluation.to_json(), **self._quality(evaluation, evaluation),
         )  # fmt: skip
 
-    def record_round(
-        self,
-        student: Student,
-        removed: int,
-        scores: LayerScores,
-        training: TrainingResult,
-        evaluation: Evaluation,
-    ) -> None:
+    def record_scores(self, scores: LayerScores) -> None:
+        """Appends the running round's scores, and with them the choice of the layer to remove."""
+        self.record("scored", round=len(self.rounds) + 1, removed=scores.ranked()[0], scores=scores.to_json())
+
+    def record_round(self, student: Student, training: TrainingResult, evaluation: Evaluation) -> None:
         """Writes a round's files, then its event; a round without its event never happened."""
+        number, files = len(self.rounds) + 1, {}
         if not RANK:
-            self._write_round(len(self.rounds) + 1, student, scores, training)
+            files = self._write_round(number, student, training)
         judged = self.judged(student, training, evaluation)
-        self.record(
-            "round", round=len(self.rounds) + 1, removed=removed, kept=list(student.depth.kept),
-            scores=scores.to_json(), **judged,
-        )  # fmt: skip
+        self.record("round", round=number, kept=list(student.depth.kept), **judged, files=files)
+        self._clear()
         self.track({"layers": len(student.depth), **{k: judged[k] for k in ("aggregate", "kept_quality")}})
+
+    def record_finish(self, reason: str, student: Student, last_pass: dict[str, Any] | None) -> None:
+        """Appends the last event, with the hashes of the checkpoint; its model card may be edited by hand."""
+        paths = [path for path in sorted(self.student_folder.iterdir()) if path.name != "README.md"] if not RANK else []
+        self.record(
+            "finish", reason=reason, round=len(student.depth.removed), layers=len(student.depth), last_pass=last_pass,
+            files=self._hashes(paths),
+        )  # fmt: skip
+        self._clear()
 
     def judged(self, student: Student, training: TrainingResult, evaluation: Evaluation) -> dict[str, Any]:
         """What an event says of a student: its size, how it was trained, and its quality beside the teacher's."""
@@ -200,19 +303,34 @@ class Run:
         self._tracked.log(dict(values), step=self._track_step)
         self._track_step += 1
 
-    def _write_round(self, number: int, student: Student, scores: LayerScores, training: TrainingResult) -> None:
-        partial = self.folder / "rounds" / f".{number:02d}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+    def _write_round(self, number: int, student: Student, training: TrainingResult) -> dict[str, str]:
+        """Writes what an event has no room for; gives its hashes."""
+        assert self.scored
+        folder = self._round_folder(number)
+        partial = folder.with_name(f".{folder.name}.partial")
         partial.mkdir(parents=True)
-        _write_json(partial / "scores.json", scores.to_json())
+        _write_json(partial / "scores.json", self.scored["scores"])
         _write_json(partial / "training.json", training.summary() | {"curve": training.curve})
         save_file({k: v.contiguous() for k, v in student.owned_state().items()}, partial / "trained.safetensors")
-        replace_folder(partial, self._round_folder(number))
-        shutil.rmtree(self._answers_folder, ignore_errors=True)
+        replace_folder(partial, folder)
+        return self._hashes(folder.iterdir())
+
+    def _clear(self) -> None:
+        """Removes what only the round that was running needed."""
+        if not RANK:
+            shutil.rmtree(self._answers_folder, ignore_errors=True)
+        self.training_state().clear()
 
     def answers(self) -> AnswerStore:
         """What tasks were answered in the round that is running; kept until the round is recorded."""
         return AnswerStore(self._answers_folder / f"{RANK}.jsonl", f"round {len(self.rounds) + 1}")
+
+    def training_state(self) -> TrainingState:
+        """Where the training that is running saves how far it is: that of a removal, or the one after the last."""
+        since = next((event["check"] for event in reversed(self.live) if "round" in event), "")
+        return TrainingState(
+            self.folder / "rounds" / ".training.safetensors", since, self.config.distill.save_every
+        )  # fmt: skip
 
     def restore(self, student: Student, number: int | None = None) -> None:
         """Brings a fresh student to where a round (the last one, unless named) left it.
@@ -223,15 +341,43 @@ class Run:
         number = len(self.rounds) if number is None else number
         if not number:
             return
-        student.remove(set(student.depth.kept) - set(self.rounds[number - 1]["kept"]))
-        path = self._round_folder(number) / "trained.safetensors"
-        try:
-            student.load_owned(load_file(path))
-        except Exception as error:
+        event = self.rounds[number - 1]
+        self.check_files(event)
+        student.remove(set(student.depth.kept) - set(event["kept"]))
+        student.load_owned(load_file(self._round_folder(number) / "trained.safetensors"))
+
+    def check_files(self, event: Mapping[str, Any]) -> None:
+        """Checks the weights and the checkpoint that an event says were written.
+
+        Raises:
+            RunError: it names the file that is gone, or is not as it was written.
+        """
+        if name := self._damaged(event):
             raise RunError(
-                f"{path}: the weights of round {number} cannot be read ({error})",
-                hint="start again in a new output folder",
-            ) from None
+                f"{self.folder / name}: damaged or gone",
+                hint="bring it back from a copy; or start again in a new output folder",
+            )
+
+    def _damaged(self, event: Mapping[str, Any]) -> str | None:
+        """The first of an event's files that is not as it was written; what is only read in reports is no matter."""
+        needed = {name: digest for name, digest in event["files"].items() if not name.endswith(REPORTED)}
+        return next((name for name, digest in needed.items() if sha256_of(self.folder / name) != digest), None)
+
+    def _hashes(self, paths: Iterable[Path]) -> dict[str, str]:
+        return {path.relative_to(self.folder).as_posix(): str(sha256_of(path)) for path in sorted(paths)}
+
+    def curve(self, event: Mapping[str, Any]) -> list[dict[str, float]]:
+        """The training curve of a round; empty if its file is gone, or not as it was written."""
+        name = f"rounds/{event['round']:02d}/training.json"
+        if sha256_of(self.folder / name) != event["files"].get(name):
+            return []
+        found: list[dict[str, float]] = json.loads((self.folder / name).read_text(encoding="utf-8"))["curve"]
+        return found
+
+    @property
+    def _worker(self) -> Any:
+        """The process that worked on the run last."""
+        return next((event["process"] for event in reversed(self.events) if "process" in event), "another")
 
     def _quality(self, evaluation: Evaluation, reference: Evaluation) -> dict[str, float]:
         """The aggregate, and its share of the teacher's."""
@@ -247,7 +393,7 @@ class Run:
         return self.folder / "rounds" / ".answers"
 
     def _last(self, kind: str) -> dict[str, Any] | None:
-        return next((event for event in reversed(self.events) if event["event"] == kind), None)
+        return next((event for event in reversed(self.live) if event["event"] == kind), None)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -256,55 +402,41 @@ def describe_machine() -> dict[str, Any]:
     return {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
 
 
-def _read_events(journal: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; the last may be torn by a crash, or be on its way."""
-    content = journal.read_bytes()
+def _make(folder: Path) -> None:
+    """Makes a folder with an empty journal, if there is none yet.
+
+    Raises:
+        InputError: it holds something else, or cannot be written to.
+    """
+    journal = folder / "journal.jsonl"
     try:
-        return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
-    except ValueError as error:
-        raise RunError(f"{journal}: a line is damaged ({error})", hint="start again in a new output folder") from None
-
-
-def _cut_torn_line(journal: Path) -> None:
-    content = journal.read_bytes()
-    os.truncate(journal, content.rfind(b"\n") + 1)
-
-
-def _lock(file: int, *, exclusive: bool) -> bool:
-    """Takes a lock that ends with the descriptor or the process; False if another one is in the way of an exclusive."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
-    except BlockingIOError:
-        return False
-    except OSError:  # some file systems know no locks
-        return True
-    return True
-
-
-def _check_same(folder: Path, config: RunConfig) -> None:
-    there = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    differences = _differences(there, yaml.safe_load(_dump(config)))
-    if differences:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            journal.touch()
+        if journal.is_file():
+            journal.open("ab").close()
+            return
+    except OSError as error:
+        if disk_is_full(error):
+            raise
         raise InputError(
-            f"output: {folder} holds another run: {'; '.join(differences[:3])}",
-            hint="name a new output folder, or undo the change to go on with that run",
-        )
+            f"output: {folder} cannot be written to ({error.strerror})",
+            hint="name a folder that can (--set output=...), or change its permissions",
+        ) from None
+    raise InputError(
+        f"output: {folder} is not empty, and what it holds is no run",
+        hint="name a new or an empty folder (--set output=...)",
+    )
 
 
-def _differences(there: Any, now: Any, where: str = "") -> list[str]:
+def _differences(there: Any, now: Any, where: str = "") -> dict[str, str]:
+    """By the name of the field, what it was and is."""
     if isinstance(there, dict) and isinstance(now, dict):
-        return [
-            difference
-            for key in {**there, **now}
-            for difference in _differences(there.get(key), now.get(key), f"{where}.{key}".lstrip("."))
-        ]
-    return [] if there == now else [f"{where} is {there!r} there and {now!r} in this config"]
-
-
-def _dump(config: RunConfig) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        found: dict[str, str] = {}
+        for key in {**there, **now}:
+            found |= _differences(there.get(key), now.get(key), f"{where}.{key}".lstrip("."))
+        return found
+    return {} if there == now else {where: f"{where} is {there!r} there and {now!r} in this config"}
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -12,22 +12,30 @@ from layerpeel.preflight import check_run, removable
 from layerpeel.progress import console
 from layerpeel.report import write_card
 from layerpeel.student import Student
-from layerpeel.tasks import evaluate
+from layerpeel.tasks import Task, evaluate
 from layerpeel.teacher_cache import cache_for
 from layerpeel.training import heal_candidates, train_last, train_student
 
 
-def peel(config: RunConfig) -> Run:
+def peel(config: RunConfig, *, accept_changes: bool = False) -> Run:
     """Makes the teacher shallower until a stop of the config holds; goes on with a run that was interrupted.
+
+    Args:
+        accept_changes: goes on with a run of another config where its rounds still hold (see `journal.FIXED`).
 
     Raises:
         InputError: the config, the model or the data will not do; found before any long work.
-        RunError: training diverged, or the run's files are damaged.
+        RunError: training diverged, the disk is full, or the run's files are damaged.
+        Interrupted: SIGINT or SIGTERM came, and all that was done is saved (where this is the main thread).
     """
     tasks = check_run(config)
-    run = Run.open(config)
-    if run.finish:
-        return run
+    with Run.open(config, accept_changes=accept_changes) as run:
+        if not run.finish:
+            _go_on(run, config, tasks)
+    return run
+
+
+def _go_on(run: Run, config: RunConfig, tasks: Sequence[Task]) -> None:
     teacher, tokenizer = load_model(
         config.teacher, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
@@ -41,36 +49,36 @@ def peel(config: RunConfig) -> Run:
     while not (reason := stop_reason(run, student, free := _free_layers(student, config))):
         number = len(run.rounds) + 1
         console.print(f"round {number}: {len(student.depth)} layers")
-        candidates = [student.depth.position(layer) for layer in free]
-        inputs = ScoringInputs(
-            student.stack, student.teacher, tokenizer, candidates, text, tasks, run.reference, config.aggregate,
-            config.score, run.answers(),
-        )  # fmt: skip
-        scores = score_candidates(inputs, student.depth)
-        if config.score.heal:
-            heal_candidates(student, inputs, scores, config)
-        removed = scores.ranked()[0]
-        student.remove([removed])
+        if not run.scored:
+            candidates = [student.depth.position(layer) for layer in free]
+            inputs = ScoringInputs(
+                student.stack, student.teacher, tokenizer, candidates, text, tasks, run.reference, config.aggregate,
+                config.score, run.answers(),
+            )  # fmt: skip
+            scores = score_candidates(inputs, student.depth)
+            if config.score.heal:
+                heal_candidates(student, inputs, scores, config)
+            run.record_scores(scores)
+        assert run.scored
+        student.remove([run.scored["removed"]])
         training = train_student(
             student, tokenizer, config.distill, seed=config.seed, round_number=number, storage=storage, cache=cache,
-            log=run.track,
+            state=run.training_state(), log=run.track,
         )  # fmt: skip
-        evaluation = evaluate(student.model, tokenizer, tasks)
-        run.record_round(student, removed, scores, training, evaluation)
+        run.record_round(student, training, evaluate(student.model, tokenizer, tasks))
 
     if reason == "min_quality":  # the last student above the floor is the result
         student = Student(teacher)
         run.restore(student, len(run.rounds) - 1)
     last = None
     if config.distill.last_pass:
-        training = train_last(student, tokenizer, config, storage=storage, cache=cache, log=run.track)
+        training = train_last(
+            student, tokenizer, config, storage=storage, cache=cache, state=run.training_state(), log=run.track
+        )
         last = run.judged(student, training, evaluate(student.model, tokenizer, tasks))
     save_model(student.model, tokenizer, run.student_folder, storage)
     write_card(run, run.student_folder, len(student.depth.removed), last)
-    run.record(
-        "finish", reason=reason, round=len(student.depth.removed), layers=len(student.depth), last_pass=last
-    )  # fmt: skip
-    return run
+    run.record_finish(reason, student, last)
 
 
 def stop_reason(run: Run, student: Student, free: Sequence[int]) -> str | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import psutil
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
@@ -20,12 +21,14 @@ from layerpeel.config import DistillConfig, RunConfig
 from layerpeel.data import Rows, cycle_batches, load_rows
 from layerpeel.errors import InputError, RunError
 from layerpeel.importance import LayerScores, ScoringInputs
+from layerpeel.interrupts import stop_asked, stop_if_asked
 from layerpeel.losses import LossSum
 from layerpeel.parallel import gradient_norm, processes_of, sharded, sum_gradients, sum_numbers
 from layerpeel.progress import console, progress
 from layerpeel.student import FINAL, Student, next_tokens, parameters_to_train, run_both
 from layerpeel.tasks import evaluate
 from layerpeel.teacher_cache import TeacherCache
+from layerpeel.training_state import TrainingState, collect, restore
 
 MOST_RESTARTS = 3  # of a round, each with half the learning rate
 
@@ -43,6 +46,7 @@ class TrainingResult:
         tokens: real tokens seen, by all processes.
         skipped: steps that were skipped, since their loss or gradient was not finite.
         restarts: how often the round began again with half the learning rate, after too many of them.
+        halved: how often a micro-batch was halved, since memory had run out.
         cached: the share of the rows whose teacher states were found on disk.
         seconds: wall-clock time.
         curve: a dict a step: `loss`, each part without its weight, `learning_rate`, `gradient_norm`, `tokens` so far.
@@ -54,6 +58,7 @@ class TrainingResult:
     tokens: int = 0
     skipped: int = 0
     restarts: int = 0
+    halved: int = 0
     cached: float = 0.0
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -75,6 +80,7 @@ def train_student(
     round_number: int = 1,
     storage: torch.dtype = torch.float32,
     cache: TeacherCache | None = None,
+    state: TrainingState | None = None,
     log: Log | None = None,
     description: str = "distilling",
 ) -> TrainingResult:
@@ -87,7 +93,8 @@ def train_student(
         seed: of the text and its order.
         round_number: counted from 1; later rounds go on in the text, or shuffle it anew.
         cache: where teacher states are kept.
-        log: called with each step's point of the curve.
+        state: where training saves how far it is, and goes on from; on a CPU the result is the same to the last bit.
+        log: called with each step's point of the curve, and first with those of the steps that were done before.
 
     Raises:
         InputError: nothing to train, or no text.
@@ -112,10 +119,10 @@ def train_student(
         config.text, tokenizer, sequence_length=config.sequence_length, packing=packing,
         max_tokens=steps * per_step, seed=seed, skip_rows=(round_number - 1) * in_round if config.fresh_text else 0,
     )  # fmt: skip
-    trainer = _Trainer(student, names, config, steps, cache)
+    trainer = _Trainer(student, names, config, steps, cache, state)
     result = trainer.train(rows, seed + round_number, log, description)
     student.load_owned({n: value.to(storage) for n, value in student.owned_state().items() if n in names})
-    result.seconds = time.monotonic() - started
+    result.seconds += time.monotonic() - started
     return result
 
 
@@ -126,6 +133,7 @@ def train_last(
     *,
     storage: torch.dtype,
     cache: TeacherCache | None,
+    state: TrainingState | None,
     log: Log | None,
 ) -> TrainingResult:
     """The pass after the last removal, as `distill.last_pass` says."""
@@ -140,8 +148,8 @@ def train_last(
     )
     number = len(student.depth.removed) + 1
     return train_student(
-        student, tokenizer, distill, seed=config.seed, round_number=number, storage=storage, cache=cache, log=log,
-        description="last pass",
+        student, tokenizer, distill, seed=config.seed, round_number=number, storage=storage, cache=cache, state=state,
+        log=log, description="last pass",
     )  # fmt: skip
 
 
@@ -166,9 +174,16 @@ class _Trainer:
     """One round: optimizer, schedule, the step over them, and what happens when a step goes wrong."""
 
     def __init__(
-        self, student: Student, names: list[str], config: DistillConfig, steps: int, cache: TeacherCache | None
+        self,
+        student: Student,
+        names: list[str],
+        config: DistillConfig,
+        steps: int,
+        cache: TeacherCache | None,
+        state: TrainingState | None,
     ) -> None:
-        self.student, self.names, self.config, self.steps, self.cache = student, names, config, steps, cache
+        self.student, self.names, self.config, self.steps = student, names, config, steps
+        self.cache, self.state = cache, state
         self.device, dtype = student.model.device, student.model.dtype
         self.autocast = partial(torch.autocast, self.device.type, dtype, enabled=dtype is not torch.float32)
         self.processes = processes_of(self.device)
@@ -181,42 +196,55 @@ class _Trainer:
         self.student.own(self.names)
         here = self.student.parameters()
         before = {name: here[name].detach().to("cpu", copy=True) for name in self.names}
-        skipped = 0
-        for restarts in range(MOST_RESTARTS + 1):
-            rate = self.config.learning_rate / 2**restarts
-            result = TrainingResult(self.layers, sum(value.numel() for value in before.values()), restarts=restarts)
-            finished = self._attempt(rows, seed, rate, log, description, result)
-            skipped += result.skipped
-            if finished:
-                result.skipped = skipped
-                return result
+        parameters = sum(value.numel() for value in before.values())
+        saved = self.state.load() if self.state else None
+        tensors, numbers = saved or ({}, {"result": {}, "skipped": 0, "running": {}})
+        self.result = TrainingResult(**({"layers": self.layers, "parameters": parameters} | numbers["result"]))
+        self.skipped, self.losses.running = numbers["skipped"], numbers["running"]
+        while not self._attempt(rows, seed, log, description, tensors):
+            self.skipped, restarts, rate = self.skipped + self.result.skipped, self.result.restarts, self._rate / 2
+            if restarts == MOST_RESTARTS:
+                raise RunError(
+                    f"training diverged: {self.skipped} steps had a loss or a gradient that is not finite, down to a "
+                    f"learning rate of {self._rate:g}",
+                    hint="lower distill.learning_rate, or look for NaN in the teacher's weights; finished rounds are "
+                    "kept",
+                )
+            console.print(
+                f"{self.result.skipped} steps were not finite: the round starts again, learning rate {rate:g}"
+            )
             self.student.load_owned(before)
-            console.print(f"{result.skipped} steps were not finite: the round starts again, learning rate {rate / 2:g}")
-        raise RunError(
-            f"training diverged: {skipped} steps had a loss or a gradient that is not finite, down to a learning rate "
-            f"of {rate:g}",
-            hint="lower distill.learning_rate, or look for NaN in the teacher's weights; finished rounds are kept",
-        )
+            self.result, tensors = TrainingResult(self.layers, parameters, restarts=restarts + 1), {}
+        self.result.skipped += self.skipped
+        return self.result
 
-    def _attempt(
-        self, rows: Rows, seed: int, rate: float, log: Log | None, description: str, result: TrainingResult
-    ) -> bool:
+    @property
+    def _rate(self) -> float:
+        return float(self.config.learning_rate / 2**self.result.restarts)
+
+    def _attempt(self, rows: Rows, seed: int, log: Log | None, description: str, saved: Mapping[str, Tensor]) -> bool:
         """Trains with a learning rate, adding to `result`; False where too many steps had to be skipped."""
-        here = self.student.parameters()
+        result, here = self.result, self.student.parameters()
         dtypes = {name: here[name].dtype for name in self.names}
         for name in self.names:
             here[name].data = here[name].data.float()
+            if saved:
+                here[name].data.copy_(saved[f"parameter {name}"])
             here[name].requires_grad_(True)
         each = self.config.accumulation
         batches = cycle_batches(
-            rows, self.config.batch_size, seed=seed, steps=self.steps * each,
+            rows, self.config.batch_size, seed=seed, steps=self.steps * each, start=result.steps * each,
             rank=self.processes.process_index, world=self.processes.num_processes,
         )  # fmt: skip
         try:
             with sharded(self.student), progress(description, self.steps) as advance:
-                self._begin(rate)
-                started = time.monotonic()
-                for _ in range(self.steps):
+                self._begin(saved)
+                started, seen = time.monotonic(), result.tokens
+                advance(result.steps)
+                for point in result.curve:
+                    if log:
+                        log(point)
+                while result.steps < self.steps:
                     point = self._step(list(islice(batches, each)))
                     result.steps += 1
                     result.tokens += int(point["tokens"])
@@ -224,9 +252,10 @@ class _Trainer:
                     result.curve.append(point | {"tokens": result.tokens})
                     if log:
                         log(result.curve[-1])
-                    advance(note=_note(point, result.tokens / (time.monotonic() - started), self.device))
+                    advance(note=_note(point, (result.tokens - seen) / (time.monotonic() - started), self.device))
                     if result.skipped > self.config.max_skipped_steps:
                         return False
+                    self._save_if_due(time.monotonic() - started)
         finally:
             here = self.student.parameters()
             for name in self.names:
@@ -237,17 +266,32 @@ class _Trainer:
             result.cached = self.cache.hits / max(self.cache.hits + self.cache.misses, 1)
         return True
 
-    def _begin(self, rate: float) -> None:
-        """Optimizer and schedule, over parameters that may be split by now."""
+    def _begin(self, saved: Mapping[str, Tensor]) -> None:
+        """Optimizer and schedule, over parameters that may be split by now, new or as they were saved."""
         here = self.student.parameters()
         self.trained: list[nn.Parameter] = [here[name] for name in self.names]
         split = [p for p in self.trained if isinstance(p, DTensor)]
         groups = [split, [p for p in self.trained if not isinstance(p, DTensor)]]
         self.optimizer = torch.optim.AdamW(
-            [{"params": group} for group in groups if group], lr=rate, weight_decay=self.config.weight_decay
-        )
-        warmup = min(self.config.warmup_steps, self.steps // 2)
-        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, self.steps)
+            [{"params": group, "initial_lr": self._rate} for group in groups if group],
+            lr=self._rate, weight_decay=self.config.weight_decay,
+        )  # fmt: skip
+        warmup, done = min(self.config.warmup_steps, self.steps // 2), self.result.steps - self.result.skipped
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, self.steps, last_epoch=done - 1)
+        restore(self.optimizer, dict(zip(self.names, self.trained, strict=True)), saved)
+
+    def _save_if_due(self, seconds: float) -> None:
+        """Saves the state where that is due in a process, and after the last step; stops where a stop was asked for."""
+        if not self.state:
+            stop_if_asked()
+            return
+        wanted = sum_numbers({"due": float(self.state.is_due), "stop": float(stop_asked())}, self.device)
+        if any(wanted.values()) or self.result.steps == self.steps:
+            result = asdict(self.result) | {"seconds": self.result.seconds + seconds}
+            tensors = collect(dict(zip(self.names, self.trained, strict=True)), self.optimizer)
+            self.state.save(tensors, {"result": result, "skipped": self.skipped, "running": self.losses.running})
+        if wanted["stop"]:
+            stop_if_asked()
 
     def _step(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
         """One optimizer step over this process's micro-batches; skipped in all processes if it is not finite."""
@@ -260,10 +304,10 @@ class _Trainer:
             },
             self.device,
         )
-        totals: dict[str, float] = {}
-        for batch in batches:
-            for name, value in self._backward(batch, counts).items():
-                totals[name] = totals.get(name, 0.0) + float(value)
+        while not (totals := self._accumulate(batches, counts)):
+            self.optimizer.zero_grad()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
         totals = sum_numbers(totals, self.device)
         sum_gradients(self.trained)
         norm = gradient_norm(self.trained, self.device)
@@ -281,6 +325,41 @@ class _Trainer:
         point = {"learning_rate": rate, "gradient_norm": norm, "tokens": counts["tokens"], "skipped": float(not finite)}
         return totals | point
 
+    def _accumulate(self, batches: list[dict[str, Tensor]], counts: Mapping[str, float]) -> dict[str, float]:
+        """The gradients and losses of a step; no losses where memory ran out, and micro-batches are half as large now.
+
+        Losses are shares of the step's, so they add up to the same sum whatever the micro-batches are cut to.
+        """
+        totals: dict[str, float] = {}
+        rows = max(1, self.config.batch_size >> self.result.halved)
+        try:
+            for batch in batches:
+                for start in range(0, len(batch["input_ids"]), rows):
+                    part = {name: value[start : start + rows] for name, value in batch.items()}
+                    for name, value in self._backward(part, counts).items():
+                        totals[name] = totals.get(name, 0.0) + float(value)
+        except Exception as error:
+            if not should_reduce_batch_size(error):
+                raise
+            self._halve(rows)
+            return {}
+        return totals
+
+    def _halve(self, rows: int) -> None:
+        """Makes micro-batches half as large.
+
+        Raises:
+            RunError: they are of one row, or layers are split between processes, which then are not at the same place.
+        """
+        if rows == 1 or any(isinstance(parameter, DTensor) for parameter in self.trained):
+            raise RunError(
+                f"out of memory in training, with {rows} rows of {self.config.sequence_length} tokens at a time",
+                hint="lower distill.batch_size (with more distill.accumulation) or distill.sequence_length, or set "
+                "distill.activation_checkpointing: true",
+            ) from None
+        self.result.halved += 1
+        console.print(f"out of memory: {max(1, self.config.batch_size >> self.result.halved)} rows at a time from here")
+
     def _backward(self, batch: Mapping[str, Tensor], counts: Mapping[str, float]) -> dict[str, Tensor]:
         """Adds a micro-batch's gradients; gives its share of the losses."""
         wanted = [*self.wanted, FINAL]
@@ -293,7 +372,8 @@ class _Trainer:
                 recompute=self.config.activation_checkpointing,
             )  # fmt: skip
             if self.cache and known is None:
-                self.cache.keep(batch, {layer: outputs.teacher_hidden[layer] for layer in wanted})
+                known = self.cache.keep(batch, {layer: outputs.teacher_hidden[layer] for layer in wanted})
+                outputs = replace(outputs, teacher_hidden=known, teacher_final=known[FINAL])
             loss, parts = self.losses(outputs)
         loss.backward()
         return {"loss": loss.detach(), **parts}

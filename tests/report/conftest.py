@@ -41,6 +41,4 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(finished: Path, tmp_path: Path) -> Run:
     """A copy of it to work on; the teacher is where it was."""
     folder = shutil.copytree(finished, tmp_path / "run")
-    config = (folder / "config.yaml").read_text(encoding="utf-8")
-    (folder / "config.yaml").write_text(config.replace(str(finished), str(folder)), encoding="utf-8")
     return Run(folder)

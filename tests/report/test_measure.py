@@ -13,9 +13,8 @@ from tests.report.conftest import HOSTILE
 
 
 def test_without_the_teacher_it_says_so(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    config = run.folder / "config.yaml"
-    config.write_text(config.read_text(encoding="utf-8").replace("/teacher\n", "/gone\n"), encoding="utf-8")
-    text = write_report(Run(run.folder)).read_text(encoding="utf-8")
+    run.config.teacher += "/gone"
+    text = write_report(run).read_text(encoding="utf-8")
     assert "were not measured, because the students cannot be rebuilt: no such model" in text
     assert "nothing measured: no such model" in capsys.readouterr().err
     assert not (run.folder / "report/measurements.json").exists()

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from layerpeel.config import ScoreConfig
 from layerpeel.data import Rows, positions_of
+from layerpeel.interrupts import stop_if_asked
 from layerpeel.progress import progress
 from layerpeel.stack import Budget, Stack
 from layerpeel.tasks import Task
@@ -133,6 +134,7 @@ def mean_over_text(
             total = part if not start else total + part
             start += len(rows)
             advance(len(rows))
+            stop_if_asked()
     if state.num_processes > 1:
         parts = [torch.tensor(part, dtype=torch.float64) for part in gather_object([total.tolist()]) if part]
         total = torch.stack(parts).sum(0)

@@ -30,6 +30,7 @@ def export_student(run: Run, folder: Path, round_: int | None = None) -> int:
         RunError: the round's files are gone or damaged.
     """
     if round_ is None and run.finish and (run.student_folder / "config.json").is_file():
+        run.check_files(run.finish)
         shutil.copytree(run.student_folder, folder, dirs_exist_ok=True)
         return result_round(run)
     round_ = result_round(run) if round_ is None else round_

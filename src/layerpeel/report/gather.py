@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -184,12 +183,7 @@ def training_curves(run: Run) -> dict[int, list[dict[str, float]]]:
     """For each round that trained, its curve; rounds whose file is gone or damaged are left out."""
     curves = {}
     for event in run.rounds:
-        try:
-            path = run.folder / "rounds" / f"{event['round']:02d}" / "training.json"
-            curve = json.loads(path.read_text(encoding="utf-8"))["curve"]
-        except (OSError, ValueError, KeyError):
-            continue
-        if curve:
+        if curve := run.curve(event):
             curves[event["round"]] = curve
     return curves
 

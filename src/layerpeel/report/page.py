@@ -202,7 +202,7 @@ def _facts(
         "findings": [event for event in run.events if event["event"] == "finding"],
         "versions": start.get("versions", {}), "machine": start.get("machine", {}),
         "started": start.get("time"), "ended": run.events[-1]["time"] if run.events else None,
-        "config": (run.folder / "config.yaml").read_text(encoding="utf-8"), "method": gather.method_of(run.config),
+        "config": run.config_text, "method": gather.method_of(run.config),
         "teacher": teacher_name(run.config.teacher), "hashes": gather.hashes(run), "command": gather.command_of(run),
     }  # fmt: skip
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 
 from layerpeel.architecture import attention_reach
+from layerpeel.interrupts import stop_if_asked
 from layerpeel.progress import Advance, progress
 from layerpeel.stack import Budget, Stack
 from layerpeel.tasks.base import Answer, Generation, Likelihood, LogLikelihood, Request, Task, TaskScore
@@ -89,6 +90,7 @@ class Engine:
                 for index, own in zip(chosen, self._answer_batch([requests[i] for i in chosen]), strict=True):
                     answers[index] = own
                 advance(len(batch))
+                stop_if_asked()
         except Exception as error:
             self.budget.shrink(error, self.stack, self.streams, max(map(len_of, requests)))
 

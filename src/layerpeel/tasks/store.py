@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from layerpeel.ledger import append, from_line, seal, to_line
 from layerpeel.tasks.base import Answer, Likelihood, Request
 
 Answers = list[list[Answer]]
@@ -19,7 +18,7 @@ class AnswerStore:
 
     Args:
         path: a file; its folder is made.
-        asked_of: says which model is asked. What a file holds of another is dropped.
+        asked_of: says which model is asked. What a file holds of another is dropped, and so are damaged lines.
     """
 
     def __init__(self, path: Path, asked_of: str) -> None:
@@ -27,11 +26,12 @@ class AnswerStore:
         self._known: dict[str, Any] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        events = [event for line in lines if line.endswith(b"\n") and (event := _parse(line))]
-        if events and events[0].get("asked_of") == asked_of:
-            self._known = {event["key"]: event["answers"] for event in events[1:]}
-        else:
-            path.write_text(json.dumps({"asked_of": asked_of}) + "\n", encoding="utf-8")
+        events = [event for line in lines if (event := from_line(line, asked_of))]
+        self._known = {event["key"]: event["answers"] for event in events}
+        if not events:
+            path.unlink(missing_ok=True)
+        elif not lines[-1].endswith(b"\n"):
+            append(path, b"\n")
 
     def __len__(self) -> int:
         return len(self._known)
@@ -51,25 +51,9 @@ class AnswerStore:
 
     def keep_value(self, value: Any, *asked: Any) -> None:
         """Writes a value down that JSON can hold; returns once it is on the disk."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" * self._torn() + json.dumps({"key": _key(asked), "answers": value}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _torn(self) -> bool:
-        """Whether a crash has left a line without its end."""
-        with self.path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) != b"\n"
+        event: dict[str, Any] = {"key": _key(asked), "answers": value}
+        append(self.path, to_line(event | {"check": seal(event, self.asked_of)}))
 
 
 def _key(asked: tuple[Any, ...]) -> str:
     return hashlib.sha256(repr(asked).encode()).hexdigest()
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) else None
