@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from layerpeel.architecture import find_architecture
@@ -29,7 +28,7 @@ from layerpeel.journal import Run
 from layerpeel.loop import peel
 from layerpeel.models import count_parameters, fingerprint, load_model, load_streamed, save_model, stored_dtype
 from layerpeel.preflight import check
-from layerpeel.progress import RANK, console
+from layerpeel.progress import RANK, console, shown
 from layerpeel.report import draw_importance, export_student, list_runs, push, watch, write_report
 from layerpeel.report.text import moment, one_line, percent
 from layerpeel.stack import Stack
@@ -90,8 +89,8 @@ def score(
         print(found)
     else:
         output.print(_score_table(scores))
-        output.print(f"scores   {escape(str(folder / 'scores.json'))}", soft_wrap=True)
-        output.print(f"picture  {escape(str(folder / 'importance.png'))}", soft_wrap=True)
+        output.print(f"scores   {shown(folder / 'scores.json')}", soft_wrap=True)
+        output.print(f"picture  {shown(folder / 'importance.png')}", soft_wrap=True)
 
 
 @app.command()
@@ -181,7 +180,7 @@ def report(
     """Write the report of a run: a page that works offline, with its figures and tables in files beside it."""
     first, *others = map(Run, runs)
     page = watch(first, others, output_) if watch_ else write_report(first, others, output_, measure=measure)
-    output.print(f"report   {escape(str(page))}", soft_wrap=True)
+    output.print(f"report   {shown(page)}", soft_wrap=True)
 
 
 @app.command()
@@ -196,9 +195,9 @@ def export(
     """Write the student of a round as a full Hugging Face checkpoint with its model card."""
     _check_free(output_)
     number = export_student(Run(run), output_, round_)
-    output.print(f"student  {escape(str(output_))} (round {number})", soft_wrap=True)
+    output.print(f"student  {shown(output_)} (round {number})", soft_wrap=True)
     if repository:
-        output.print(f"hub      {escape(push(output_, repository))}", soft_wrap=True)
+        output.print(f"hub      {shown(push(output_, repository))}", soft_wrap=True)
 
 
 @app.command()
@@ -213,8 +212,8 @@ def ls(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("ru
         depth = f"{row['teacher_layers']} → {row['layers']}" if row["layers"] else "–"
         cells = [row["run"], row["state"], row["rounds"], depth, percent(row["kept_quality"])]
         cells += [moment(row["last_activity"]), one_line(row["note"])]
-        table.add_row(*(escape(str(cell)) for cell in cells))
-    output.print(table if found else f"no runs below {escape(str(folder))}")
+        table.add_row(*(shown(cell) for cell in cells))
+    output.print(table if found else f"no runs below {shown(folder)}")
 
 
 def main() -> None:
@@ -223,9 +222,9 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except LayerpeelError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        console.print(f"[bold red]error:[/] {shown(error)}", soft_wrap=True)
         if error.hint:
-            console.print(f"[bold]hint:[/] {escape(error.hint)}", soft_wrap=True)
+            console.print(f"[bold]hint:[/] {shown(error.hint)}", soft_wrap=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         console.print("stopped; run the same command again to go on from the last finished round")
@@ -235,7 +234,7 @@ def main() -> None:
         console.print("[bold]hint:[/] lower distill.batch_size, score.batch_size or distill.sequence_length")
         sys.exit(1)
     except OSError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        console.print(f"[bold red]error:[/] {shown(error)}", soft_wrap=True)
         sys.exit(1)
 
 
@@ -255,7 +254,7 @@ def _show(run: Run, page: Path, as_json: bool) -> None:
         return
     output.print(_run_table(run))
     for name, path in (("student", run.student_folder), ("report", page), ("record", run.journal)):
-        output.print(f"{name:8} {escape(str(path))}", soft_wrap=True)
+        output.print(f"{name:8} {shown(path)}", soft_wrap=True)
 
 
 def _run_table(run: Run) -> Table:
@@ -268,7 +267,7 @@ def _run_table(run: Run) -> Table:
         "params",
         "aggregate",
         "% of\nteacher",
-        *(escape(name).replace("_", "\n") for name in names),
+        *(shown(name).replace("_", "\n") for name in names),
     ]
     table = Table(*columns, box=None, header_style="bold")
     start = {"round": "-", "removed": "-", "kept": range(run.teacher["layers"])}
@@ -281,7 +280,7 @@ def _run_table(run: Run) -> Table:
 
 
 def _score_table(scores: LayerScores) -> Table:
-    columns = ["rank", "layer", f"{escape(scores.metric)}:\nlost when skipped", ""]
+    columns = ["rank", "layer", f"{shown(scores.metric)}:\nlost when skipped", ""]
     table = Table(*columns[:3], *(["± stderr"] if scores.stderr else []), columns[3], box=None, header_style="bold")
     span = max(map(abs, scores.importance.values())) or 1.0
     for rank, layer in enumerate(scores.ranked(), start=1):
@@ -320,7 +319,7 @@ def _load_stack(settings: RunConfig) -> tuple[Stack, Any]:
 def _evaluation_table(evaluation: Evaluation) -> Table:
     table = Table("task", "score", "stderr", "n", box=None, header_style="bold")
     for name, score in evaluation.scores.items():
-        table.add_row(escape(name), _number(score.value), _number(score.stderr), str(score.n))
+        table.add_row(shown(name), _number(score.value), _number(score.stderr), str(score.n))
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layerpeel.config import RunConfig
+from layerpeel.health import note_findings
 from layerpeel.importance import ScoringInputs, fixed_by_config, score_candidates, scoring_text
 from layerpeel.journal import Run
 from layerpeel.models import count_parameters, load_model, save_model, stored_dtype
@@ -36,6 +37,7 @@ def peel(config: RunConfig) -> Run:
     if not run.teacher:
         run.record_teacher(student, evaluate(teacher, tokenizer, tasks))
     run.restore(student)
+    note_findings(run)
     cache = cache_for(config, teacher, run.folder)
 
     while not (reason := stop_reason(run, student, free := _free_layers(student, config))):
@@ -57,6 +59,7 @@ def peel(config: RunConfig) -> Run:
         )  # fmt: skip
         evaluation = evaluate(student.model, tokenizer, tasks)
         run.record_round(student, removed, scores, training, evaluation)
+        note_findings(run)
 
     if reason == "min_quality":  # the last student above the floor is the result
         student = Student(teacher)

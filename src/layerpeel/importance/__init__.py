@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config import RunConfig, ScoreConfig
@@ -20,7 +19,7 @@ from layerpeel.importance.base import Findings, Metric, ScoringInputs
 from layerpeel.importance.block_influence import BlockInfluence
 from layerpeel.importance.task_quality import TaskQuality
 from layerpeel.importance.teacher_kl import TeacherKL
-from layerpeel.progress import console
+from layerpeel.progress import console, shown
 from layerpeel.stack import Stack
 from layerpeel.surgery import Depth
 from layerpeel.tasks import Task
@@ -203,7 +202,7 @@ def fixed_by_config(model: PreTrainedModel, depth: Depth) -> tuple[int, ...]:
 
 @cache
 def _say_once(text: str) -> None:
-    console.print(escape(text), style="dim")
+    console.print(shown(text), style="dim")
 
 
 def _refuse_generation(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> None:

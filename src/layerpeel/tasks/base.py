@@ -57,6 +57,7 @@ class TaskScore:
     Attributes:
         influences: what each sample adds to the value beyond its share of the mean (to first order), [n]; the paired
             error of a difference is that of the differences of these. None where samples can't be told apart.
+        chance: what guessing would score, where that is known.
     """
 
     value: float
@@ -64,19 +65,23 @@ class TaskScore:
     n: int
     lower_is_better: bool = False
     influences: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
+    chance: float | None = None
 
     @classmethod
-    def of_mean(cls, samples: Sequence[float], weights: Sequence[float] | None = None) -> TaskScore:
+    def of_mean(
+        cls, samples: Sequence[float], weights: Sequence[float] | None = None, *, chance: float | None = None
+    ) -> TaskScore:
         """The (weighted) mean, with the standard error of the sample (n - 1); of a ratio, by the delta method."""
         n = len(samples)
         weights = weights or [1.0] * n
         total = math.fsum(weights)
         mean = math.fsum(w * sample for w, sample in zip(weights, samples, strict=True)) / total
         influences = tuple(n * w * (sample - mean) / total for w, sample in zip(weights, samples, strict=True))
-        return cls(mean, _stderr_of(influences), n, influences=influences)
+        return cls(mean, _stderr_of(influences), n, influences=influences, chance=chance)
 
     def to_json(self) -> dict[str, Any]:
-        return {"value": self.value, "stderr": self.stderr, "n": self.n, "lower_is_better": self.lower_is_better}
+        own = {"value": self.value, "stderr": self.stderr, "n": self.n, "lower_is_better": self.lower_is_better}
+        return own if self.chance is None else own | {"chance": self.chance}
 
 
 def _stderr_of(influences: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -71,7 +72,8 @@ class Choice(FewShot):
         for index, own in answers.items():
             values = [a.log_probability / n for a, n in zip(own, self._lengths[index], strict=True)]
             correct.append(float(values.index(max(values)) == self._right(self.rows[index])))
-        return TaskScore.of_mean(correct)
+        chance = math.fsum(1 / len(self._lengths[index]) for index in answers) / len(answers)
+        return TaskScore.of_mean(correct, chance=chance)
 
     def _prefix(self) -> str:
         return self.fewshot_prefix(
