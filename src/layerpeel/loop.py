@@ -9,7 +9,7 @@ from layerpeel.health import note_findings
 from layerpeel.importance import ScoringInputs, fixed_by_config, score_candidates, scoring_text
 from layerpeel.journal import Run
 from layerpeel.models import count_parameters, load_model, save_model, stored_dtype
-from layerpeel.preflight import check_run, removable
+from layerpeel.preflight import check_run, check_trained, leaving_nothing, removable
 from layerpeel.progress import console
 from layerpeel.report import write_card
 from layerpeel.student import Student
@@ -29,11 +29,13 @@ def peel(config: RunConfig) -> Run:
     run = Run.open(config)
     if run.finish:
         return run
-    teacher, tokenizer = load_model(
-        config.teacher, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
-    )
-    storage, text = stored_dtype(config.teacher), scoring_text(config, tokenizer)
-    student = Student(teacher)
+    with leaving_nothing(run):
+        teacher, tokenizer = load_model(
+            config.teacher, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        )
+        student = Student(teacher)
+        check_trained(student, config.distill)
+        storage, text = stored_dtype(config.teacher), scoring_text(config, tokenizer)
     if not run.teacher:
         run.record_teacher(student, evaluate(teacher, tokenizer, tasks))
     run.restore(student)

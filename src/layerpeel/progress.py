@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-RANK = int(os.environ.get("RANK", "0"))  # of this process among those that a launcher started
+_rank = os.environ.get("RANK", "0")
+RANK = int(_rank) if _rank.isdecimal() else 0  # of this process among those that a launcher started
 console = Console(stderr=True, highlight=False, quiet=RANK > 0)
 
 

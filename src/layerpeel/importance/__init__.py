@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config import RunConfig, ScoreConfig
 from layerpeel.data import Rows, load_rows
-from layerpeel.errors import InputError, resolve_class
+from layerpeel.errors import InputError, reason_of, resolve_class
 from layerpeel.expressible import fixed_layers
 from layerpeel.importance.base import Findings, Metric, ScoringInputs
 from layerpeel.importance.block_influence import BlockInfluence
@@ -103,7 +103,14 @@ def make_metric(name: str) -> Metric:
     Raises:
         InputError: there is none.
     """
-    return resolve_class(name, METRICS, "metric")()
+    found = resolve_class(name, METRICS, "metric", Metric)
+    try:
+        metric: Metric = found()
+    except Exception as error:  # of a user's own class
+        raise InputError(
+            f"metric '{name}' cannot be made ({reason_of(error)})", hint="it is called without arguments"
+        ) from None
+    return metric
 
 
 def scoring_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Rows | None:

@@ -88,7 +88,7 @@ class LossSum:
 
 
 def _make_loss(name: str, config: LossConfig) -> Loss:
-    loss = resolve_class(name, LOSSES, "loss")
+    loss = resolve_class(name, LOSSES, "loss", Loss)
     try:
         return loss.model_validate(config.model_extra or {})
     except ValidationError as error:

@@ -154,7 +154,7 @@ class Evaluation:
 class Task(BaseModel, ABC):
     """A measurement of quality; its fields are its options in the config."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     name: str
     kind: str
@@ -290,6 +290,11 @@ def fill(template: str, row: Row, where: str) -> str:
                 raise InputError(
                     f"{where}: column '{match[1]}' has no '{key}'", hint=f"it holds {str(found)[:80]!r}"
                 ) from None
+        if found is None or isinstance(found, list | dict):
+            raise InputError(
+                f"{where}: '{match[0]}' is {str(found)[:60]!r}, expected text or a number",
+                hint="leave such rows out, or name an entry of it, as in {choices[0]}",
+            )
         return str(found)
 
     return PLACEHOLDER.sub(value, template)
