@@ -100,6 +100,7 @@ class Run:
                 "start",
                 versions={name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
                 machine=describe_machine(),
+                trust_remote_code=config.trust_remote_code,
             )
         return run
 

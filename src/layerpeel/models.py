@@ -356,7 +356,11 @@ def _check_finite(model: PreTrainedModel, path: str | Path) -> None:
 
 def stored_dtype(path: str | Path) -> torch.dtype:
     """The dtype that a checkpoint is stored in, by its config (float32 if it does not say)."""
-    return load_config_of(path).dtype or torch.float32
+    held, _ = PretrainedConfig.get_config_dict(str(path))  # as it is written: no code of the checkpoint's own runs
+    places = [held, held.get("text_config") or {}]
+    names = [place.get(key) for place in places for key in ("dtype", "torch_dtype")]
+    found = getattr(torch, str(next(filter(None, names), "float32")), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def fingerprint(path: str | Path, dtype: torch.dtype) -> str:

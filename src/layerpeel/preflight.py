@@ -145,10 +145,7 @@ def _check_sizes(config: RunConfig, teacher: PretrainedConfig) -> None:
     in_memory = least_parameters(teacher) if config.score.weights == "memory" else 0
     needs = {
         "teacher": 2 * in_memory,
-        "distill.sequence_length x distill.batch_size": 4
-        * row
-        * getattr(text, "hidden_size", 0)
-        * bool(distill.text),  # two models
+        "distill.sequence_length x distill.batch_size": hidden,
         "distill.tokens_per_round": BYTES_PER_TOKEN * distill.tokens_per_round,
         "distill.last_pass.tokens": BYTES_PER_TOKEN * last,
         "score.heal.steps": BYTES_PER_TOKEN * row * steps,
