@@ -1,4 +1,4 @@
-"""What comes from models, data and configs stays what it is: no code, no path out of the run, no control of a terminal."""
+"""What comes from models, data and configs is no code, no way out of the run, no control of a terminal."""
 
 from __future__ import annotations
 
