@@ -1,10 +1,10 @@
-# make demo | test | faults | check | format | clean        (needs python3.11 or newer; make PYTHON=python3.12 … picks one)
+# make demo | test | faults | check | fuzz | format | clean    (needs python3.11 or newer; make PYTHON=python3.12 … picks one)
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test faults check format clean
+.PHONY: help demo test faults check fuzz format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test     run the tests"
 	@echo "make faults   kill, fill up and damage demo runs, and compare what comes of them (half an hour)"
 	@echo "make check    lint, formatting, types, tests: what has to pass before a change lands"
+	@echo "make fuzz     ten minutes of configs and data that make no sense"
 	@echo "make format   mend what ruff can mend"
 	@echo "make clean    remove caches and builds (runs and .venv stay)"
 
@@ -29,6 +30,9 @@ check: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+fuzz: .venv/.installed
+	FUZZ_SECONDS=600 $(BIN)/python -m pytest tests/test_fuzz.py
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .

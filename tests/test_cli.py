@@ -22,18 +22,23 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("layerpeel.report.measure.TURN_SECONDS", 0.0)
     monkeypatch.setattr("layerpeel.report.measure.REPEATS", 1)
     monkeypatch.setattr("layerpeel.report.measure.NEW", 2)
-    save_tiny(tmp_path / "teacher")
-    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join("w5 w9 w7 w8 w4 w6 " * 12 for _ in range(12)))
+    return fill(tmp_path)
+
+
+def fill(folder: Path) -> Path:
+    """Puts a teacher, text, tasks and `run.yaml` into a folder."""
+    save_tiny(folder / "teacher")
+    (folder / "text.txt").write_text("\n<|endoftext|>\n".join("w5 w9 w7 w8 w4 w6 " * 12 for _ in range(12)))
     rows = [{"context": "w5 w9", "choices": ["w7", "w8"], "answer": 0}] * 4
-    (tmp_path / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {
         "teacher": "teacher", "output": "out", "stop": {"target_layers": 5},
         "score": {"decide": "teacher_kl", "tokens": 64},
         "tasks": [{"kind": "choice", "data": "choice.jsonl"}],
         "distill": {"text": "text.txt", "tokens_per_round": 128, "sequence_length": 16, "batch_size": 2},
     }  # fmt: skip
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    return tmp_path
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
 
 
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -157,7 +157,7 @@ def test_what_is_said_of_a_field(tmp_path: Path, changes: dict[str, Any], expect
     ],
 )
 def test_what_is_said_of_an_override(tmp_path: Path, override: str, expected: str) -> None:
-    assert message(write(tmp_path, seed=0), override) == expected
+    assert message(write(tmp_path, seed=0), override).startswith(expected)
 
 
 def test_what_is_said_of_a_file(tmp_path: Path) -> None:

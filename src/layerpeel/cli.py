@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
+import re
 import signal
 import sys
+import tempfile
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,21 +21,20 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from layerpeel.architecture import find_architecture
 from layerpeel.config import RunConfig, load_config
 from layerpeel.demo import prepare_demo
-from layerpeel.errors import InputError, LayerpeelError
+from layerpeel.errors import InputError, LayerpeelError, reason_of
 from layerpeel.families import OTHERS, TESTED, families_json, families_markdown, family_statuses
 from layerpeel.files import disk_is_full
 from layerpeel.importance import Estimate, LayerScores, score_layers, scoring_text
 from layerpeel.journal import Run
 from layerpeel.loop import peel
 from layerpeel.models import count_parameters, fingerprint, load_model, load_streamed, save_model, stored_dtype
-from layerpeel.preflight import check
-from layerpeel.progress import RANK, console
+from layerpeel.preflight import check, check_output
+from layerpeel.progress import RANK, console, shown
 from layerpeel.report import draw_importance, export_student, list_runs, push, watch, write_report
 from layerpeel.report.text import moment, one_line, percent
 from layerpeel.stack import Stack
@@ -49,6 +52,8 @@ app = typer.Typer(
 output = Console(
     highlight=False, width=max(140, Console().width), quiet=RANK > 0
 )  # a table too wide may wrap, and keeps its numbers
+
+LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # what it sets, and what no launcher means
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config; see configs/.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.field=value, over the config's.")]
@@ -84,6 +89,7 @@ def score(
     settings = load_config(config, set_)
     tasks = check(settings)
     folder = output_ or settings.output.with_name(f"{settings.output.name}-score")
+    check_output(folder, settings.teacher)
     stack, tokenizer = _load_stack(settings)
     store = AnswerStore(folder / f"answers.{RANK}.jsonl", fingerprint(settings.teacher, stack.model.dtype))
     scores = score_layers(
@@ -96,11 +102,11 @@ def score(
     (folder / "scores.json").write_text(found + "\n", encoding="utf-8")
     draw_importance(scores, folder / "importance.png")
     if as_json:
-        print(found)
+        print(json.dumps(scores.to_json()))
     else:
         output.print(_score_table(scores))
-        output.print(f"scores   {escape(str(folder / 'scores.json'))}", soft_wrap=True)
-        output.print(f"picture  {escape(str(folder / 'importance.png'))}", soft_wrap=True)
+        output.print(f"scores   {shown(folder / 'scores.json')}", soft_wrap=True)
+        output.print(f"picture  {shown(folder / 'importance.png')}", soft_wrap=True)
 
 
 @app.command()
@@ -109,12 +115,12 @@ def remove(
 ) -> None:
     """Remove layers, without training, and write the shallower model."""
     chosen = _parse_layers(layers)
-    _check_free(output_)
+    _check_free(output_, model)
     shorter, tokenizer = load_model(model)
     remove_layers(shorter, chosen)
     save_model(shorter, tokenizer, output_, stored_dtype(model))
     depth = len(find_architecture(shorter).layers)
-    output.print(f"{depth} layers, {count_parameters(shorter):,} parameters: {output_}")
+    output.print(f"{depth} layers, {count_parameters(shorter):,} parameters: {shown(output_)}")
 
 
 @app.command(name="distill")
@@ -124,7 +130,7 @@ def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Override
     chosen = _parse_layers(layers)
     if not settings.distill.tokens_per_round:
         raise InputError("distill.tokens_per_round: 0, so there is nothing to do", hint="set it, or use `remove`")
-    _check_free(output_)
+    _check_free(output_, settings.teacher)
     teacher, tokenizer = _load(settings)
     storage = stored_dtype(settings.teacher)
     student, result = distill(teacher, tokenizer, chosen, settings.distill, seed=settings.seed, storage=storage)
@@ -132,7 +138,7 @@ def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Override
     ends = result.summary()
     output.print(
         f"{len(find_architecture(student).layers)} layers, loss {ends['first_loss']:.4f} -> {ends['last_loss']:.4f} "
-        f"over {result.tokens:,} tokens in {result.seconds:.0f} s: {output_}"
+        f"over {result.tokens:,} tokens in {result.seconds:.0f} s: {shown(output_)}"
     )
 
 
@@ -190,7 +196,7 @@ def report(
     """Write the report of a run: a page that works offline, with its figures and tables in files beside it."""
     first, *others = map(Run, runs)
     page = watch(first, others, output_) if watch_ else write_report(first, others, output_, measure=measure)
-    output.print(f"report   {escape(str(page))}", soft_wrap=True)
+    output.print(f"report   {shown(page)}", soft_wrap=True)
 
 
 @app.command()
@@ -203,11 +209,12 @@ def export(
     ] = None,
 ) -> None:
     """Write the student of a round as a full Hugging Face checkpoint with its model card."""
-    _check_free(output_)
-    number = export_student(Run(run), output_, round_)
-    output.print(f"student  {escape(str(output_))} (round {number})", soft_wrap=True)
+    opened = Run(run)
+    _check_free(output_, opened.config.teacher)
+    number = export_student(opened, output_, round_)
+    output.print(f"student  {shown(output_)} (round {number})", soft_wrap=True)
     if repository:
-        output.print(f"hub      {escape(push(output_, repository))}", soft_wrap=True)
+        output.print(f"hub      {shown(push(output_, repository))}", soft_wrap=True)
 
 
 @app.command()
@@ -215,39 +222,69 @@ def ls(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("ru
     """List the runs below a folder, and how far each has come."""
     found = list_runs(folder)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(found))
         return
     table = Table("run", "state", "rounds", "layers", "% kept", "last activity", "", box=None, header_style="bold")
     for row in found:
         depth = f"{row['teacher_layers']} → {row['layers']}" if row["layers"] else "–"
         cells = [row["run"], row["state"], row["rounds"], depth, percent(row["kept_quality"])]
         cells += [moment(row["last_activity"]), one_line(row["note"])]
-        table.add_row(*(escape(str(cell)) for cell in cells))
-    output.print(table if found else f"no runs below {escape(str(folder))}")
+        table.add_row(*(shown(cell) for cell in cells))
+    output.print(table if found else f"no runs below {shown(folder)}")
 
 
 def main() -> None:
     """The `layerpeel` command."""
     _quiet_libraries()
     try:
+        _check_environment()
         app(standalone_mode=True)
     except LayerpeelError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        console.print(f"[bold red]error:[/] {shown(error)}", soft_wrap=True)
         if error.hint:
-            console.print(f"[bold]hint:[/] {escape(error.hint)}", soft_wrap=True)
+            console.print(f"[bold]hint:[/] {shown(error.hint)}", soft_wrap=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt as stop:
         console.print("stopped; run the same command again to go on from here")
         sys.exit(128 + getattr(stop, "signal", signal.SIGINT))
-    except torch.cuda.OutOfMemoryError:
-        console.print("[bold red]error:[/] out of memory on the GPU")
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        console.print(f"[bold red]error:[/] out of memory{'' if isinstance(error, MemoryError) else ' on the GPU'}")
         console.print("[bold]hint:[/] lower distill.batch_size, distill.sequence_length or score.memory")
         sys.exit(1)
     except OSError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        console.print(f"[bold red]error:[/] {shown(error)}", soft_wrap=True)
         if disk_is_full(error):
             console.print("[bold]hint:[/] free some space, then run the same command again")
         sys.exit(1)
+    except Exception as error:
+        console.print(f"[bold red]error:[/] a bug in layerpeel: {shown(reason_of(error))}", soft_wrap=True)
+        console.print(f"[bold]hint:[/] please report it, with {shown(_keep_traceback())}", soft_wrap=True)
+        sys.exit(1)
+
+
+def _keep_traceback() -> str:
+    """Writes where an error came from to a file of its own; gives its path."""
+    with tempfile.NamedTemporaryFile("w", prefix="layerpeel-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        file.write(f"{platform.platform()}\n{traceback.format_exc()}")
+    return file.name
+
+
+def _check_environment() -> None:
+    """Checks what a launcher of several processes sets, before a library stumbles over it."""
+    numbers = {name: os.environ.get(name, default) for name, default in LAUNCHER.items()}
+    for name, value in numbers.items():
+        if not re.fullmatch("[0-9]{1,9}", value):
+            raise InputError(f"environment: {name} is '{value}', expected a number", hint=f"unset {name}")
+    if int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
+        raise InputError(
+            f"environment: RANK is {numbers['RANK']} of WORLD_SIZE {numbers['WORLD_SIZE']} processes",
+            hint="start several processes by torchrun or accelerate launch, or unset both",
+        )
+    if int(numbers["WORLD_SIZE"]) > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError(
+            f"environment: WORLD_SIZE is {numbers['WORLD_SIZE']}, and MASTER_ADDR is not set",
+            hint="start several processes by torchrun or accelerate launch, or unset WORLD_SIZE",
+        )
 
 
 def _finish(run: Run, as_json: bool) -> None:
@@ -266,7 +303,7 @@ def _show(run: Run, page: Path, as_json: bool) -> None:
         return
     output.print(_run_table(run))
     for name, path in (("student", run.student_folder), ("report", page), ("record", run.journal)):
-        output.print(f"{name:8} {escape(str(path))}", soft_wrap=True)
+        output.print(f"{name:8} {shown(path)}", soft_wrap=True)
 
 
 def _run_table(run: Run) -> Table:
@@ -279,7 +316,7 @@ def _run_table(run: Run) -> Table:
         "params",
         "aggregate",
         "% of\nteacher",
-        *(escape(name).replace("_", "\n") for name in names),
+        *(shown(name).replace("_", "\n") for name in names),
     ]
     table = Table(*columns, box=None, header_style="bold")
     start = {"round": "-", "removed": "-", "kept": range(run.teacher["layers"])}
@@ -292,7 +329,7 @@ def _run_table(run: Run) -> Table:
 
 
 def _score_table(scores: LayerScores) -> Table:
-    columns = ["rank", "layer", f"{escape(scores.metric)}:\nlost when skipped", ""]
+    columns = ["rank", "layer", f"{shown(scores.metric)}:\nlost when skipped", ""]
     table = Table(*columns[:3], *(["± stderr"] if scores.stderr else []), columns[3], box=None, header_style="bold")
     span = max(map(abs, scores.importance.values())) or 1.0
     for rank, layer in enumerate(scores.ranked(), start=1):
@@ -331,7 +368,7 @@ def _load_stack(settings: RunConfig) -> tuple[Stack, Any]:
 def _evaluation_table(evaluation: Evaluation) -> Table:
     table = Table("task", "score", "stderr", "n", box=None, header_style="bold")
     for name, score in evaluation.scores.items():
-        table.add_row(escape(name), _number(score.value), _number(score.stderr), str(score.n))
+        table.add_row(shown(name), _number(score.value), _number(score.stderr), str(score.n))
     return table
 
 
@@ -348,14 +385,18 @@ def _load(settings: RunConfig) -> Any:
 def _parse_layers(text: str) -> list[int]:
     layers: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        found = re.fullmatch(r"\s*([0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
+        if not found or int(found[2] or found[1]) < int(found[1]):
             raise InputError(f"--layers {text}: expected layer numbers", hint="as in --layers 5,7 or --layers 5-8")
-        layers += range(int(first), int(last or first) + 1)
+        layers += range(int(found[1]), int(found[2] or found[1]) + 1)
+    twice = [layer for layer in layers if layers.count(layer) > 1]
+    if twice:
+        raise InputError(f"--layers {text}: layer {twice[0]} is named twice", hint="name each layer once")
     return layers
 
 
-def _check_free(folder: Path) -> None:
+def _check_free(folder: Path, model: str) -> None:
+    check_output(folder, model)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--output: {folder} is not empty", hint="name a new or an empty folder")
 
@@ -363,6 +404,8 @@ def _check_free(folder: Path) -> None:
 def _quiet_libraries() -> None:
     """Our own messages say what matters; those of the libraries beneath would bury them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # if it is not imported yet
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     from transformers.utils import logging as transformers_logging

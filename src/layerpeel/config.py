@@ -5,25 +5,29 @@ from __future__ import annotations
 import glob
 import os.path
 import re
+import reprlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from layerpeel.errors import InputError, nearest
+from layerpeel.errors import InputError, nearest, reason_of
+
+MOST_VALUES = 100_000  # in a config
 
 
 class Section(BaseModel):
     """A part of the config; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class TextConfig(Section):
     """Where text comes from."""
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """A .txt, .jsonl, .json, .csv, .parquet or .arrow file (or a .gz of one), a folder of such, a saved dataset, a
     glob, or a hub name; a hub dataset is read over the network as far as it is needed."""
     column: str = "text"
@@ -52,15 +56,18 @@ def _as_list(value: Any) -> Any:
 Texts = Annotated[list[TextConfig], BeforeValidator(_as_list)]
 
 
+NUMBER = r"[0-9]{1,18}(?:\.[0-9]{0,18})?"
+
+
 def _parse_count(value: Any) -> Any:
     """Reads 2.5B, 300M, 40k as numbers."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kKmMbB])\s*", value) if isinstance(value, str) else None
+    match = re.fullmatch(rf"\s*({NUMBER})\s*([kKmMbB])\s*", value) if isinstance(value, str) else None
     return int(float(match[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[match[2].lower()]) if match else value
 
 
 def _parse_bytes(value: Any) -> Any:
     """Reads 8GB, 500 MB as numbers of bytes."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)i?B\s*", value, re.IGNORECASE) if isinstance(value, str) else None
+    match = re.fullmatch(rf"\s*({NUMBER})\s*([KMGT]?)i?B\s*", value, re.IGNORECASE) if isinstance(value, str) else None
     return int(float(match[1]) * 2 ** (10 * " KMGT".index(match[2].upper() or " "))) if match else value
 
 
@@ -146,7 +153,7 @@ class ScoreConfig(Section):
 class TaskConfig(BaseModel):
     """A measurement of quality; its kind decides what other keys there are."""
 
-    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, allow_inf_nan=False)
 
     kind: str
     """choice, pairs, generate, perplexity, harness, or module:Class."""
@@ -162,7 +169,7 @@ class TaskConfig(BaseModel):
 class LossConfig(BaseModel):
     """A loss's weight, and whatever options it has."""
 
-    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, allow_inf_nan=False)
 
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Its factor in the sum."""
@@ -240,6 +247,8 @@ class DistillConfig(Section):
     def _trainable(self) -> DistillConfig:
         if self.tokens_per_round and not self.losses:
             raise ValueError("losses: expected at least one")
+        if self.tokens_per_round and not any(loss.weight for loss in self.losses.values()):
+            raise ValueError("losses: expected at least one with a weight above 0")
         try:
             re.compile(self.train)
         except re.error as error:
@@ -250,7 +259,7 @@ class DistillConfig(Section):
 class RunConfig(Section):
     """A whole run."""
 
-    teacher: str
+    teacher: Annotated[str, Field(min_length=1)]
     """A model folder or a hub name."""
     output: Path
     """The run's folder; running again goes on with it."""
@@ -264,7 +273,7 @@ class RunConfig(Section):
     """Of the tasks' scores: their mean, or the mean of score / teacher's score."""
     distill: DistillConfig = DistillConfig(tokens_per_round=0)
     """How the gap is healed."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the order of the training text."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
@@ -274,6 +283,8 @@ class RunConfig(Section):
     """Of the frozen weights; auto: float32 on a CPU, else that of the checkpoint."""
     trust_remote_code: bool = False
     """Whether code that comes with the checkpoint may run."""
+    memory_limit: Annotated[int, BeforeValidator(_parse_bytes), Field(ge=1)] | None = None
+    """A config that surely needs more bytes than this is refused; what the machine has in all, if not given."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -302,16 +313,56 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"no such config: {path}", hint="give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as YAML ({error})", hint="see configs/ for examples") from None
+    raw = read_yaml(text, f"{path}: cannot be read as YAML", "see configs/ for examples")
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a mapping of fields to values", hint="see configs/ for examples")
     for override in overrides:
         _override(raw, override)
     return resolve_paths(parse_config(raw, str(path)), path.parent)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and no key twice: of two, one would be left out without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.MarkedYAMLError("while reading a mapping", node.start_mark, f"found the key '{twice[0]}' twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, wrong: str, hint: str) -> Any:
+    """The plain values of a YAML text; whatever is wrong with it is said as `wrong (reason)`.
+
+    Raises:
+        InputError: it is no YAML, or has tags, a key twice, or more values (its aliases written out) than a config.
+    """
+    loader = _Loader("")
+    try:
+        loader = _Loader(text)
+        value = loader.get_single_data()
+        if _count_values(value) > MOST_VALUES:
+            raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        raise InputError(f"{wrong} ({reason_of(error)})", hint=hint) from None
+    finally:
+        loader.dispose()
+    return value
+
+
+def _count_values(value: Any) -> int:
+    """How many values a nested one holds, counted up to a little beyond `MOST_VALUES`: aliases may repeat them."""
+    count, left = 0, [value]
+    while left and count <= MOST_VALUES:
+        count, here = count + 1, left.pop()
+        left += [*here, *here.values()] if isinstance(here, dict) else here if isinstance(here, list) else []
+    return count
 
 
 def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
@@ -334,8 +385,16 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
         section = _section(model, first["loc"][:-1])
         return f"{field}: unknown key{nearest(str(first['loc'][-1]), section.model_fields)}"
     message = first["msg"].removeprefix("Value error, ")
-    found = "" if first["type"] in ("missing", "value_error") else f", found {first['input']!r}"
+    found = "" if first["type"] in ("missing", "value_error") else f", found {_short(first['input'])}"
     return f"{field}: {message[:1].lower()}{message[1:]}{found}".removeprefix(": ")
+
+
+def _short(value: Any) -> str:
+    """How a value is written, without the inside of long ones."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a number of more digits than Python writes out
+        return f"a very long {type(value).__name__}"
 
 
 def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
@@ -353,27 +412,23 @@ def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
 
 def _resolve(path: str, folder: Path) -> str:
     for base in (folder, Path()):
-        there = (base / Path(path).expanduser()).absolute()
-        if there.exists() or (glob.has_magic(path) and glob.glob(str(there))):
-            return os.path.normpath(there)
+        with suppress(OSError, ValueError, RuntimeError):  # no name that a file can have: others say so
+            there = (base / Path(path).expanduser()).absolute()
+            if there.exists() or (glob.has_magic(path) and glob.glob(str(there))):
+                return os.path.normpath(there)
     return path
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
-    if not separator:
+    if not separator or not all(key.strip().split(".")):
         raise InputError(f"--set {override}: expected section.field=value", hint="as in --set stop.target_layers=24")
     *sections, field = key.strip().split(".")
     for section in sections:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):
             raise InputError(f"--set {override}: {section} is not a section", hint="see configs/ for examples")
-    try:
-        raw[field] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise InputError(
-            f"--set {override}: the value is not YAML", hint="quote it, as in --set 'a.b=\"x: y\"'"
-        ) from None
+    raw[field] = read_yaml(value, f"--set {override}: the value is not YAML", "quote it, as in --set 'a.b=\"x: y\"'")
 
 
 def _section(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:

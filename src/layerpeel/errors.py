@@ -24,6 +24,12 @@ class RunError(LayerpeelError, RuntimeError):
     """A run that cannot go on."""
 
 
+def reason_of(error: BaseException) -> str:
+    """What a library's error says, in one line of its own length or less; its kind, if it says nothing."""
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 300 else text[:299] + "…") or type(error).__name__
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """The end of an "unknown ..." message: the nearest name, and those there are."""
     options = sorted(options)
@@ -32,8 +38,11 @@ def nearest(name: str, options: Iterable[str]) -> str:
     return f"{meant} available: {', '.join(options)}"
 
 
-def resolve_class(name: str, table: dict[str, type[Any]], kind: str) -> type[Any]:
-    """The class listed under `name`, or the one that a `module:Class` names.
+def resolve_class(name: str, table: dict[str, type[Any]], kind: str, base: type[Any] = object) -> type[Any]:
+    """The class listed under `name`, or the one that a `module:Class` names: that module is imported, which runs it.
+
+    Args:
+        base: what the class has to be derived from.
 
     Raises:
         InputError: there is none.
@@ -48,10 +57,16 @@ def resolve_class(name: str, table: dict[str, type[Any]], kind: str) -> type[Any
         )
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # the user's module runs, and raises what it likes
         raise InputError(
-            f"{kind} '{name}' cannot be imported ({error})", hint="the module must be on the Python path"
+            f"{kind} '{name}' cannot be imported ({reason_of(error)})",
+            hint="the module must be on the Python path, and import without an error",
         ) from None
     if not isinstance(found, type):
         raise InputError(f"{kind} '{name}' is no class", hint="name a class as module:Class")
+    if not issubclass(found, base):
+        raise InputError(
+            f"{kind} '{name}' is not derived from {base.__name__}",
+            hint=f"write class {attribute}({base.__name__}), from {base.__module__}",
+        )
     return found

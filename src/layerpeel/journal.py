@@ -117,7 +117,7 @@ class Run:
         if not self.events:
             self.record(
                 "start", config=config.model_dump(mode="json"), teacher_files=teacher, versions=versions,
-                machine=describe_machine(), process=os.getpid(),
+                machine=describe_machine(), trust_remote_code=config.trust_remote_code, process=os.getpid(),
             )  # fmt: skip
         else:
             self._check_config(config, accept_changes)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layerpeel.config import RunConfig
+from layerpeel.health import note_findings
 from layerpeel.importance import ScoringInputs, fixed_by_config, score_candidates, scoring_text
 from layerpeel.journal import Run
 from layerpeel.models import count_parameters, load_model, save_model, stored_dtype
-from layerpeel.preflight import check_run, removable
+from layerpeel.preflight import check_run, check_trained, leaving_nothing, removable
 from layerpeel.progress import console
 from layerpeel.report import write_card
 from layerpeel.student import Student
@@ -36,14 +37,17 @@ def peel(config: RunConfig, *, accept_changes: bool = False) -> Run:
 
 
 def _go_on(run: Run, config: RunConfig, tasks: Sequence[Task]) -> None:
-    teacher, tokenizer = load_model(
-        config.teacher, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
-    )
-    storage, text = stored_dtype(config.teacher), scoring_text(config, tokenizer)
-    student = Student(teacher)
+    with leaving_nothing(run):
+        teacher, tokenizer = load_model(
+            config.teacher, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        )
+        student = Student(teacher)
+        check_trained(student, config.distill)
+        storage, text = stored_dtype(config.teacher), scoring_text(config, tokenizer)
     if not run.teacher:
         run.record_teacher(student, evaluate(teacher, tokenizer, tasks))
     run.restore(student)
+    note_findings(run)
     cache = cache_for(config, teacher, run.folder)
 
     while not (reason := stop_reason(run, student, free := _free_layers(student, config))):
@@ -66,6 +70,7 @@ def _go_on(run: Run, config: RunConfig, tasks: Sequence[Task]) -> None:
             state=run.training_state(), log=run.track,
         )  # fmt: skip
         run.record_round(student, training, evaluate(student.model, tokenizer, tasks))
+        note_findings(run)
 
     if reason == "min_quality":  # the last student above the floor is the result
         student = Student(teacher)

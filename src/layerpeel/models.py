@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -29,8 +30,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from layerpeel.architecture import find_architecture
-from layerpeel.errors import InputError, RunError
+from layerpeel.architecture import find_architecture, text_config
+from layerpeel.errors import InputError, RunError, reason_of
 from layerpeel.expressible import first_difference
 from layerpeel.files import replace_folder
 from layerpeel.progress import RANK
@@ -38,15 +39,20 @@ from layerpeel.progress import RANK
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt: blocks of this size or more are mapped, and unmapped when freed
 BLOCK, BLOCKS = 2**16, 256  # of a file that is told from another: bytes of each, and how many
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_PER_BYTE = 8  # parameters in a byte of a checkpoint, however it is quantised
 
 
 def pick_device(device: str = "auto") -> torch.device:
     """The device to run on: CUDA, then MPS, then CPU, unless one is named."""
     if device != "auto":
         try:
-            return torch.device(device)
+            target = torch.device(device)
         except RuntimeError:
             raise InputError(f"device: unknown device {device!r}", hint="use auto, cpu, cuda or cuda:N") from None
+        there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+        if (target.index or 0) >= there.get(target.type, 0):
+            raise InputError(f"device: there is no {device} here", hint="use auto, cpu, cuda or cuda:N")
+        return target
     if torch.cuda.is_available():  # each process that a launcher started has a GPU of its own
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -59,7 +65,7 @@ def load_config_of(path: str | Path, *, trust_remote_code: bool = False) -> Pret
         InputError: there is no such model, or it is no causal language model.
     """
     folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if os.path.isdir(path) and not (folder / "config.json").is_file():
         raise InputError(
             f"{path} is not a model folder: it has no config.json",
             hint="give a folder that save_pretrained wrote, or a hub name",
@@ -67,9 +73,15 @@ def load_config_of(path: str | Path, *, trust_remote_code: bool = False) -> Pret
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if os.path.isdir(path):
+            raise InputError(
+                f"{folder / 'config.json'}: no config of a model that transformers knows ({reason_of(error)})",
+                hint="take it from the model's publisher, or write it anew with save_pretrained; code that comes with "
+                "a model runs only with trust_remote_code: true",
+            ) from None
         raise InputError(
-            f"no such model: {path} is neither a folder here nor a model that can be loaded from the hub ({reason})",
+            f"no such model: {path} is neither a folder here nor a model that can be loaded from the hub "
+            f"({reason_of(error)})",
             hint="check the path; for a hub model, check its name, the network and your access to it",
         ) from None
     _check_causal(config, path)
@@ -93,17 +105,25 @@ def load_model(
     """
     config = load_config_of(path, trust_remote_code=trust_remote_code)
     target = pick_device(device)
-    wanted = _wanted_dtype(config, target, dtype)
+    wanted = wanted_dtype(config, target, dtype)
+    check_weights(config, path)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=wanted, use_safetensors=True, trust_remote_code=trust_remote_code,
-            output_loading_info=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except OSError as error:
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever transformers, or the family's code, finds wrong with it
         raise InputError(
-            f"{path}: the weights cannot be loaded ({str(error).splitlines()[0]})",
-            hint="only safetensors are read; convert other formats with save_pretrained",
+            f"{path}: the weights cannot be loaded ({reason_of(error)})",
+            hint="only safetensors that fit config.json are read; convert other formats with save_pretrained",
         ) from None
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        raise InputError(
+            f"{path}: the weights do not fit config.json: {name} is of shape {list(stored)}, expected {list(expected)}",
+            hint="take config.json and weights from the same checkpoint",
+        )
     if info["missing_keys"]:
         raise InputError(
             f"{path}: the checkpoint lacks weights of its model: {', '.join(sorted(info['missing_keys'])[:3])}",
@@ -111,7 +131,9 @@ def load_model(
         )
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     check_vocabulary(model, tokenizer, path)
-    return model.to(target).eval(), tokenizer
+    model = model.to(target).eval()
+    _check_finite(model, path)
+    return model, tokenizer
 
 
 class LayerFiles:
@@ -183,7 +205,8 @@ def load_streamed(
     """
     config = load_config_of(path, trust_remote_code=trust_remote_code)
     _give_memory_back()
-    target, wanted = pick_device(device), _wanted_dtype(config, pick_device(device), dtype)
+    target, wanted = pick_device(device), wanted_dtype(config, pick_device(device), dtype)
+    check_weights(config, path)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     files = _tensor_files(path)
@@ -245,7 +268,8 @@ def _tensor_files(path: str | Path) -> dict[str, Path]:
     return files
 
 
-def _wanted_dtype(config: PretrainedConfig, device: torch.device, dtype: str) -> torch.dtype:
+def wanted_dtype(config: PretrainedConfig, device: torch.device, dtype: str) -> torch.dtype:
+    """What the frozen weights are held in: `dtype`, or for `auto` float32 on a CPU, else that of the checkpoint."""
     return DTYPES.get(dtype) or (torch.float32 if device.type == "cpu" else config.dtype or torch.float32)
 
 
@@ -258,9 +282,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{path}: no tokenizer can be loaded ({reason})", hint="save the tokenizer beside the model"
+            f"{path}: no tokenizer can be loaded ({reason_of(error)})", hint="save the tokenizer beside the model"
         ) from None
 
 
@@ -280,9 +303,78 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         )
 
 
+def least_parameters(config: PretrainedConfig) -> int:
+    """Surely no more than a model has: embeddings, and one square matrix a layer."""
+    text = text_config(config)
+    sizes = [getattr(text, name, 0) for name in ("vocab_size", "hidden_size", "num_hidden_layers")]
+    vocabulary, width, depth = (size if isinstance(size, int) else 0 for size in sizes)
+    return width * (vocabulary + depth * width)
+
+
+def check_weights(config: PretrainedConfig, path: str | Path) -> None:
+    """Checks a folder's weights by the headers of its files, before anything is allocated for them.
+
+    Raises:
+        InputError: a file is damaged or absent, its index leaves the folder, or config.json asks for a far larger model
+            than the files hold.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    for name in sorted(_indexed_files(folder)):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise InputError(
+                f"{folder}: the index of its weights names {name}, and there is no such file in the folder",
+                hint="fetch a complete checkpoint",
+            )
+    size = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except Exception as error:
+            raise InputError(
+                f"{file}: no safetensors file, or not whole ({reason_of(error)})", hint="fetch it again"
+            ) from None
+        size += file.stat().st_size
+    if size and least_parameters(config) > MOST_PER_BYTE * size:
+        raise InputError(
+            f"{folder / 'config.json'}: it describes a model of {least_parameters(config):,} parameters or more, and "
+            f"the weights have {size:,} bytes",
+            hint="take config.json and weights from the same checkpoint",
+        )
+
+
+def _indexed_files(folder: Path) -> set[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return set()
+    try:
+        return {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{index}: no index of weights ({reason_of(error)})", hint="fetch a complete checkpoint"
+        ) from None
+
+
+@torch.no_grad()
+def _check_finite(model: PreTrainedModel, path: str | Path) -> None:
+    """Checks that the model's outputs for one token are numbers: weights that are not spoil them all."""
+    logits = model(torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits
+    if not torch.isfinite(logits).all():
+        raise InputError(
+            f"{path}: the model's outputs are no numbers: its weights hold NaN or infinity, or overflow {model.dtype}",
+            hint="fetch the checkpoint again, or load it in another dtype",
+        )
+
+
 def stored_dtype(path: str | Path) -> torch.dtype:
     """The dtype that a checkpoint is stored in, by its config (float32 if it does not say)."""
-    return load_config_of(path).dtype or torch.float32
+    held, _ = PretrainedConfig.get_config_dict(str(path))  # as it is written: no code of the checkpoint's own runs
+    places = [held, held.get("text_config") or {}]
+    names = [place.get(key) for place in places for key in ("dtype", "torch_dtype")]
+    found = getattr(torch, str(next(filter(None, names), "float32")), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def fingerprint(path: str | Path, dtype: torch.dtype) -> str:

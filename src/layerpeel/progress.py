@@ -1,18 +1,40 @@
-"""Progress with time left, on stderr."""
+"""What people see on stderr: progress with time left; text from models, data and configs as nothing but text."""
 
 from __future__ import annotations
 
 import os
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-RANK = int(os.environ.get("RANK", "0"))  # of this process among those that a launcher started
+_rank = os.environ.get("RANK", "0")
+RANK = int(_rank) if _rank.isdecimal() else 0  # of this process among those that a launcher started
 console = Console(stderr=True, highlight=False, quiet=RANK > 0)
+
+
+# Bidirectional overrides, embeddings, isolates and marks: they can make a line read as something that it is not.
+BIDI = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C}
+
+
+def plain(value: Any) -> str:
+    """A text with its control characters, bidirectional overrides and lone surrogates written out by their numbers."""
+    return "".join(map(_shown, str(value)))
+
+
+def _shown(character: str) -> str:
+    hidden = unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
+    return f"\\u{ord(character):04x}" if hidden or ord(character) in BIDI else character
+
+
+def shown(value: Any) -> str:
+    """As `plain`, and with rich's markup escaped: for whatever comes from outside and goes to a terminal."""
+    return escape(plain(value))
 
 
 class Advance(Protocol):
@@ -25,13 +47,14 @@ class Advance(Protocol):
 def progress(description: str, total: int) -> Iterator[Advance]:
     """Shows a bar for `total` steps; what it yields moves it on."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
     )  # fmt: skip
     started = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task(description, total=total, note="")
-        yield lambda count=1, note="": bars.update(task, advance=count, note=note)
+        task = bars.add_task(plain(description), total=total, note="")
+        yield lambda count=1, note="": bars.update(task, advance=count, note=plain(note))
     seconds = time.monotonic() - started
     if seconds > 1:
-        console.print(f"{description}: {seconds:.0f} s", style="dim")
+        console.print(f"{shown(description)}: {seconds:.0f} s", style="dim")

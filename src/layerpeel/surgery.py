@@ -82,7 +82,7 @@ class Depth:
 
     def removable(self, first: int = 1, last: int = 1, layers: Iterable[int] = ()) -> tuple[int, ...]:
         """Surviving layers that may go: all but the teacher's `first`, its `last`, and the listed ones."""
-        protected = {*range(first), *range(self.total - last, self.total), *layers}
+        protected = {*range(min(first, self.total)), *range(max(0, self.total - last), self.total), *layers}
         return tuple(layer for layer in self.kept if layer not in protected)
 
 

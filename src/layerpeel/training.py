@@ -31,6 +31,7 @@ from layerpeel.teacher_cache import TeacherCache
 from layerpeel.training_state import TrainingState, collect, restore
 
 MOST_RESTARTS = 3  # of a round, each with half the learning rate
+NO_LOSS = ("learning_rate", "gradient_norm", "tokens", "skipped")  # of what a point of the curve holds
 
 Log = Callable[[dict[str, float]], None]
 
@@ -49,6 +50,7 @@ class TrainingResult:
         halved: how often a micro-batch was halved, since memory had run out.
         cached: the share of the rows whose teacher states were found on disk.
         seconds: wall-clock time.
+        without_gradient: losses that do not depend on the student's weights.
         curve: a dict a step: `loss`, each part without its weight, `learning_rate`, `gradient_norm`, `tokens` so far.
     """
 
@@ -61,14 +63,28 @@ class TrainingResult:
     halved: int = 0
     cached: float = 0.0
     seconds: float = 0.0
+    without_gradient: list[str] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
-        """All but the curve, with the mean loss of the first and of the last tenth of the steps, if there were any."""
-        losses = [point["loss"] for point in self.curve if not point["skipped"]]
-        tenth = max(1, len(losses) // 10)
-        ends = {"first_loss": _mean(losses[:tenth]), "last_loss": _mean(losses[-tenth:])} if losses else {}
-        return {k: v for k, v in asdict(self).items() if k != "curve"} | ends
+        """All but the curve; of it, where there were steps, means over the first and the last tenth of them.
+
+        These are `first_loss` and `last_loss`, and `losses`: the two for each part. `gradient_norm` is the mean over
+        all steps.
+        """
+        own = {name: value for name, value in asdict(self).items() if name != "curve"}
+        points = [point for point in self.curve if not point["skipped"]]
+        if not points:
+            return own
+        tenth = max(1, len(points) // 10)
+        ends = {
+            name: [_mean([point[name] for point in some]) for some in (points[:tenth], points[-tenth:])]
+            for name in points[0]
+            if name not in NO_LOSS
+        }
+        first, last = ends.pop("loss")
+        norm = _mean([point["gradient_norm"] for point in points])
+        return own | {"first_loss": first, "last_loss": last, "losses": ends, "gradient_norm": norm}
 
 
 def train_student(
@@ -262,6 +278,7 @@ class _Trainer:
                 here[name].requires_grad_(False)
                 here[name].grad = None
                 here[name].data = here[name].data.to(dtypes[name])
+        result.without_gradient = sorted(self.losses.without_gradient)
         if self.cache:
             result.cached = self.cache.hits / max(self.cache.hits + self.cache.misses, 1)
         return True
@@ -375,6 +392,11 @@ class _Trainer:
                 known = self.cache.keep(batch, {layer: outputs.teacher_hidden[layer] for layer in wanted})
                 outputs = replace(outputs, teacher_hidden=known, teacher_final=known[FINAL])
             loss, parts = self.losses(outputs)
+        if not loss.requires_grad:
+            raise InputError(
+                f"distill.losses: none of {', '.join(parts)} depends on what trains, so there is no gradient",
+                hint="name another loss, or train what it sees (distill.train)",
+            )
         loss.backward()
         return {"loss": loss.detach(), **parts}
 
@@ -383,8 +405,7 @@ def _note(point: Mapping[str, float], speed: float, device: torch.device) -> str
     """What stands beside the bar: losses, learning rate, speed, memory."""
     on_gpu = device.type == "cuda"
     memory = torch.cuda.max_memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
-    others = ("learning_rate", "gradient_norm", "tokens", "skipped")
-    losses = " ".join(f"{name} {value:.4f}" for name, value in point.items() if name not in others)
+    losses = " ".join(f"{name} {value:.4f}" for name, value in point.items() if name not in NO_LOSS)
     return f"{losses}, lr {point['learning_rate']:.1e}, {speed:,.0f} tokens/s, {memory / 2**30:.1f} GiB"
 
 

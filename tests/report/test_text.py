@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from layerpeel.report.text import count, duration, number, one_line, percent, plain, size
+from layerpeel.progress import plain
+from layerpeel.report.text import count, duration, number, one_line, percent, size
 
 
 @pytest.mark.parametrize(

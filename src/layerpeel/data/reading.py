@@ -6,6 +6,7 @@ import atexit
 import glob
 import gzip
 import json
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ Row = dict[str, Any]
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 TABLES = {".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 READABLE = (".txt", ".jsonl", *TABLES)
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character, of which JSON may hold one alone
 ARCHIVES = (".zst", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz")
 
 
@@ -193,7 +195,14 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+            if SURROGATE.search(line):
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{path}, line {number}: half a character, which no text can hold ({error.reason})",
+                hint="write it without \\ud800 and the like, or with both halves",
+            ) from None
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{path}, line {number}: not JSON ({error})", hint="expected one JSON object a line"
             ) from None

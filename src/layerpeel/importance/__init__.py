@@ -9,18 +9,17 @@ from functools import cache
 from typing import Any
 
 import torch
-from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config import RunConfig, ScoreConfig
 from layerpeel.data import Rows, load_rows
-from layerpeel.errors import InputError, resolve_class
+from layerpeel.errors import InputError, reason_of, resolve_class
 from layerpeel.expressible import fixed_layers
 from layerpeel.importance.base import Findings, Metric, ScoringInputs
 from layerpeel.importance.block_influence import BlockInfluence
 from layerpeel.importance.task_quality import TaskQuality
 from layerpeel.importance.teacher_kl import TeacherKL
-from layerpeel.progress import console
+from layerpeel.progress import console, shown
 from layerpeel.stack import Stack
 from layerpeel.surgery import Depth
 from layerpeel.tasks import Task
@@ -103,7 +102,14 @@ def make_metric(name: str) -> Metric:
     Raises:
         InputError: there is none.
     """
-    return resolve_class(name, METRICS, "metric")()
+    found = resolve_class(name, METRICS, "metric", Metric)
+    try:
+        metric: Metric = found()
+    except Exception as error:  # of a user's own class
+        raise InputError(
+            f"metric '{name}' cannot be made ({reason_of(error)})", hint="it is called without arguments"
+        ) from None
+    return metric
 
 
 def scoring_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
@@ -202,7 +208,7 @@ def fixed_by_config(model: PreTrainedModel, depth: Depth) -> tuple[int, ...]:
 
 @cache
 def _say_once(text: str) -> None:
-    console.print(escape(text), style="dim")
+    console.print(shown(text), style="dim")
 
 
 def _refuse_generation(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> None:

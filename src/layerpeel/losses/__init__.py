@@ -35,6 +35,7 @@ class LossSum:
 
     Attributes:
         running: the running mean of each loss, where they are balanced.
+        without_gradient: losses that turned out not to depend on the student's weights.
     """
 
     def __init__(self, configs: Mapping[str, LossConfig], *, balance: bool = False) -> None:
@@ -50,6 +51,7 @@ class LossSum:
         self.weights = {name: config.weight for name, config in configs.items()}
         self.losses = {name: _make_loss(name, config) for name, config in configs.items()}
         self.balance, self.running = balance, dict[str, float]()
+        self.without_gradient: set[str] = set()
 
     def hidden_layers(self, trained: Sequence[int]) -> list[int]:
         """The layers whose outputs the losses read, of those in training (teacher indices)."""
@@ -67,6 +69,8 @@ class LossSum:
         for name, loss in self.losses.items():
             if name not in on_logits:
                 part = loss(outputs)
+                if torch.is_grad_enabled() and not part.requires_grad:
+                    self.without_gradient.add(name)
                 total = total + weights[name] * part
                 parts[name] = part.detach()
         return total, {name: parts[name] for name in self.losses}
@@ -84,7 +88,7 @@ class LossSum:
 
 
 def _make_loss(name: str, config: LossConfig) -> Loss:
-    loss = resolve_class(name, LOSSES, "loss")
+    loss = resolve_class(name, LOSSES, "loss", Loss)
     try:
         return loss.model_validate(config.model_extra or {})
     except ValidationError as error:

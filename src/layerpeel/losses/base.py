@@ -45,7 +45,7 @@ class StepOutputs:
 class Loss(BaseModel, ABC):
     """A loss; its fields are its options in the config."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def hidden_layers(self, trained: Sequence[int]) -> Sequence[int]:
         """The layers whose outputs it reads, of those in training (teacher indices, ascending)."""

@@ -20,8 +20,7 @@ from layerpeel.errors import LayerpeelError
 from layerpeel.files import write_whole
 from layerpeel.journal import Run, describe_machine
 from layerpeel.models import load_model
-from layerpeel.progress import console, progress
-from layerpeel.report.text import plain
+from layerpeel.progress import console, plain, progress, shown
 from layerpeel.stack import Stack
 from layerpeel.student import Student
 from layerpeel.tasks import make_tasks
@@ -51,7 +50,7 @@ def measurements(run: Run, *, measure: bool = True) -> dict[str, Any] | None:
     try:
         found = measure_run(run)
     except (LayerpeelError, OSError, RuntimeError) as error:  # such as a GPU's memory: the run itself stands
-        console.print(f"nothing measured: {error}", style="yellow", markup=False)
+        console.print(f"nothing measured: {shown(error)}", style="yellow")
         return {"problem": str(error)}
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps(found, ensure_ascii=False, indent=1))

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 
 from layerpeel.files import write_whole
 from layerpeel.journal import Run
-from layerpeel.progress import console
+from layerpeel.progress import console, plain, shown
 from layerpeel.report import figures, gather, tables
 from layerpeel.report.card import teacher_name
 from layerpeel.report.measure import measurements
 from layerpeel.report.tables import Table
-from layerpeel.report.text import count, duration, moment, number, one_line, percent, plain, size
+from layerpeel.report.text import count, duration, moment, number, one_line, percent, size
 
 HERE = Path(__file__).parent
 WATCH_SECONDS = 5
@@ -69,7 +69,7 @@ def watch(run: Run, others: Sequence[Run] = (), output: Path | None = None) -> P
         if (now := run.journal.stat().st_mtime_ns) != seen:
             run, seen = Run(run.folder), now
             page = write_report(run, others, output, measure=False, refresh=not run.finish)
-            console.print(f"round {len(run.rounds)}: {page}", style="dim", markup=False)
+            console.print(f"round {len(run.rounds)}: {shown(page)}", style="dim")
         if run.finish:
             return page
         time.sleep(1)

@@ -1,23 +1,11 @@
-"""Text and numbers as people read them; text from models, data and configs as nothing but text."""
+"""Text and numbers as people read them."""
 
 from __future__ import annotations
 
 import time
-import unicodedata
 from typing import Any
 
-# Bidirectional overrides, embeddings, isolates and marks: they can make a line read as something that it is not.
-BIDI = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C}
-
-
-def plain(value: Any) -> str:
-    """A text with its control characters, bidirectional overrides and lone surrogates written out by their numbers."""
-    return "".join(map(_shown, str(value)))
-
-
-def _shown(character: str) -> str:
-    hidden = unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
-    return f"\\u{ord(character):04x}" if hidden or ord(character) in BIDI else character
+from layerpeel.progress import plain
 
 
 def one_line(value: Any, width: int = 80) -> str:

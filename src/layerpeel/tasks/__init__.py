@@ -37,7 +37,7 @@ def make_tasks(configs: Sequence[TaskConfig]) -> list[Task]:
 
 
 def _make_task(config: TaskConfig) -> Task:
-    task = resolve_class(config.kind, TASKS, "task kind")
+    task = resolve_class(config.kind, TASKS, "task kind", Task)
     try:
         return task.model_validate(config.model_dump())
     except ValidationError as error:

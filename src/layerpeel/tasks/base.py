@@ -57,6 +57,7 @@ class TaskScore:
     Attributes:
         influences: what each sample adds to the value beyond its share of the mean (to first order), [n]; the paired
             error of a difference is that of the differences of these. None where samples can't be told apart.
+        chance: what guessing would score, where that is known.
     """
 
     value: float
@@ -64,19 +65,23 @@ class TaskScore:
     n: int
     lower_is_better: bool = False
     influences: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
+    chance: float | None = None
 
     @classmethod
-    def of_mean(cls, samples: Sequence[float], weights: Sequence[float] | None = None) -> TaskScore:
+    def of_mean(
+        cls, samples: Sequence[float], weights: Sequence[float] | None = None, *, chance: float | None = None
+    ) -> TaskScore:
         """The (weighted) mean, with the standard error of the sample (n - 1); of a ratio, by the delta method."""
         n = len(samples)
         weights = weights or [1.0] * n
         total = math.fsum(weights) or 1.0  # documents without a token weigh nothing
         mean = math.fsum(w * sample for w, sample in zip(weights, samples, strict=True)) / total
         influences = tuple(n * w * (sample - mean) / total for w, sample in zip(weights, samples, strict=True))
-        return cls(mean, _stderr_of(influences), n, influences=influences)
+        return cls(mean, _stderr_of(influences), n, influences=influences, chance=chance)
 
     def to_json(self) -> dict[str, Any]:
-        return {"value": self.value, "stderr": self.stderr, "n": self.n, "lower_is_better": self.lower_is_better}
+        own = {"value": self.value, "stderr": self.stderr, "n": self.n, "lower_is_better": self.lower_is_better}
+        return own if self.chance is None else own | {"chance": self.chance}
 
 
 def _stderr_of(influences: Sequence[float]) -> float:
@@ -149,7 +154,7 @@ class Evaluation:
 class Task(BaseModel, ABC):
     """A measurement of quality; its fields are its options in the config."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     name: str
     kind: str
@@ -285,6 +290,11 @@ def fill(template: str, row: Row, where: str) -> str:
                 raise InputError(
                     f"{where}: column '{match[1]}' has no '{key}'", hint=f"it holds {str(found)[:80]!r}"
                 ) from None
+        if found is None or isinstance(found, list | dict):
+            raise InputError(
+                f"{where}: '{match[0]}' is {str(found)[:60]!r}, expected text or a number",
+                hint="leave such rows out, or name an entry of it, as in {choices[0]}",
+            )
         return str(found)
 
     return PLACEHOLDER.sub(value, template)

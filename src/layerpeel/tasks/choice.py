@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
+import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import PrivateAttr
+from pydantic import Field, PrivateAttr
 from transformers import PreTrainedTokenizerBase
 
 from layerpeel.data import column_of
@@ -26,7 +29,7 @@ class Choice(FewShot):
 
     prompt: str = "{context}"
     """A template over the row's columns."""
-    choices: str | list[str] = "choices"
+    choices: str | Annotated[list[str], Field(min_length=2)] = "choices"
     """The column that holds the list of choices, or a list of templates."""
     answer: str = "answer"
     """The column that holds the right one: its index, its letter (A, B, ...), or its text."""
@@ -71,7 +74,8 @@ class Choice(FewShot):
         for index, own in answers.items():
             values = [a.log_probability / n for a, n in zip(own, self._lengths[index], strict=True)]
             correct.append(float(values.index(max(values)) == self._right(self.rows[index])))
-        return TaskScore.of_mean(correct)
+        chance = math.fsum(1 / len(self._lengths[index]) for index in answers) / len(answers)
+        return TaskScore.of_mean(correct, chance=chance)
 
     def _prefix(self) -> str:
         return self.fewshot_prefix(
@@ -87,6 +91,12 @@ class Choice(FewShot):
                 f"{self.where}: column '{self.choices}' holds {str(found)[:60]!r}, expected a list of choices",
                 hint="name a column with a list, or give a list of templates (choices: ['{a}', '{b}'])",
             )
+        odd = next((choice for choice in found if not isinstance(choice, str | int | float)), "")
+        if odd != "":
+            raise InputError(
+                f"{self.where}: column '{self.choices}' holds a choice of {str(odd)[:60]!r}, expected text",
+                hint="each choice is a text or a number",
+            )
         return [str(choice) for choice in found]
 
     def _right(self, row: Row) -> int:
@@ -95,12 +105,12 @@ class Choice(FewShot):
             letters = [chr(ord("A") + index) for index in range(len(choices))]
             options = choices if answer in choices else letters
             answer = options.index(answer) if answer in options else answer
-        if isinstance(answer, str) and answer.isdigit():
+        if isinstance(answer, str) and re.fullmatch("[0-9]{1,9}", answer):
             answer = int(answer)
         if not isinstance(answer, int) or not 0 <= answer < len(choices):
             raise InputError(
-                f"{self.where}: column '{self.answer}' holds {answer!r}, expected which of the {len(choices)} choices "
-                "is right",
+                f"{self.where}: column '{self.answer}' holds {reprlib.repr(answer)}, expected which of the "
+                f"{len(choices)} choices is right",
                 hint="an index from 0, a letter from A, or the text of the choice",
             )
         return answer

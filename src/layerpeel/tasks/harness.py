@@ -12,7 +12,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,7 +87,19 @@ class Harness(Task):
             document = self._documents[sample]
             metric, chosen = self._metric_of(document.leaf)
             values[document.leaf.task_name].append(document.measure(own, chosen)[metric])
-        return self._aggregate({name: own for name, own in values.items() if own})
+        score = self._aggregate({name: own for name, own in values.items() if own})
+        return replace(score, chance=self._chance([self._documents[sample] for sample in answers]))
+
+    def _chance(self, documents: Sequence[_Document]) -> float | None:
+        """What guessing would score: known where all documents are of one multiple-choice task, scored by accuracy."""
+        leaf = documents[0].leaf
+        metrics = leaf.aggregation()
+        alone = all(document.leaf is leaf for document in documents)
+        if leaf.OUTPUT_TYPE != "multiple_choice" or "acc_mutual_info" in metrics or not alone:
+            return None
+        if self._metric_of(leaf)[0] not in ("acc", "acc_norm"):
+            return None
+        return sum(1 / len(document.requests) for document in documents) / len(documents)
 
     @property
     def _where(self) -> str:

@@ -27,7 +27,9 @@ class Pairs(RowTask):
         return [[LogLikelihood(*encode_pair(tokenizer, "", text)) for text in self._pair(row)] for row in self.rows]
 
     def score(self, answers: Mapping[int, Sequence[Any]]) -> TaskScore:
-        return TaskScore.of_mean([float(g.log_probability > b.log_probability) for g, b in answers.values()])
+        return TaskScore.of_mean(
+            [float(g.log_probability > b.log_probability) for g, b in answers.values()], chance=0.5
+        )
 
     def _pair(self, row: dict[str, Any]) -> tuple[str, str]:
         return text_of(row, self.good, self.where), text_of(row, self.bad, self.where)
