@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layerpeel.config import RunConfig
-from layerpeel.importance import ScoringInputs, fixed_by_config, score_candidates, scoring_text
+from layerpeel.importance import ScoringInputs, fixed_by_config, last_ranking, score_candidates, scoring_text
 from layerpeel.journal import Run
 from layerpeel.models import count_parameters, load_model, save_model, stored_dtype
 from layerpeel.preflight import check_run, removable
@@ -46,14 +46,14 @@ def peel(config: RunConfig) -> Run:
             student.stack, student.teacher, tokenizer, candidates, text, tasks, run.reference, config.aggregate,
             config.score, run.answers(),
         )  # fmt: skip
-        scores = score_candidates(inputs, student.depth)
+        scores = last_ranking(run.rounds, config.score.every, free) or score_candidates(inputs, student.depth)
         if config.score.heal:
             heal_candidates(student, inputs, scores, config)
         removed = scores.ranked()[0]
         student.remove([removed])
         training = train_student(
-            student, tokenizer, config.distill, seed=config.seed, round_number=number, storage=storage, cache=cache,
-            log=run.track,
+            student, tokenizer, config.distill.in_rounds(), seed=config.seed, round_number=number, storage=storage,
+            cache=cache, log=run.track,
         )  # fmt: skip
         evaluation = evaluate(student.model, tokenizer, tasks)
         run.record_round(student, removed, scores, training, evaluation)
@@ -62,7 +62,7 @@ def peel(config: RunConfig) -> Run:
         student = Student(teacher)
         run.restore(student, len(run.rounds) - 1)
     last = None
-    if config.distill.last_pass:
+    if config.distill.at_end(len(student.depth.removed)):
         training = train_last(student, tokenizer, config, storage=storage, cache=cache, log=run.track)
         last = run.judged(student, training, evaluate(student.model, tokenizer, tasks))
     save_model(student.model, tokenizer, run.student_folder, storage)

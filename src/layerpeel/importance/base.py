@@ -74,9 +74,10 @@ class Findings:
 
 
 class Metric(ABC):
-    """Scores layers. `needs` says what it reads: `text`, `tasks`."""
+    """Scores layers. `needs` says what it reads: `text`, `tasks`; `skips`, whether it runs the model without each."""
 
     needs: frozenset[str]
+    skips: bool = True
 
     @abstractmethod
     def score(self, inputs: ScoringInputs) -> Findings:
