@@ -21,7 +21,7 @@ PACKAGE = ROOT / "src" / "layerpeel"
 ROOMS = [
     "errors", "files", "progress", "config", "architecture", "families", "calls", "expressible", "surgery", "models",
     "data", "stack", "head", "tasks", "importance", "losses", "student", "parallel", "teacher_cache", "training",
-    "journal", "health", "preflight", "report", "loop", "study", "demo",
+    "journal", "health", "preflight", "report", "loop", "demo", "study", "plan",
     "cli", "__main__",
 ]
 # fmt: on

@@ -33,6 +33,7 @@ from layerpeel.progress import RANK, console
 from layerpeel.report import draw_importance, export_student, list_runs, push, watch, write_report
 from layerpeel.report.text import moment, one_line, percent
 from layerpeel.stack import Stack
+from layerpeel.study import run_study
 from layerpeel.surgery import remove_layers
 from layerpeel.tasks import Evaluation, evaluate
 from layerpeel.tasks.store import AnswerStore
@@ -59,9 +60,14 @@ Folder = Annotated[Path, typer.Option("--output", "-o", help="Where to write the
 
 
 @app.command()
-def run(config: ConfigFile, set_: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+def run(
+    config: ConfigFile,
+    set_: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+    report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
+) -> None:
     """Score, remove, distil, evaluate, and again, until the target. Running again resumes."""
-    _finish(peel(load_config(config, set_)), as_json)
+    _finish(peel(load_config(config, set_)), as_json, report)
 
 
 @app.command()
@@ -172,6 +178,28 @@ def demo(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A YAML study; see studies/.")],
+    set_: Annotated[
+        list[str], typer.Option("--set", help="field=value, of the study or over its base's; model=PATH: the teacher.")
+    ] = [],  # noqa: B006
+    processes: Annotated[int, typer.Option(min=1, help="Runs at a time, each with its share of the cores.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Run the variants of a study, with each seed, to one table and one figure. Running again goes on."""
+    done = run_study(file, set_, processes)
+    if as_json:
+        print(json.dumps({"output": str(done.folder), **done.rows}, ensure_ascii=False))
+        return
+    for each in done.tables.values():
+        shown = Table(*map(escape, each.heads), box=None, header_style="bold", title=each.caption, title_justify="left")
+        for row in each.rows:
+            shown.add_row(*(escape(cell.text) for cell in row))
+        output.print(shown, "")
+    output.print(f"page     {escape(str(done.folder / 'index.html'))}", soft_wrap=True)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run's folder; more to compare it with.")],
     output_: Annotated[Path | None, typer.Option("--output", "-o", help="A folder; RUN/report if not given.")] = None,
@@ -239,23 +267,24 @@ def main() -> None:
         sys.exit(1)
 
 
-def _finish(run: Run, as_json: bool) -> None:
+def _finish(run: Run, as_json: bool, report: bool = True) -> None:
     assert run.finish
     if not RANK:
-        _show(run, write_report(run), as_json)
+        _show(run, write_report(run) if report else None, as_json)
     if run.finish["reason"] == "min_quality":
         console.print(f"stopped by the quality floor; the student is that of round {run.finish['round']}")
         sys.exit(3)
 
 
-def _show(run: Run, page: Path, as_json: bool) -> None:
+def _show(run: Run, page: Path | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"teacher": run.teacher, "rounds": run.rounds, "finish": run.finish,
-                          "student": str(run.student_folder), "report": str(page)}))  # fmt: skip
+                          "student": str(run.student_folder), "report": str(page) if page else None}))  # fmt: skip
         return
     output.print(_run_table(run))
     for name, path in (("student", run.student_folder), ("report", page), ("record", run.journal)):
-        output.print(f"{name:8} {escape(str(path))}", soft_wrap=True)
+        if path:
+            output.print(f"{name:8} {escape(str(path))}", soft_wrap=True)
 
 
 def _run_table(run: Run) -> Table:
