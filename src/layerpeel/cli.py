@@ -27,11 +27,23 @@ from layerpeel.families import OTHERS, TESTED, families_json, families_markdown,
 from layerpeel.importance import Estimate, LayerScores, score_layers, scoring_text
 from layerpeel.journal import Run
 from layerpeel.loop import peel
-from layerpeel.models import count_parameters, fingerprint, load_model, load_streamed, save_model, stored_dtype
+from layerpeel.models import (
+    count_parameters,
+    fingerprint,
+    load_config_of,
+    load_model,
+    load_streamed,
+    load_tokenizer,
+    pick_device,
+    save_model,
+    stored_dtype,
+    wanted_dtype,
+)
+from layerpeel.plan import Plan, Shape, Speed, plan_run
 from layerpeel.preflight import check
 from layerpeel.progress import RANK, console
 from layerpeel.report import draw_importance, export_student, list_runs, push, watch, write_report
-from layerpeel.report.text import moment, one_line, percent
+from layerpeel.report.text import count, duration, moment, one_line, percent, size
 from layerpeel.stack import Stack
 from layerpeel.study import run_study
 from layerpeel.surgery import remove_layers
@@ -200,6 +212,40 @@ def study(
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    set_: Overrides = [],  # noqa: B006
+    gpus: Annotated[int, typer.Option(min=1, help="Processes that share the work, one on each GPU.")] = 1,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="What trains is split over them (FSDP2).")] = False,
+    flops: Annotated[
+        float | None, typer.Option(help="Of another machine: operations a second that are reached, as 4e14.")
+    ] = None,
+    bandwidth: Annotated[float, typer.Option(help="With --flops: bytes of memory a second.")] = 2e12,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run will take in memory, layer calls and time; reads no weights, and times a random layer."""
+    settings = load_config(config, set_)
+    tasks = check(settings)
+    teacher = load_config_of(settings.teacher, trust_remote_code=settings.trust_remote_code)
+    tokenizer = load_tokenizer(settings.teacher, trust_remote_code=settings.trust_remote_code)
+    target = torch.device("cuda") if flops else pick_device(settings.device)
+    dtype = wanted_dtype(teacher, target, settings.dtype)
+
+    def speed(shape: Shape) -> Speed:
+        return Speed.of_processor(shape, flops, bandwidth) if flops else Speed.measure(
+            teacher, settings.distill, dtype, settings.device)  # fmt: skip
+
+    planned = plan_run(
+        teacher, settings, [[r for own in task.requests(tokenizer) for r in own] for task in tasks], speed,
+        dtype=dtype, device=target.type, gpus=gpus, fsdp=fsdp,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(planned.to_json()))
+    else:
+        output.print(*_plan_tables(planned), sep="\n")
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run's folder; more to compare it with.")],
     output_: Annotated[Path | None, typer.Option("--output", "-o", help="A folder; RUN/report if not given.")] = None,
@@ -324,6 +370,21 @@ def _score_table(scores: LayerScores) -> Table:
     if len(scores.tied()) > 1:
         table.caption = f"tied: layers {', '.join(map(str, scores.tied()))}; the lowest index goes first"
     return table
+
+
+def _plan_tables(planned: Plan) -> list[Table | str]:
+    memory = Table("memory of each device", "training", "scoring", box=None, header_style="bold")
+    parts = planned.training_memory, planned.scoring_memory
+    for part in dict.fromkeys([*planned.training_memory, *planned.scoring_memory]):
+        memory.add_row(part, *(size(own[part]) if part in own else "" for own in parts))
+    memory.add_row("in all", *(size(sum(own.values())) for own in parts), style="bold")
+    work = Table("work", "tokens × layers", "time", box=None, header_style="bold")
+    for part, seconds in planned.seconds.items():
+        work.add_row(part, count(planned.layer_tokens[part]), duration(seconds))
+    work.add_row(
+        "in all", count(sum(planned.layer_tokens.values())), duration(sum(planned.seconds.values())), style="bold"
+    )
+    return [f"{planned.rounds} rounds, {count(planned.trained)} parameters in training", memory, "", work]
 
 
 def _announce(estimates: list[Estimate]) -> None:

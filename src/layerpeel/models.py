@@ -89,7 +89,7 @@ def load_model(
     """
     config = load_config_of(path, trust_remote_code=trust_remote_code)
     target = pick_device(device)
-    wanted = _wanted_dtype(config, target, dtype)
+    wanted = wanted_dtype(config, target, dtype)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=wanted, use_safetensors=True, trust_remote_code=trust_remote_code,
@@ -178,7 +178,7 @@ def load_streamed(
     Args, errors: as `load_model`.
     """
     config = load_config_of(path, trust_remote_code=trust_remote_code)
-    target, wanted = pick_device(device), _wanted_dtype(config, pick_device(device), dtype)
+    target, wanted = pick_device(device), wanted_dtype(config, pick_device(device), dtype)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     files = _tensor_files(path)
@@ -231,7 +231,8 @@ def _tensor_files(path: str | Path) -> dict[str, Path]:
     return files
 
 
-def _wanted_dtype(config: PretrainedConfig, device: torch.device, dtype: str) -> torch.dtype:
+def wanted_dtype(config: PretrainedConfig, device: torch.device, dtype: str) -> torch.dtype:
+    """That of the frozen weights: the one named, or by `auto` float32 on a CPU, else the checkpoint's."""
     return DTYPES.get(dtype) or (torch.float32 if device.type == "cpu" else config.dtype or torch.float32)
 
 

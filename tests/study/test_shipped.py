@@ -11,31 +11,12 @@ import pytest
 import yaml
 
 from layerpeel.study import Study, run_study
-from tests.families import save_tiny
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
 SEVEN = {
     "baseline", "loss-ablation", "single-pass-vs-iterative", "kl-scale", "dataset-sensitivity", "architectures",
     "cost-benefit",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config of a tiny teacher with two tasks."""
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny(folder / "teacher")
-    (folder / "text.jsonl").write_text(json.dumps({"text": "w5 w9 w7 w8 w4 w6 " * 6}) + "\n")
-    rows = [{"context": f"w{5 + i} w9", "choices": ["w7", "w8"], "answer": i % 2} for i in range(6)]
-    (folder / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
-        "teacher": "teacher", "output": "unused", "stop": {"target_layers": 5},
-        "score": {"decide": "task_quality", "shortlist": {"by": "teacher_kl", "keep": 2}, "tokens": 32},
-        "tasks": [{"kind": "choice", "data": "choice.jsonl"}, {"kind": "perplexity", "data": "text.jsonl"}],
-        "distill": {"text": "text.jsonl", "sequence_length": 16, "batch_size": 2},
-    }  # fmt: skip
-    (folder / "base.yaml").write_text(yaml.safe_dump(config))
-    return folder / "base.yaml"
 
 
 def tiny(path: Path, base: Path, output: Path, *overrides: str) -> Study:

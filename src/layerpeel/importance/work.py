@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layerpeel.importance.base import Metric
-from layerpeel.tasks.answering import len_of
 from layerpeel.tasks.base import Generation, LogLikelihood, Request
 
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens and layers; racing, shared beginnings and early ends of generated text make it less.
+    """Tokens and layers; racing and early ends of generated text make it less.
 
     Attributes:
         tokens: of the text or the tasks, those to be generated included.
-        layer_runs: how often a layer runs on each of those that are read, over all candidates.
+        layer_runs: how often a layer runs on each of those that are read and not continued, over all candidates.
         one_by_one: how often it would, if each candidate were removed and run.
         layer_tokens: tokens that go through a layer, over all layers and candidates; of these,
         decoded_layer_tokens: one at a time, as text is generated.
@@ -49,14 +48,15 @@ def count_work(
     requests = requests if "tasks" in metric.needs else []
     written = [r for r in requests if isinstance(r, Generation)]
     asked = [r for r in requests if isinstance(r, LogLikelihood)]
-    walked = read + sum(map(len_of, asked)) + sum(len(r.prompt) for r in written)
-    decoded = sum(r.max_new_tokens for r in written)
+    contexts = {r.context for r in asked}  # which run once, whatever follows them
+    walked = read + sum(map(len, contexts)) + sum(len(r.continuation) for r in asked)
+    prompts, decoded = sum(len(r.prompt) for r in written), sum(r.max_new_tokens for r in written)
     scored = (2 * read if metric.skips else 0) + sum(len(r.continuation) for r in asked)
     return Work(
-        tokens=walked + decoded,
+        tokens=walked + prompts + decoded,
         layer_runs=runs,
         one_by_one=layers + len(candidates) * (layers - 1) if metric.skips else layers,
-        layer_tokens=walked * runs + decoded * layers * streams + (read * own if metric.skips else 0),
+        layer_tokens=walked * runs + (prompts + decoded) * layers * streams + (read * own if metric.skips else 0),
         decoded_layer_tokens=decoded * layers * streams,
         head_tokens=(scored + decoded) * streams,
     )
