@@ -137,8 +137,8 @@ def table() -> str:
                 hours(planned.seconds["scoring"]), hours(planned.seconds["training"]),
             ]) + " |")  # fmt: skip
     return TABLE.format(
-        names=", ".join(SHAPES), heads=heads, tokens=f"{TOKENS:,}", rows="\n".join(rows), flops=FLOPS, bandwidth=BANDWIDTH,
-        choices=CHOICES, written=sum(samples for samples, _, _ in WRITTEN),
+        names=", ".join(SHAPES), heads=heads, tokens=f"{TOKENS:,}", rows="\n".join(rows), flops=FLOPS,
+        bandwidth=BANDWIDTH, choices=CHOICES, written=sum(samples for samples, _, _ in WRITTEN),
         share="`neighbours` trains the layers beside the gap (the paper), `all` every layer that is left.",
     )  # fmt: skip
 

@@ -44,7 +44,7 @@ def plan(config: RunConfig, speed: Speed = UNIT, **options: Any) -> Plan:
 
 def test_layer_calls_by_hand(config: RunConfig) -> None:
     planned = plan(config)
-    # Round 1: layers 1 to 4 of 6 may go; 6 + (4 + 3 + 2 + 1) runs, and the teacher's 6. Round 2: 5 layers, 3 candidates.
+    # Layers 1 to 4 of 6 may go: 6 + (4 + 3 + 2 + 1) runs, and the teacher's 6; then, of 5 layers, 3.
     assert planned.rounds == 2 and planned.layer_tokens["scoring"] == 100 * (16 + 6) + 100 * (5 + 3 + 2 + 1 + 6)
     # 3 tokens once and 2 after them, and 3 texts of 2 + 6: the teacher and two students.
     assert planned.layer_tokens["evaluation"] == (5 + 24) * (6 + 5 + 4)

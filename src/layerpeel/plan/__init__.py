@@ -16,10 +16,10 @@ from transformers import PretrainedConfig
 from layerpeel.config import RunConfig
 from layerpeel.importance import Work, count_work, make_metric
 from layerpeel.plan.memory import scoring_memory, training_memory
-from layerpeel.plan.shape import Shape, empty_model, shape_of
+from layerpeel.plan.shape import Outline, Shape, empty_model, shape_of
 from layerpeel.plan.speed import Speed
 from layerpeel.stack import LAYER_WIDTH, Budget
-from layerpeel.student import Student, parameters_to_train
+from layerpeel.student import parameters_to_train
 from layerpeel.surgery import Depth
 from layerpeel.tasks.base import Generation, Request
 
@@ -87,9 +87,7 @@ def plan_run(
     process = {"Python and its libraries": float(psutil.Process().memory_info().rss)} if device == "cpu" else {}
     distill, model = config.distill, empty_model(teacher, dtype)
     shape = shape_of(model, distill.batch_size, distill.sequence_length)
-    student = Student(model)
-    rounds = _rounds(config, shape)
-    student.remove(_gap(shape.layers, 1))
+    rounds, student = _rounds(config, shape), Outline(model, _gap(shape.layers, 1))
     names = parameters_to_train(
         student, distill.train, radius=distill.radius, norm=distill.train_norm, head=distill.train_head
     )

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from layerpeel.architecture import find_architecture, text_config
+from layerpeel.calls import replaced_forward
 from layerpeel.expressible import rewrite_config
 from layerpeel.models import count_parameters
 from layerpeel.stack import Stack
+from layerpeel.student import Student
+from layerpeel.surgery import Depth
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,20 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
 
 
+class Outline(Student):
+    """A student that only says what it consists of: its model may be on the meta device, and is never run."""
+
+    def __init__(self, model: PreTrainedModel, removed: Iterable[int]) -> None:
+        """Takes the layers out of the model."""
+        architecture = find_architecture(model)
+        layers = architecture.layers
+        self.model, self.owned = model, set()
+        self.depth = Depth.full(len(layers)).without(removed)
+        architecture.set_layers([layers[layer] for layer in self.depth.kept])
+        self.stack = Stack.__new__(Stack)  # a stack that is made as usual tries how the model calls its layers
+        self.stack.model, self.stack.architecture = model, architecture
+
+
 def shape_of(model: PreTrainedModel, rows: int, length: int) -> Shape:
     """The sizes of a model that may be on the meta device.
 
@@ -70,27 +90,31 @@ def _kept_bytes(config: PretrainedConfig, dtype: torch.dtype, rows: int, length:
     """What one layer keeps for its backward pass, counted by running it on tensors without content."""
     config = copy.deepcopy(config)
     rewrite_config(text_config(config), [text_config(config).num_hidden_layers // 2])
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[_storage(tensor)] = tensor.untyped_storage()
+        return tensor
+
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
-        stack = Stack(model)
-        hidden, arguments = stack.begin(torch.zeros(rows, length, dtype=torch.long))
-        for parameter in stack.layers[0].parameters():
+        architecture = find_architecture(model)
+        layer = architecture.layers[0]
+        for parameter in layer.parameters():
             parameter.data = parameter.data.float()  # as they are while they train
             parameter.requires_grad_(True)
-        known = {_storage(p) for p in [*model.parameters(), *model.buffers()]}
-        kept: dict[int, torch.UntypedStorage] = {}
+        run = layer.forward
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            kept[_storage(tensor)] = tensor.untyped_storage()
-            return tensor
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                return run(*args, **kwargs)
 
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", dtype, enabled=dtype is not torch.float32),
-        ):
-            stack.layer(0, hidden.detach().requires_grad_(), arguments[0])
-        return sum(storage.nbytes() for key, storage in kept.items() if key not in known)
+        autocast = torch.autocast("cpu", dtype, enabled=dtype is not torch.float32)
+        with replaced_forward(layer, watched), autocast:
+            architecture.base(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
+        known = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in known)
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
