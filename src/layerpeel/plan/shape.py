@@ -50,7 +50,9 @@ class Shape:
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model that a config describes, on the meta device."""
     with init_empty_weights():
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+    model.tie_weights()
+    return model
 
 
 class Outline(Student):
