@@ -53,8 +53,8 @@ layer calls of scoring, evaluation and training, and multiplies them by times th
 head of that shape in random weights; for another machine, give `--flops` and `--bandwidth`. `--gpus 8` shares the work,
 `--fsdp` splits what trains.
 
-Of {names}, a third of the layers removed, by this config's settings: {tokens} tokens a round in rows of 2,048, batches
-of 2, AdamW on fp32 copies, bfloat16 frozen weights. {share}
+Of {names}, a third of the layers removed: {tokens} tokens a round in rows of
+2,048, batches of 2, AdamW on fp32 copies, bfloat16 frozen weights. {share}
 This table is what `python benchmarks/plan.py --table` prints; none of it was measured.
 
 {heads}
