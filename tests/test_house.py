@@ -21,7 +21,8 @@ PACKAGE = ROOT / "src" / "layerpeel"
 ROOMS = [
     "errors", "files", "ledger", "interrupts", "progress", "config", "architecture", "families", "calls", "expressible",
     "surgery", "models", "data", "stack", "head", "tasks", "importance", "losses", "student", "parallel",
-    "teacher_cache", "training_state", "training", "journal", "health", "preflight", "report", "loop", "study", "demo",
+    "teacher_cache", "training_state", "training", "journal", "health", "preflight", "report", "loop", "demo", "study",
+    "plan",
     "cli", "__main__",
 ]
 # fmt: on

@@ -240,3 +240,54 @@ def test_the_teacher_stays_as_it_was_and_frozen_layers_have_no_gradient(settings
     assert {name.split(".")[2] for name in changed} == {"1", "2"}  # positions of layers 1 and 3
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert train_student.__doc__
+
+
+@pytest.mark.parametrize(("every", "made_in"), [(1, [1, 2, 3]), (2, [1, 1, 3]), (0, [1, 1, 1])])
+def test_a_ranking_serves_as_many_rounds_as_the_config_says(
+    settings: dict[str, Any], every: int, made_in: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = {"decide": "teacher_kl", "tokens": 64, "every": every}
+    config = config_of(settings, score=score, stop={"target_layers": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr("layerpeel.loop.evaluate", fails_in_round_two())
+        with pytest.raises(KeyboardInterrupt):
+            peel(config)
+    run = peel(config)  # resumed in the midst of a ranking
+    rankings = [event["scores"] for event in run.rounds]
+    assert [scores.get("from_round", number) for number, scores in enumerate(rankings, start=1)] == made_in
+    for event, scores, made in zip(run.rounds, rankings, made_in, strict=True):
+        order = sorted(rankings[made - 1]["importance"].items(), key=lambda item: (item[1], int(item[0])))
+        gone = {str(earlier["removed"]) for earlier in run.rounds[: event["round"] - 1]}
+        assert event["removed"] == int(next(layer for layer, _ in order if layer not in gone))
+        assert (scores["layer_tokens"] > 0) == ("from_round" not in scores)
+
+
+def fails_in_round_two() -> Any:
+    calls: list[int] = []
+
+    def evaluate_twice(*arguments: Any) -> Evaluation:
+        calls.append(1)
+        if len(calls) == 3:  # the teacher, round 1, round 2
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    return evaluate_twice
+
+
+def test_a_shortlist_that_is_used_up_is_made_anew(settings: dict[str, Any]) -> None:
+    score = {"decide": "block_influence", "shortlist": {"by": "teacher_kl", "keep": 2}, "tokens": 64, "every": 0}
+    run = peel(config_of(settings, score=score, stop={"target_layers": 3}))
+    assert [event["scores"].get("from_round") for event in run.rounds] == [None, 1, None]
+
+
+def test_training_at_the_end_sees_the_tokens_of_all_rounds(settings: dict[str, Any]) -> None:
+    each = peel(config_of(settings))
+    distill = settings["distill"] | {"when": "end"}
+    run = peel(config_of(settings, distill=distill, output=f"{settings['output']}-end"))
+    assert run.finish is not None and run.finish["last_pass"]
+    assert [event["training"]["tokens"] for event in run.rounds] == [0, 0]
+    last = run.finish["last_pass"]["training"]
+    assert last["steps"] == sum(event["training"]["steps"] for event in each.rounds)
+    assert last["layers"] == run.rounds[-1]["kept"] and last["last_loss"] < last["first_loss"]
+    with pytest.raises(InputError, match="with when: end, the training at the end is that of the rounds"):
+        config_of(settings, distill=distill | {"last_pass": {"tokens": 96}})

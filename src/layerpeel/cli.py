@@ -32,12 +32,25 @@ from layerpeel.files import disk_is_full
 from layerpeel.importance import Estimate, LayerScores, score_layers, scoring_text
 from layerpeel.journal import Run
 from layerpeel.loop import peel
-from layerpeel.models import count_parameters, fingerprint, load_model, load_streamed, save_model, stored_dtype
+from layerpeel.models import (
+    count_parameters,
+    fingerprint,
+    load_config_of,
+    load_model,
+    load_streamed,
+    load_tokenizer,
+    pick_device,
+    save_model,
+    stored_dtype,
+    wanted_dtype,
+)
+from layerpeel.plan import Plan, Shape, Speed, plan_run
 from layerpeel.preflight import check, check_output
 from layerpeel.progress import RANK, console, shown
 from layerpeel.report import draw_importance, export_student, list_runs, push, watch, write_report
-from layerpeel.report.text import moment, one_line, percent
+from layerpeel.report.text import count, duration, moment, one_line, percent, size
 from layerpeel.stack import Stack
+from layerpeel.study import run_study
 from layerpeel.surgery import remove_layers
 from layerpeel.tasks import Evaluation, evaluate
 from layerpeel.tasks.store import AnswerStore
@@ -73,9 +86,10 @@ def run(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on with a changed config from the round that is running.")
     ] = False,
+    report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
     """Score, remove, distil, evaluate, and again, until the target. Running again resumes."""
-    _finish(peel(load_config(config, set_), accept_changes=accept_changes), as_json)
+    _finish(peel(load_config(config, set_), accept_changes=accept_changes), as_json, report)
 
 
 @app.command()
@@ -187,6 +201,62 @@ def demo(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A YAML study; see studies/.")],
+    set_: Annotated[
+        list[str], typer.Option("--set", help="field=value, of the study or over its base's; model=PATH: the teacher.")
+    ] = [],  # noqa: B006
+    processes: Annotated[int, typer.Option(min=1, help="Runs at a time, each with its share of the cores.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Run the variants of a study, with each seed, to one table and one figure. Running again goes on."""
+    done = run_study(file, set_, processes)
+    if as_json:
+        print(json.dumps({"output": str(done.folder), **done.rows}, ensure_ascii=False))
+        return
+    for each in done.tables.values():
+        table = Table(*map(shown, each.heads), box=None, header_style="bold", title=each.caption, title_justify="left")
+        for row in each.rows:
+            table.add_row(*(shown(cell.text) for cell in row))
+        output.print(table, "")
+    output.print(f"page     {shown(done.folder / 'index.html')}", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    set_: Overrides = [],  # noqa: B006
+    gpus: Annotated[int, typer.Option(min=1, help="Processes that share the work, one on each GPU.")] = 1,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="What trains is split over them (FSDP2).")] = False,
+    flops: Annotated[
+        float | None, typer.Option(help="Of another machine: operations a second that are reached, as 4e14.")
+    ] = None,
+    bandwidth: Annotated[float, typer.Option(help="With --flops: bytes of memory a second.")] = 2e12,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run will take in memory, layer calls and time; reads no weights, and times a random layer."""
+    settings = load_config(config, set_)
+    tasks = check(settings)
+    teacher = load_config_of(settings.teacher, trust_remote_code=settings.trust_remote_code)
+    tokenizer = load_tokenizer(settings.teacher, trust_remote_code=settings.trust_remote_code)
+    target = torch.device("cuda") if flops else pick_device(settings.device)
+    dtype = wanted_dtype(teacher, target, settings.dtype)
+
+    def speed(shape: Shape) -> Speed:
+        return Speed.of_processor(shape, flops, bandwidth) if flops else Speed.measure(
+            teacher, settings.distill, dtype, settings.device)  # fmt: skip
+
+    planned = plan_run(
+        teacher, settings, [[r for own in task.requests(tokenizer) for r in own] for task in tasks], speed,
+        dtype=dtype, device=target.type, gpus=gpus, fsdp=fsdp,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(planned.to_json()))
+    else:
+        output.print(*_plan_tables(planned), sep="\n")
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run's folder; more to compare it with.")],
     output_: Annotated[Path | None, typer.Option("--output", "-o", help="A folder; RUN/report if not given.")] = None,
@@ -287,23 +357,24 @@ def _check_environment() -> None:
         )
 
 
-def _finish(run: Run, as_json: bool) -> None:
+def _finish(run: Run, as_json: bool, report: bool = True) -> None:
     assert run.finish
     if not RANK:
-        _show(run, write_report(run), as_json)
+        _show(run, write_report(run) if report else None, as_json)
     if run.finish["reason"] == "min_quality":
         console.print(f"stopped by the quality floor; the student is that of round {run.finish['round']}")
         sys.exit(3)
 
 
-def _show(run: Run, page: Path, as_json: bool) -> None:
+def _show(run: Run, page: Path | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"teacher": run.teacher, "rounds": run.rounds, "finish": run.finish,
-                          "student": str(run.student_folder), "report": str(page)}))  # fmt: skip
+                          "student": str(run.student_folder), "report": str(page) if page else None}))  # fmt: skip
         return
     output.print(_run_table(run))
     for name, path in (("student", run.student_folder), ("report", page), ("record", run.journal)):
-        output.print(f"{name:8} {shown(path)}", soft_wrap=True)
+        if path:
+            output.print(f"{name:8} {shown(path)}", soft_wrap=True)
 
 
 def _run_table(run: Run) -> Table:
@@ -343,6 +414,21 @@ def _score_table(scores: LayerScores) -> Table:
     if len(scores.tied()) > 1:
         table.caption = f"tied: layers {', '.join(map(str, scores.tied()))}; the lowest index goes first"
     return table
+
+
+def _plan_tables(planned: Plan) -> list[Table | str]:
+    memory = Table("memory of each device", "training", "scoring", box=None, header_style="bold")
+    parts = planned.training_memory, planned.scoring_memory
+    for part in dict.fromkeys([*planned.training_memory, *planned.scoring_memory]):
+        memory.add_row(part, *(size(own[part]) if part in own else "" for own in parts))
+    memory.add_row("in all", *(size(sum(own.values())) for own in parts), style="bold")
+    work = Table("work", "tokens × layers", "time", box=None, header_style="bold")
+    for part, seconds in planned.seconds.items():
+        work.add_row(part, count(planned.layer_tokens[part]), duration(seconds))
+    work.add_row(
+        "in all", count(sum(planned.layer_tokens.values())), duration(sum(planned.seconds.values())), style="bold"
+    )
+    return [f"{planned.rounds} rounds, {count(planned.trained)} parameters in training", memory, "", work]
 
 
 def _announce(estimates: list[Estimate]) -> None:

@@ -135,6 +135,9 @@ class ScoreConfig(Section):
     """Score all candidates by a cheap metric first, and only the best by `decide`."""
     protect: ProtectConfig = ProtectConfig()
     """Layers that never go."""
+    every: Annotated[int, Field(ge=0)] = 1
+    """Score again every so many rounds; the rounds between remove the next of the last ranking. 0: rank once. A ranking
+    that is used up, as that of a shortlist may be, is made anew."""
     text: Texts | None = None
     """Text for the metrics that read it; that of `distill` if not given."""
     tokens: Annotated[int, Field(ge=1)] = 16_384
@@ -193,6 +196,8 @@ class DistillConfig(Section):
     """What to train on; sources are mixed document by document."""
     tokens_per_round: Annotated[int, Field(ge=0)] = 400_000
     """Tokens to train on in each round; 0 for no training."""
+    when: Literal["each_round", "end"] = "each_round"
+    """end: do not train between removals, but once after the last, on tokens_per_round for each layer that went."""
     sequence_length: Annotated[int, Field(ge=2)] = 256
     """Tokens in a row."""
     batch_size: Annotated[int, Field(ge=1)] = 16
@@ -249,11 +254,22 @@ class DistillConfig(Section):
             raise ValueError("losses: expected at least one")
         if self.tokens_per_round and not any(loss.weight for loss in self.losses.values()):
             raise ValueError("losses: expected at least one with a weight above 0")
+        if self.when == "end" and self.last_pass:
+            raise ValueError("last_pass: with when: end, the training at the end is that of the rounds; leave it out")
         try:
             re.compile(self.train)
         except re.error as error:
             raise ValueError(f"train: not a regular expression ({error})") from None
         return self
+
+    def in_rounds(self) -> DistillConfig:
+        """What is done in each round."""
+        return self if self.when == "each_round" else self.model_copy(update={"tokens_per_round": 0})
+
+    def at_end(self, removed: int) -> LastPassConfig | None:
+        """What is done after so many removals, if anything."""
+        tokens = self.tokens_per_round * removed
+        return LastPassConfig(tokens=tokens, train=self.train) if self.when == "end" and tokens else self.last_pass
 
 
 class RunConfig(Section):
@@ -321,8 +337,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     raw = read_yaml(text, f"{path}: cannot be read as YAML", "see configs/ for examples")
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a mapping of fields to values", hint="see configs/ for examples")
-    for override in overrides:
-        _override(raw, override)
+    for text in overrides:
+        override(raw, text)
     return resolve_paths(parse_config(raw, str(path)), path.parent)
 
 
@@ -419,16 +435,21 @@ def _resolve(path: str, folder: Path) -> str:
     return path
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
+def override(raw: dict[str, Any], text: str) -> None:
+    """Puts `section.field=value`, the value in YAML, into a config that is not checked yet.
+
+    Raises:
+        InputError: it is no such text, or names a field of something that is no section.
+    """
+    key, separator, value = text.partition("=")
     if not separator or not all(key.strip().split(".")):
-        raise InputError(f"--set {override}: expected section.field=value", hint="as in --set stop.target_layers=24")
+        raise InputError(f"--set {text}: expected section.field=value", hint="as in --set stop.target_layers=24")
     *sections, field = key.strip().split(".")
     for section in sections:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):
-            raise InputError(f"--set {override}: {section} is not a section", hint="see configs/ for examples")
-    raw[field] = read_yaml(value, f"--set {override}: the value is not YAML", "quote it, as in --set 'a.b=\"x: y\"'")
+            raise InputError(f"--set {text}: {section} is not a section", hint="see configs/ for examples")
+    raw[field] = read_yaml(value, f"--set {text}: the value is not YAML", "quote it, as in --set 'a.b=\"x: y\"'")
 
 
 def _section(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from layerpeel.config import RunConfig
 from layerpeel.health import note_findings
-from layerpeel.importance import ScoringInputs, fixed_by_config, score_candidates, scoring_text
+from layerpeel.importance import ScoringInputs, fixed_by_config, last_ranking, score_candidates, scoring_text
 from layerpeel.journal import Run
 from layerpeel.models import count_parameters, load_model, save_model, stored_dtype
 from layerpeel.preflight import check_run, check_trained, leaving_nothing, removable
@@ -59,15 +59,15 @@ def _go_on(run: Run, config: RunConfig, tasks: Sequence[Task]) -> None:
                 student.stack, student.teacher, tokenizer, candidates, text, tasks, run.reference, config.aggregate,
                 config.score, run.answers(),
             )  # fmt: skip
-            scores = score_candidates(inputs, student.depth)
+            scores = last_ranking(run.rounds, config.score.every, free) or score_candidates(inputs, student.depth)
             if config.score.heal:
                 heal_candidates(student, inputs, scores, config)
             run.record_scores(scores)
         assert run.scored
         student.remove([run.scored["removed"]])
         training = train_student(
-            student, tokenizer, config.distill, seed=config.seed, round_number=number, storage=storage, cache=cache,
-            state=run.training_state(), log=run.track,
+            student, tokenizer, config.distill.in_rounds(), seed=config.seed, round_number=number, storage=storage,
+            cache=cache, state=run.training_state(), log=run.track,
         )  # fmt: skip
         run.record_round(student, training, evaluate(student.model, tokenizer, tasks))
         note_findings(run)
@@ -76,7 +76,7 @@ def _go_on(run: Run, config: RunConfig, tasks: Sequence[Task]) -> None:
         student = Student(teacher)
         run.restore(student, len(run.rounds) - 1)
     last = None
-    if config.distill.last_pass:
+    if config.distill.at_end(len(student.depth.removed)):
         training = train_last(
             student, tokenizer, config, storage=storage, cache=cache, state=run.training_state(), log=run.track
         )

@@ -152,8 +152,8 @@ def train_last(
     state: TrainingState | None,
     log: Log | None,
 ) -> TrainingResult:
-    """The pass after the last removal, as `distill.last_pass` says."""
-    own = config.distill.last_pass
+    """The training after the last removal, as `distill.last_pass` or `distill.when` says."""
+    own = config.distill.at_end(len(student.depth.removed))
     assert own
     distill = config.distill.model_copy(
         update={

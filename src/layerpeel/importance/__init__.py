@@ -19,12 +19,12 @@ from layerpeel.importance.base import Findings, Metric, ScoringInputs
 from layerpeel.importance.block_influence import BlockInfluence
 from layerpeel.importance.task_quality import TaskQuality
 from layerpeel.importance.teacher_kl import TeacherKL
+from layerpeel.importance.work import Work, count_work
 from layerpeel.progress import console, shown
 from layerpeel.stack import Stack
 from layerpeel.surgery import Depth
 from layerpeel.tasks import Task
-from layerpeel.tasks.answering import Engine, len_of
-from layerpeel.tasks.base import Evaluation, Generation, LogLikelihood
+from layerpeel.tasks.base import Evaluation, Generation
 from layerpeel.tasks.store import AnswerStore
 
 METRICS: dict[str, type[Metric]] = {
@@ -45,6 +45,8 @@ class LayerScores:
         evaluations: task scores of each candidate, where the metric runs tasks.
         dropped: candidates that a race gave up, with the share of the samples after which it did.
         seconds: what it took.
+        layer_tokens: tokens that went through a layer for it, as `work` counts them.
+        from_round: the round whose ranking this is, if it was not made anew.
         memory: the budget in bytes, and how often memory ran out and it was halved.
         cheap: the scores that made the shortlist, if one was asked for.
         healed: aggregate lost to the teacher after a short distillation, of the few that were healed on trial.
@@ -57,6 +59,8 @@ class LayerScores:
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     dropped: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0
+    layer_tokens: int = 0
+    from_round: int | None = None
     memory: dict[str, int] = field(default_factory=dict)
     cheap: LayerScores | None = None
     healed: dict[int, float] = field(default_factory=dict)
@@ -80,7 +84,10 @@ class LayerScores:
 
     def to_json(self) -> dict[str, Any]:
         """For the journal; with a shortlist, whether the cheap metric alone would have chosen the same layer."""
-        own: dict[str, Any] = {"metric": self.metric, "seconds": round(self.seconds, 3), **self.memory}
+        own: dict[str, Any] = {"metric": self.metric, "seconds": round(self.seconds, 3)}
+        own |= {"layer_tokens": self.layer_tokens, **self.memory}
+        if self.from_round:
+            own["from_round"] = self.from_round
         for name in ("importance", "stderr", "dropped", "healed"):
             if values := getattr(self, name):
                 own[name] = {str(layer): value for layer, value in sorted(values.items())}
@@ -94,6 +101,29 @@ class LayerScores:
             own["cheap"] = self.cheap.to_json()
             own["cheap_chooses_same"] = self.cheap.ranked()[0] == self.ranked()[0]
         return own
+
+
+def last_ranking(rounds: Sequence[dict[str, Any]], every: int, free: Sequence[int]) -> LayerScores | None:
+    """What the last scoring of a run said of the layers that may still go; None if it is time to score again.
+
+    Args:
+        rounds: events of the finished rounds.
+        every: as `score.every`.
+        free: teacher layers that may go next.
+    """
+    if not rounds or (every and len(rounds) % every == 0):
+        return None
+    last = rounds[-1]["scores"]
+    sure = {
+        layer for layer in map(int, last["importance"]) if layer in free and str(layer) not in last.get("dropped", {})
+    }
+    if not sure:
+        return None
+    importance, stderr = (
+        {int(layer): value for layer, value in last.get(name, {}).items() if int(layer) in sure}
+        for name in ("importance", "stderr")
+    )
+    return LayerScores(last["metric"], importance, stderr, from_round=last.get("from_round", len(rounds)))
 
 
 def make_metric(name: str) -> Metric:
@@ -248,30 +278,23 @@ def estimate(inputs: ScoringInputs) -> list[Estimate]:
     steps = [(config.shortlist.by, count)] if short and config.shortlist else []
     steps.append((config.decide, config.shortlist.keep if short and config.shortlist else count))
     per_layer, per_logit = _time_a_token(inputs.student)
-    depth = len(inputs.student.layers)
     estimates = []
     for name, candidates in steps:
-        needs = make_metric(name).needs
-        read = int(inputs.text.mask.sum()) if "text" in needs and inputs.text else 0
-        requests = (
-            [r for task in inputs.tasks for own in task.requests(inputs.tokenizer) for r in own]
-            if "tasks" in needs
-            else []
-        )
-        written = [r for r in requests if isinstance(r, Generation)]
-        asked = [r for r in requests if isinstance(r, LogLikelihood)]
-        walked = read + Engine(inputs.student, inputs.tokenizer).tokens_of(asked) + sum(map(len_of, written))
-        decoded = sum(r.max_new_tokens for r in written)
-        runs = depth + sum(depth - 1 - position for position in list(inputs.candidates)[:candidates])
-        scored = read + decoded + sum(len(r.continuation) for r in asked)
-        # Of what is generated, candidates write about half themselves, after reading the prompts again.
-        seconds = (walked * runs + sum(map(len_of, written)) * depth * (1 + candidates) / 2) * per_layer
-        seconds += scored * (1 + candidates) * per_logit
-        needed = walked * inputs.budget.bytes_of_token(inputs.student, 1 + candidates)
-        estimates.append(
-            Estimate(name, walked, runs, depth + candidates * (depth - 1), seconds, min(needed, inputs.budget.bytes))
-        )
+        work = _work(name, replace(inputs, candidates=inputs.candidates[:candidates]))
+        seconds = work.layer_tokens * per_layer + work.head_tokens * per_logit
+        needed = min(work.tokens * inputs.budget.bytes_of_token(inputs.student, 1 + candidates), inputs.budget.bytes)
+        estimates.append(Estimate(name, work.tokens, work.layer_runs, work.one_by_one, seconds, needed))
     return estimates
+
+
+def _work(name: str, inputs: ScoringInputs) -> Work:
+    metric = make_metric(name)
+    samples = inputs.samples.values() if "tasks" in metric.needs else ()
+    return count_work(
+        metric, len(inputs.student.layers), inputs.candidates, int(inputs.text.mask.sum()) if inputs.text else 0,
+        [request for task in samples for own in task for request in own],
+        0 if inputs.teacher is inputs.student else len(inputs.teacher.layers),
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -306,6 +329,7 @@ def _scores(name: str, inputs: ScoringInputs, depth: Depth) -> LayerScores:
         evaluations=by_layer(found.evaluations),
         dropped=by_layer(found.dropped),
         seconds=time.monotonic() - started,
+        layer_tokens=_work(name, inputs).layer_tokens,
         memory={"memory": inputs.budget.bytes, "memory_halved": inputs.budget.halved},
     )
 
@@ -317,9 +341,12 @@ __all__ = [
     "LayerScores",
     "Metric",
     "ScoringInputs",
+    "Work",
     "check_metrics",
+    "count_work",
     "estimate",
     "fixed_by_config",
+    "last_ranking",
     "make_metric",
     "score_candidates",
     "score_layers",

@@ -20,7 +20,7 @@ from layerpeel.interrupts import stop_if_asked
 from layerpeel.progress import progress
 from layerpeel.stack import Budget, Stack
 from layerpeel.tasks import Task
-from layerpeel.tasks.base import Evaluation
+from layerpeel.tasks.base import Evaluation, Request
 from layerpeel.tasks.store import AnswerStore
 
 
@@ -53,6 +53,11 @@ class ScoringInputs:
     store: AnswerStore | None = None
 
     @cached_property
+    def samples(self) -> dict[str, list[list[Request]]]:
+        """What each task asks, sample by sample."""
+        return {task.name: task.requests(self.tokenizer) for task in self.tasks}
+
+    @cached_property
     def budget(self) -> Budget:
         """Shared by all metrics of a scoring."""
         return Budget(self.config.memory, self.student.device)
@@ -76,9 +81,10 @@ class Findings:
 
 
 class Metric(ABC):
-    """Scores layers. `needs` says what it reads: `text`, `tasks`."""
+    """Scores layers. `needs` says what it reads: `text`, `tasks`; `skips`, whether it runs the model without each."""
 
     needs: frozenset[str]
+    skips: bool = True
 
     @abstractmethod
     def score(self, inputs: ScoringInputs) -> Findings:

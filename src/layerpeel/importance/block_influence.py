@@ -13,6 +13,7 @@ class BlockInfluence(Metric):
     """How much a layer turns its hidden states, mean over real tokens; no layer is skipped for it."""
 
     needs = frozenset({"text"})
+    skips = False
 
     def score(self, inputs: ScoringInputs) -> Findings:
         def measure(input_ids: Tensor, mask: Tensor, positions: Tensor | None) -> Tensor:

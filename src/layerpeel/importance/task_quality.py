@@ -29,7 +29,7 @@ class TaskQuality(Metric):
     needs = frozenset({"tasks"})
 
     def score(self, inputs: ScoringInputs) -> Findings:
-        samples = {task.name: task.requests(inputs.tokenizer) for task in inputs.tasks}
+        samples = inputs.samples
         orders = {name: _order(len(own), name) for name, own in samples.items()}
         alive = list(inputs.candidates)
         answered: dict[int | None, Answered] = {stream: {name: {} for name in samples} for stream in (None, *alive)}

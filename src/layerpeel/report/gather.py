@@ -205,8 +205,10 @@ def state_of(run: Run) -> tuple[str, str]:
 
 def method_of(config: RunConfig) -> str:
     """How a run works, in a few words."""
-    tokens = config.distill.tokens_per_round
-    return f"{config.score.decide}, " + (f"{tokens:,} tokens a round" if tokens else "no training")
+    tokens, every = config.distill.tokens_per_round, config.score.every
+    ranked = {0: ", ranked once", 1: ""}.get(every, f", ranked every {every} rounds")
+    when = "a round" if config.distill.when == "each_round" else "a removal, at the end"
+    return config.score.decide + ranked + (f", {tokens:,} tokens {when}" if tokens else ", no training")
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:

@@ -56,9 +56,13 @@ def write_report(
     runs = dict(zip(gather.names_of([run, *others]), [run, *others], strict=True))
     pictures = _pictures(run, runs, depths, folder / "figures")
     tables.write_tables(folder / "tables", _files(run, runs, depths))
-    facts = _facts(run, runs, depths, measured) | {"pictures": pictures, "refresh": WATCH_SECONDS if refresh else None}
+    facts = _facts(run, runs, depths, measured) | {
+        "pictures": pictures,
+        "figures": "figures/",
+        "refresh": WATCH_SECONDS if refresh else None,
+    }
     page = folder / "index.html"
-    write_whole(page, _render(facts))
+    write_whole(page, render("page.html.jinja", facts))
     return page
 
 
@@ -207,7 +211,8 @@ def _facts(
     }  # fmt: skip
 
 
-def _render(facts: dict[str, Any]) -> str:
+def render(template: str, facts: dict[str, Any]) -> str:
+    """A page from a template of this folder, with our style and script in it; what is not ours is escaped."""
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -218,4 +223,4 @@ def _render(facts: dict[str, Any]) -> str:
     script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     own = {"script": Markup(script), "script_hash": digest, "style": Markup((HERE / "page.css").read_text("utf-8"))}
-    return environment.get_template("page.html.jinja").render(facts | own)
+    return environment.get_template(template).render(facts | own)

@@ -1,0 +1,89 @@
+"""Bytes on a device, by what they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from layerpeel.config import DistillConfig, ScoreConfig
+from layerpeel.losses.logits import BYTES_IN_CACHE
+from layerpeel.plan.shape import Shape
+from layerpeel.stack import LAYER_WIDTH, LEAST_LOGIT_ROWS, LOGITS_BYTES, LOGITS_BYTES_ON_CPU, TOKENS_PER_CALL
+from layerpeel.tasks.base import Generation, Request
+
+STATES = 12  # hidden states [B, T, D] in fp32: final ones of both models, those compared, their copies and gradients
+LOGIT_TENSORS = 5  # of the size of a chunk of logits, in fp32, that a divergence makes of them
+
+
+def training_memory(
+    shape: Shape, distill: DistillConfig, trained: int, graph: int, device: str, split: int
+) -> dict[str, float]:
+    """While a round trains.
+
+    Args:
+        trained: parameters that train.
+        graph: layers of the student that gradients go through.
+        split: over how many devices what trains is split (FSDP2).
+    """
+    if not trained:
+        return {"weights": float(shape.parameters * shape.itemsize)}
+    tokens = distill.batch_size * distill.sequence_length
+    kept = shape.kept * tokens
+    if distill.activation_checkpointing:
+        activations = graph * tokens * shape.width * shape.itemsize + kept
+    else:
+        activations = graph * kept
+    activations += kept  # the layer that runs
+    activations += STATES * tokens * shape.width * 4 + logit_bytes(shape, device)
+    gradients = 4 * trained / split
+    beside = activations + (gradients if distill.accumulation > 1 else 0)  # a step's first backward finds none
+    parts = {
+        "weights": float(shape.parameters * shape.itemsize),
+        "trained copies in fp32": 4 * trained / split,
+        "AdamW": 8 * trained / split,
+        "gradients": gradients,
+        "activations, hidden states and chunks of logits": max(0.0, beside - gradients),
+    }
+    if device == "cpu":  # elsewhere they are in the host's memory
+        parts["weights as they were, to start a round again"] = float(shape.itemsize * trained)
+    return parts
+
+
+def logit_bytes(shape: Shape, device: str) -> float:
+    """Chunks of logits of both models, and what the losses make of them."""
+    size = LOGITS_BYTES_ON_CPU if device == "cpu" else LOGITS_BYTES
+    rows = max(LEAST_LOGIT_ROWS, size // (4 * shape.vocabulary)) // 2
+    made = BYTES_IN_CACHE if device == "cpu" else 4 * rows * shape.vocabulary
+    return float(2 * rows * shape.vocabulary * shape.itemsize + LOGIT_TENSORS * made)
+
+
+def scoring_memory(
+    shape: Shape, score: ScoreConfig, requests: Sequence[Sequence[Request]], trained: int, streams: Mapping[str, int],
+    budget: int, device: str,
+) -> dict[str, float]:  # fmt: skip
+    """While the student is scored.
+
+    Args:
+        trained: parameters that the student has of its own.
+        streams: of `text` and of `tasks`, the student as it is included.
+        budget: bytes that streams may take.
+    """
+    fit = {
+        need: budget // (max(1, count) * LAYER_WIDTH * shape.width * shape.itemsize) for need, count in streams.items()
+    }
+    hidden = shape.width * shape.itemsize
+    walked = min(fit["text"], score.tokens) * streams["text"]
+    needs = [3 * walked * hidden + min(walked, TOKENS_PER_CALL) * shape.kept]
+    for own in requests:
+        written = [request for request in own if isinstance(request, Generation)]
+        if not written:
+            continue
+        prompt, new = max(len(r.prompt) for r in written), max(r.max_new_tokens for r in written)
+        rows = min(len(written), max(1, fit["tasks"] // (prompt + new))) * streams["tasks"]
+        needs.append(rows * (prompt * shape.kept + (prompt + new) * shape.cache * shape.layers))
+    size = LOGITS_BYTES_ON_CPU if device == "cpu" else LOGITS_BYTES
+    return {
+        "weights": float(shape.parameters * shape.itemsize),
+        "the student's own": float(trained * shape.itemsize),
+        "streams of candidates and their caches": float(max(needs)),
+        "chunks of logits": float(2 * size),
+    }

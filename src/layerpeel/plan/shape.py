@@ -1,0 +1,122 @@
+"""What a model's config says of its sizes; no weights are read, and none are made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from layerpeel.architecture import find_architecture, text_config
+from layerpeel.calls import replaced_forward
+from layerpeel.expressible import rewrite_config
+from layerpeel.models import count_parameters
+from layerpeel.stack import Stack
+from layerpeel.student import Student
+from layerpeel.surgery import Depth
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model.
+
+    Attributes:
+        layers, width, vocabulary: L, D, V.
+        parameters: of all of it, tied ones once.
+        layer_parameters: of the largest layer.
+        head_parameters: of the head, though tied.
+        itemsize: bytes of a frozen parameter.
+        kept: bytes that a layer keeps for its backward pass, for each token of a training batch.
+        cache: bytes of keys and values of one token in one layer.
+    """
+
+    layers: int
+    width: int
+    vocabulary: int
+    parameters: int
+    layer_parameters: int
+    head_parameters: int
+    itemsize: int
+    kept: float
+    cache: int
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that a config describes, on the meta device."""
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+    model.tie_weights()
+    return model
+
+
+class Outline(Student):
+    """A student that only says what it consists of: its model may be on the meta device, and is never run."""
+
+    def __init__(self, model: PreTrainedModel, removed: Iterable[int]) -> None:
+        """Takes the layers out of the model."""
+        architecture = find_architecture(model)
+        layers = architecture.layers
+        self.model, self.owned = model, set()
+        self.depth = Depth.full(len(layers)).without(removed)
+        architecture.set_layers([layers[layer] for layer in self.depth.kept])
+        self.stack = Stack.__new__(Stack)  # a stack that is made as usual tries how the model calls its layers
+        self.stack.model, self.stack.architecture = model, architecture
+
+
+def shape_of(model: PreTrainedModel, rows: int, length: int) -> Shape:
+    """The sizes of a model that may be on the meta device.
+
+    Args:
+        rows, length: of a training batch.
+    """
+    config, layers = text_config(model.config), find_architecture(model).layers
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(
+        layers=len(layers), width=config.hidden_size, vocabulary=model.get_output_embeddings().weight.shape[0],
+        parameters=count_parameters(model),
+        layer_parameters=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        head_parameters=sum(p.numel() for p in model.get_output_embeddings().parameters()),
+        itemsize=model.dtype.itemsize, kept=_kept_bytes(model.config, model.dtype, rows, length) / (rows * length),
+        cache=2 * heads * size * model.dtype.itemsize,
+    )  # fmt: skip
+
+
+def _kept_bytes(config: PretrainedConfig, dtype: torch.dtype, rows: int, length: int) -> int:
+    """What one layer keeps for its backward pass, counted by running it on tensors without content."""
+    config = copy.deepcopy(config)
+    rewrite_config(text_config(config), [text_config(config).num_hidden_layers // 2])
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[_storage(tensor)] = tensor.untyped_storage()
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        architecture = find_architecture(model)
+        layer = architecture.layers[0]
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.float()  # as they are while they train
+            parameter.requires_grad_(True)
+        run = layer.forward
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                return run(*args, **kwargs)
+
+        autocast = torch.autocast("cpu", dtype, enabled=dtype is not torch.float32)
+        with replaced_forward(layer, watched), autocast:
+            architecture.base(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
+        known = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in known)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,181 @@
+"""A study's file: a base config and what is varied of it, to the configs of its runs."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from layerpeel.architecture import text_config
+from layerpeel.config import (
+    RunConfig,
+    Section,
+    StopConfig,
+    describe,
+    load_config,
+    override,
+    parse_config,
+    resolve_paths,
+)
+from layerpeel.demo import prepare_demo
+from layerpeel.errors import InputError
+from layerpeel.models import load_config_of
+
+SEE = "see studies/ for examples"
+
+
+class StudyConfig(Section):
+    """What is compared."""
+
+    base: str | dict[str, Any] = "demo"
+    """The config that all runs start from: a path, the config itself, or `demo`, that of the bundled teacher."""
+    output: Path
+    """The study's folder; running again goes on with it."""
+    set: dict[str, Any] = {}
+    """Fields of the base, as `distill.learning_rate`, with other values."""
+    remove: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """How many layers go, or which share of the teacher's, in place of the base's `stop`."""
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    """Fields, each with its values: every combination is a variant."""
+    variants: dict[str, dict[str, Any]] = {}
+    """Names, each with the fields that are other there. A variant may have a `base` of its own."""
+    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    """Each variant runs once with each."""
+    show: Literal["depths", "results", "sweep", "costs", "rankings", "layers"] = "depths"
+    """The figure: quality by depth; the results; results against the grid's one field; against what they cost;
+    agreement of rankings by different tasks; importance by relative depth."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> StudyConfig:
+        if self.grid and self.variants:
+            raise ValueError("expected a grid or variants, found both")
+        if self.show == "sweep" and len(self.grid) != 1:
+            raise ValueError("show: a sweep is over the one field of a grid")
+        return self
+
+    def named(self) -> dict[str, dict[str, Any]]:
+        """The variants by name; the base alone, if nothing is varied."""
+        if not self.grid:
+            return self.variants or {"base": {}}
+        points = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        return {", ".join(f"{_short(key)} {value}" for key, value in point.items()): point for point in points}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study.
+
+    Attributes:
+        variant: its name.
+        values: the fields that are other in it.
+        config: of the run.
+    """
+
+    variant: str
+    values: dict[str, Any]
+    config: RunConfig
+
+
+def load_study(path: Path, overrides: Sequence[str] = ()) -> tuple[StudyConfig, list[Job]]:
+    """Reads a study.
+
+    Args:
+        path: a YAML file. Paths in it are taken from its folder first, then from the working folder.
+        overrides: `field=value` of the study or of its base; `model=PATH` is the base's teacher.
+
+    Raises:
+        InputError: the file cannot be read, or a field will not do.
+    """
+    raw = _read(path)
+    own = StudyConfig.model_fields
+    for text in overrides:
+        if text.partition("=")[0].split(".")[0] in own:
+            override(raw, text)
+    try:
+        study = StudyConfig.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(f"{path}: {describe(error, StudyConfig)}", hint=SEE) from None
+    of_base = [text for text in overrides if text.partition("=")[0].split(".")[0] not in own]
+    of_base = [re.sub(r"^\s*model\s*=", "teacher=", text) for text in of_base]
+    return study, list(_jobs(study, path.parent, [*map(_assignment, study.set.items()), *of_base]))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"no such study: {path}", hint="give the path of a YAML file, such as those in studies/"
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML ({error})", hint=SEE) from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected a mapping of fields to values", hint=SEE)
+    return raw
+
+
+def _jobs(study: StudyConfig, folder: Path, overrides: list[str]) -> Iterator[Job]:
+    folders: dict[str, str] = {}
+    for name, values in study.named().items():
+        slug = re.sub(r"[^\w.]+", "-", name).strip("-.")
+        if not slug or slug in folders:
+            raise InputError(
+                f"variants: '{name}' would share its folder with '{folders.get(slug, '')}'",
+                hint="give them names that differ in letters or digits",
+            )
+        folders[slug] = name
+        values = dict(values)
+        base = values.pop("base", study.base)
+        config = _config(study, base, folder, [*overrides, *map(_assignment, values.items())], name)
+        for seed in study.seeds:
+            own = {"output": study.output / "runs" / slug / f"seed-{seed}", "seed": seed}
+            yield Job(name, values, config.model_copy(update=own, deep=True))
+
+
+def _config(
+    study: StudyConfig, base: str | dict[str, Any], folder: Path, overrides: list[str], variant: str
+) -> RunConfig:
+    """A variant's config, but for its seed and output."""
+    overrides = ["output=unused", *(["stop={target_layers: 1}"] if study.remove else []), *overrides]
+    if isinstance(base, dict):
+        raw = copy.deepcopy(base)
+        for text in overrides:
+            override(raw, text)
+        config = parse_config(raw, f"base of variant {variant}")
+    elif base == "demo":
+        config = load_config(prepare_demo(study.output / "demo"), overrides)
+    else:
+        config = load_config(folder / base if (folder / base).is_file() else base, overrides)
+    config = resolve_paths(config, folder)
+    if study.remove:
+        config.stop = StopConfig(target_layers=_target(config, study.remove))
+    return config
+
+
+def _target(config: RunConfig, remove: int | float) -> int:
+    """The depth that is left; at least one layer goes."""
+    teacher = load_config_of(config.teacher, trust_remote_code=config.trust_remote_code)
+    total = int(text_config(teacher).num_hidden_layers)
+    gone = remove if isinstance(remove, int) else max(1, round(remove * total))
+    if gone >= total:
+        raise InputError(
+            f"remove: {gone} of the {total} layers of {config.teacher} would leave none", hint="remove fewer"
+        )
+    return total - gone
+
+
+def _assignment(item: tuple[str, Any]) -> str:
+    return f"{item[0]}={json.dumps(item[1])}"
+
+
+def _short(field: str) -> str:
+    """The end of a field's name that says what it is: `kl.weight` of `distill.losses.kl.weight`."""
+    return ".".join(field.split(".")[-2:])

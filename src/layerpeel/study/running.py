@@ -1,0 +1,100 @@
+"""The runs of a study: what they share is done once, and several may run at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from layerpeel.config import RunConfig
+from layerpeel.errors import RunError
+from layerpeel.journal import Run
+from layerpeel.loop import peel
+from layerpeel.models import load_model
+from layerpeel.preflight import check_run
+from layerpeel.progress import console
+from layerpeel.student import Student
+from layerpeel.study.file import Job
+from layerpeel.tasks import evaluate, make_tasks
+
+SHARED = ("teacher", "tasks", "aggregate", "device", "dtype", "trust_remote_code")  # what a teacher's scores depend on
+
+
+def run_jobs(jobs: Sequence[Job], processes: int) -> list[Run]:
+    """Runs what is not finished; gives all runs, in the order of the jobs.
+
+    Args:
+        processes: runs at a time, each in a process with its share of the cores; 1: all in this one.
+
+    Raises:
+        InputError: a config, a model or the data will not do; found before any run starts.
+        RunError: runs failed; the others are done, and running again goes on.
+    """
+    for job in jobs:
+        check_run(job.config)
+    _share_teachers([job.config for job in jobs])
+    left = [job for job in jobs if not Run(job.config.output).finish]
+    console.print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them finished before")
+    if processes == 1:
+        for job in left:
+            console.print(f"{job.variant}, seed {job.config.seed}", style="bold", markup=False)
+            peel(job.config)
+    else:
+        _run_apart(left, processes)
+    return [Run(job.config.output) for job in jobs]
+
+
+def _share_teachers(configs: Sequence[RunConfig]) -> None:
+    """Writes each run's first events; teachers that are measured alike are measured once."""
+    measured: dict[str, dict[str, Any]] = {}
+    for config in configs:
+        key = json.dumps({name: config.model_dump(mode="json")[name] for name in SHARED})
+        with Run.open(config) as run:
+            if not run.teacher and key in measured:
+                run.record("teacher", **measured[key])
+            elif not run.teacher:
+                _measure(run, config)
+            assert run.teacher
+            own = ("event", "time", "check")  # of the event, not of the teacher
+            measured[key] = {name: value for name, value in run.teacher.items() if name not in own}
+
+
+def _measure(run: Run, config: RunConfig) -> None:
+    model, tokenizer = load_model(
+        config.teacher, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
+    run.record_teacher(Student(model), evaluate(model, tokenizer, make_tasks(config.tasks)))
+
+
+def _run_apart(jobs: Sequence[Job], processes: int) -> None:
+    with ThreadPoolExecutor(processes) as pool:
+        failed = [
+            job for job, code in zip(jobs, pool.map(lambda job: _spawn(job, processes), jobs), strict=True) if code
+        ]
+    if failed:
+        logs = [job.config.output / "log.txt" for job in failed]
+        last = (logs[0].read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"])[-1]
+        raise RunError(
+            f"{len(failed)} of {len(jobs)} runs failed, the first of them {failed[0].variant}, seed "
+            f"{failed[0].config.seed}: {last}",
+            hint=f"see {logs[0]}; the same command goes on with what is left",
+        )
+
+
+def _spawn(job: Job, processes: int) -> int:
+    """Runs a job in a process of its own; gives its exit code."""
+    folder = job.config.output
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    command = [sys.executable, "-m", "layerpeel", "run", str(folder / "config.yaml"), "--no-report"]
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False,
+            env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        )  # fmt: skip
+    code = 0 if done.returncode == 3 else done.returncode  # a quality floor is an end like others
+    console.print(f"{job.variant}, seed {job.config.seed}: {'failed' if code else 'done'}", markup=False)
+    return code

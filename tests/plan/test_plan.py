@@ -1,0 +1,136 @@
+"""Plans against arithmetic by hand and against what tensors really take."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from layerpeel.config import DistillConfig, RunConfig, parse_config
+from layerpeel.importance import make_metric
+from layerpeel.importance.work import count_work
+from layerpeel.models import count_parameters, load_config_of
+from layerpeel.plan import Plan, Shape, Speed, plan_run
+from layerpeel.plan.shape import empty_model, shape_of
+from layerpeel.stack import Stack
+from layerpeel.tasks.base import Generation, LogLikelihood, Request
+from tests.families import save_tiny, tiny_model
+
+UNIT = Speed(1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # a second a token and layer
+ASKED: list[list[Request]] = [
+    [LogLikelihood((1, 2, 3), (4,)), LogLikelihood((1, 2, 3), (5,))], [Generation((1, 2), 6, ())] * 3,
+]  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return parse_config({
+        "teacher": str(save_tiny(tmp_path / "teacher")), "output": "none", "stop": {"target_layers": 4},
+        "score": {"decide": "teacher_kl", "tokens": 100}, "tasks": [{"kind": "perplexity", "data": "none"}],
+        "distill": {"text": "none", "tokens_per_round": 320, "sequence_length": 16, "batch_size": 2},
+    }, "test")  # fmt: skip
+
+
+def plan(config: RunConfig, speed: Speed = UNIT, **options: Any) -> Plan:
+    kinds: dict[str, Any] = {"dtype": torch.float32, "device": "cuda"} | options
+    return plan_run(load_config_of(config.teacher), config, ASKED, lambda shape: speed, **kinds)
+
+
+def test_layer_calls_by_hand(config: RunConfig) -> None:
+    planned = plan(config)
+    # Layers 1 to 4 of 6 may go: 6 + (4 + 3 + 2 + 1) runs, and the teacher's 6; then, of 5 layers, 3.
+    assert planned.rounds == 2 and planned.layer_tokens["scoring"] == 100 * (16 + 6) + 100 * (5 + 3 + 2 + 1 + 6)
+    # 3 tokens once and 2 after them, and 3 texts of 2 + 6: the teacher and two students.
+    assert planned.layer_tokens["evaluation"] == (5 + 24) * (6 + 5 + 4)
+    # 320 tokens: the teacher's 6 layers, and the student's.
+    assert planned.layer_tokens["training"] == 320 * (6 + 5) + 320 * (6 + 4)
+    assert planned.seconds["scoring"] == planned.layer_tokens["scoring"]
+    assert plan(config, gpus=2).seconds["scoring"] == planned.seconds["scoring"] / 2
+
+
+def test_ranking_once_and_training_once(config: RunConfig) -> None:
+    config.score.every = 0
+    planned = plan(config)
+    assert planned.layer_tokens["scoring"] == 100 * (16 + 6)
+    config.distill.when = "end"
+    assert plan(config).layer_tokens["training"] == 640 * (6 + 4)
+
+
+def test_block_influence_skips_nothing() -> None:
+    work = count_work(make_metric("block_influence"), 6, [1, 2, 3], 10, [], own=6)
+    assert (work.layer_tokens, work.head_tokens, work.one_by_one) == (60, 0, 6)
+
+
+def test_weights_and_what_trains_by_hand(config: RunConfig) -> None:
+    model = tiny_model("llama")
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    for train, layers in (("all", 5), ("neighbours", 2), (r"layers\.5\.", 1)):
+        config.distill.train = train
+        planned = plan(config)
+        assert planned.trained == layers * layer
+        parts = planned.training_memory
+        assert parts["weights"] == 4 * count_parameters(model)
+        assert (parts["trained copies in fp32"], parts["AdamW"]) == (4 * layers * layer, 8 * layers * layer)
+    assert plan(config, dtype=torch.bfloat16).training_memory["weights"] == 2 * count_parameters(model)
+    split = plan(config, gpus=4, fsdp=True).training_memory
+    assert split["AdamW"] == 2 * layer and split["weights"] == 4 * count_parameters(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+def test_what_a_layer_keeps_is_what_it_keeps(family: str) -> None:
+    model = tiny_model(family)
+    stack = Stack(model)
+    model.requires_grad_(False)
+    stack.layers[0].requires_grad_(True)
+    hidden, arguments = stack.begin(torch.zeros(3, 16, dtype=torch.long))
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = stack.layer(0, hidden.detach().requires_grad_(), arguments[0])
+    real = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in known)
+    shape = shape_of(empty_model(model.config, torch.float32), 3, 16)
+    assert output.grad_fn is not None and shape.kept * 48 == pytest.approx(real, rel=0.1)
+    assert shape.parameters == count_parameters(model) and shape.layers == len(stack.layers)
+
+
+def test_a_processor_by_its_figures() -> None:
+    shape = Shape(4, 8, 100, 1000, 200, 800, 2, 1.0, 1)
+    speed = Speed.of_processor(shape, flops=1e3, bandwidth=1e2)
+    assert (speed.layer, speed.trained_layer, speed.head, speed.head_loss) == pytest.approx((0.4, 1.2, 1.6, 4.8))
+    assert (speed.decode_call, speed.decode_row, speed.update) == pytest.approx((4.0, 0.4, 0.28))
+
+
+def test_measured_speeds_are_times(tmp_path: Path) -> None:
+    teacher = AutoConfig.from_pretrained(save_tiny(tmp_path / "teacher"))
+    distill = DistillConfig(text="none", sequence_length=16, batch_size=2)
+    speed = Speed.measure(teacher, distill, torch.float32, "cpu")
+    assert 0 < speed.layer < speed.trained_layer < 1 and 0 < speed.head < 1 and 0 < speed.update < 1
+    assert speed.decode_call >= 0 and speed.decode_row >= 0 and speed.head_loss > 0
+
+
+def test_the_page_is_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "plan.md").read_text(encoding="utf-8").splitlines()
+    spec = importlib.util.spec_from_file_location("plan_benchmark", root / "benchmarks" / "plan.py")
+    assert spec and spec.loader
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    names = ", ".join(benchmark.SHAPES)
+    monkeypatch.setattr(benchmark, "SHAPES", {"Qwen2.5-3B": benchmark.SHAPES["Qwen2.5-3B"]})  # the others take seconds
+    printed = benchmark.table().replace("Of Qwen2.5-3B,", f"Of {names},").splitlines()
+    assert printed == [line for line in page if "| Qwen2.5-7" not in line]
+
+
+def test_a_plan_is_json(config: RunConfig) -> None:
+    said = json.loads(json.dumps(plan(config).to_json()))
+    assert said["peak"] == sum(said["training_memory"].values()) or said["peak"] == sum(said["scoring_memory"].values())

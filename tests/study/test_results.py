@@ -1,0 +1,74 @@
+"""Intervals and rankings by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerpeel.errors import InputError
+from layerpeel.journal import Run
+from layerpeel.report.tables import Cell, Table
+from layerpeel.study import run_study
+from layerpeel.study.rankings import Rankings, kendall_tau
+from layerpeel.study.results import interval
+from layerpeel.study.tables import markdown
+
+
+def test_an_interval_is_that_of_students_t() -> None:
+    assert interval([0.5]) is None
+    assert interval([1.0, 3.0]) == pytest.approx(12.706, abs=1e-3)  # s = sqrt(2), s / sqrt(2) = 1
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3), abs=1e-3)
+    assert interval([2.0, 2.0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "tau"),
+    [
+        ([1, 2, 3], [10, 20, 30], 1.0),
+        ([1, 2, 3], [3, 2, 1], -1.0),
+        ([1, 2, 3], [1, 3, 2], 1 / 3),
+        ([1, 1, 2], [1, 2, 3], 2 / math.sqrt(2 * 3)),  # a tie on one side decides nothing
+        ([1, 1, 1], [1, 2, 3], None),
+    ],
+)
+def test_kendalls_tau(a: list[float], b: list[float], tau: float | None) -> None:
+    assert kendall_tau(a, b) == (None if tau is None else pytest.approx(tau))
+
+
+def scores(good: float, perplexity: float) -> dict[str, Any]:
+    return {
+        "choice": {"value": good, "stderr": 0.0, "n": 4, "lower_is_better": False},
+        "ppl": {"value": perplexity, "stderr": 0.0, "n": 4, "lower_is_better": True},
+    }
+
+
+def test_rankings_by_hand(base: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(f"{{base: '{base}', output: '{tmp_path / 'out'}', remove: 1, show: rankings}}\n")
+    done = run_study(study, ["score.shortlist=null", "distill.tokens_per_round=0"])
+    assert [row["ranking"] for row in done.rows["rankings"]] == ["choice", "perplexity"]
+    run = Run(tmp_path / "out" / "runs" / "base" / "seed-0")
+    run.teacher["evaluation"] = scores(0.8, 4.0)  # type: ignore[index]
+    skipped = {"1": scores(0.7, 4.0), "2": scores(0.8, 5.0), "3": scores(0.2, 8.0)}
+    run.rounds[0]["scores"]["evaluations"] = skipped
+    rankings = Rankings(run)
+    assert rankings.lost(["choice"]) == pytest.approx([0.1, 0.0, 0.6])
+    assert rankings.lost(["ppl"]) == pytest.approx([0.0, 0.2, 0.5])  # 1 - 4 / 5, 1 - 4 / 8
+    assert rankings.lost(["choice", "ppl"]) == pytest.approx([0.05, 0.1, 0.55])
+    names, matrix = rankings.matrix()
+    assert names == ["choice", "ppl", "all tasks"]
+    third = pytest.approx(1 / 3)
+    assert matrix == [[1, third, third], [third, 1, 1], [third, 1, 1]]
+    choice, ppl = rankings.rows()
+    assert (choice["same_first"], ppl["same_first"]) == (0, 1) and choice["first_picks"] == "2 1 3"
+    del run.rounds[0]["scores"]["evaluations"]
+    with pytest.raises(InputError, match="its first scoring ran no tasks"):
+        Rankings(run)
+
+
+def test_text_in_markdown_is_only_text() -> None:
+    table = Table("t", ["variant", "n"], [[Cell("a|b <x> [l](u)", None), Cell("1.5", 1.5)]])
+    assert markdown(table).endswith("| a\\|b \\<x\\> \\[l\\](u) | 1.5 |")

@@ -1,0 +1,128 @@
+"""A study's file, what its runs share, going on, several processes, and messages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from layerpeel import Run
+from layerpeel.errors import InputError, RunError
+from layerpeel.study import load_study, run_study
+
+
+@pytest.fixture
+def study(base: Path, tmp_path: Path) -> Path:
+    """Two variants, two seeds, one layer, no training."""
+    return write(tmp_path, {
+        "base": str(base), "output": str(tmp_path / "out"), "remove": 1,
+        "variants": {"by KL": {"score.decide": "teacher_kl", "score.shortlist": None}, "by tasks": {}},
+        "set": {"distill.tokens_per_round": 0}, "seeds": [0, 1],
+    })  # fmt: skip
+
+
+def write(folder: Path, raw: dict[str, Any]) -> Path:
+    (folder / "study.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    return folder / "study.yaml"
+
+
+def journals(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("journal.jsonl")}
+
+
+def test_a_teacher_is_measured_once_and_a_study_goes_on_where_it_stopped(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from layerpeel.study import running
+
+    measured, started, peel = [], [], running.peel
+    evaluate = running.evaluate
+    monkeypatch.setattr(running, "evaluate", lambda *a: measured.append(1) or evaluate(*a))
+
+    def interrupted(config: Any) -> Run:
+        started.append(config.output)
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        return peel(config)
+
+    monkeypatch.setattr(running, "peel", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study)
+    assert len(measured) == 1 and len({json.dumps(Run(path).teacher["evaluation"]) for path in started}) == 1  # type: ignore[index]
+    before = journals(tmp_path)
+    first = run_study(study)
+    after = journals(tmp_path)
+    assert len(measured) == 1 and [str(path.parent.name) for path in started] == ["by-KL", "by-KL", *["by-tasks"] * 3]
+    assert sorted(before[name] == after[name] for name in before) == [False, False, True, True]
+    assert run_study(study).rows == first.rows and journals(tmp_path) == after
+
+
+def test_processes_give_the_numbers_of_one(study: Path, tmp_path: Path) -> None:
+    alone = run_study(study)
+    apart = run_study(study, [f"output={tmp_path / 'apart'}"], processes=2)
+    drop = ("scoring_seconds", "training_seconds")
+    for one, other in zip(alone.rows["results"], apart.rows["results"], strict=True):
+        assert {k: v for k, v in one.items() if k not in drop} == {k: v for k, v in other.items() if k not in drop}
+
+
+def test_a_run_that_fails_apart_is_named_and_the_others_are_done(study: Path, tmp_path: Path) -> None:
+    _, jobs = load_study(study)
+    Run.open(jobs[0].config).record("round", training={"steps": 0})  # of which a run can make nothing
+    for job in jobs[1:3]:
+        Run.open(job.config).record("finish", reason="target_layers", round=0, layers=6, last_pass=None)
+    with pytest.raises(RunError, match=r"1 of 2 runs failed, the first of them by KL, seed 0: KeyError: 'kept'"):
+        from layerpeel.study.running import run_jobs
+
+        run_jobs(jobs, 2)
+    assert Run(jobs[3].config.output).finish
+
+
+def test_overrides_go_to_the_study_or_to_its_base(study: Path, base: Path) -> None:
+    overrides = ["model=elsewhere", "seeds=[3]", "score.tokens=48", "variants.third.score.tokens=16"]
+    with pytest.raises(InputError, match="no such model: elsewhere"):
+        load_study(study, overrides)
+    own, jobs = load_study(study, [f"model={base.parent / 'teacher'}", *overrides[1:]])
+    assert own.seeds == [3] and [job.variant for job in jobs] == ["by KL", "by tasks", "third"]
+    assert [job.config.score.tokens for job in jobs] == [48, 48, 16]
+    assert [job.config.seed for job in jobs] == [3, 3, 3]
+    assert len({job.config.output for job in jobs}) == 3
+
+
+@pytest.mark.parametrize(("remove", "left"), [(1, 5), (2, 4), (0.33, 4), (0.01, 5), (0.5, 3)])
+def test_layers_may_be_a_share_of_the_teachers(study: Path, remove: float, left: int) -> None:
+    _, jobs = load_study(study, [f"remove={remove}"])
+    assert {job.config.stop.target_layers for job in jobs} == {left}
+
+
+def test_a_grid_is_every_combination(base: Path, tmp_path: Path) -> None:
+    grid = {"distill.losses.kl.weight": [0.1, 10], "score.tokens": [16, 32]}
+    raw = yaml.safe_load(base.read_text()) | {"teacher": str(base.parent / "teacher")}
+    raw["tasks"] = [task | {"data": str(base.parent / task["data"])} for task in raw["tasks"]]
+    _, jobs = load_study(write(tmp_path, {"base": raw, "output": str(tmp_path / "out"), "grid": grid}))
+    values = [(job.config.distill.losses["kl"].weight, job.config.score.tokens) for job in jobs]
+    assert values == [(0.1, 16), (0.1, 32), (10, 16), (10, 32)]
+    assert jobs[0].variant == "kl.weight 0.1, score.tokens 16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": {"a b": {}, "a-b": {}}}, "variants: 'a-b' would share its folder with 'a b'"),
+        ({"grid": {"seed": [1]}}, "expected a grid or variants, found both"),
+        ({"show": "sweep"}, "a sweep is over the one field of a grid"),
+        ({"show": "curves"}, "show: input should be"),
+        ({"varients": {}}, "unknown key; did you mean 'variants'"),
+        ({"remove": 6}, "remove: 6 of the 6 layers"),
+        ({"set": {"score.decide": "teacher_lk"}}, "did you mean 'teacher_kl'"),
+        ({"base": "nowhere.yaml"}, "no such config: nowhere.yaml"),
+        ({"variants": {"x": {"distil.radius": 2}}}, "did you mean 'distill'"),
+    ],
+)
+def test_messages_before_any_run(study: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    raw = yaml.safe_load(study.read_text())
+    with pytest.raises(InputError, match=message):
+        run_study(write(tmp_path, raw | changes))
+    assert not list(tmp_path.rglob("journal.jsonl"))
