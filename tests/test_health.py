@@ -14,6 +14,7 @@ from torch import Tensor
 from layerpeel import Run, peel
 from layerpeel.config import parse_config
 from layerpeel.health import findings, note_findings
+from layerpeel.ledger import append, seal, to_line
 from layerpeel.losses import Loss, StepOutputs
 from tests.families import save_tiny
 
@@ -43,14 +44,21 @@ def journal(
 
     config = {"teacher": "x", "output": str(folder), "stop": {"target_layers": 2}, "tasks": TASKS}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    events = [{"event": "teacher", "time": 0, "layers": 12, "parameters": 9, **quality(*whole)}]
+    start = {"event": "start", "time": 0, "config": config}
+    events = [start, {"event": "teacher", "time": 0, "layers": 12, "parameters": 9, **quality(*whole)}]
     for number, scores in enumerate(rounds, start=1):
         changes = training if number == len(rounds) else {}
+        events.append({"event": "scored", "round": number, "removed": 12 - number, "scores": {}})
         events.append(
-            {"event": "round", "time": number, "round": number, "removed": 12 - number, "training": HEALTHY | changes}
+            {"event": "round", "time": number, "round": number, "training": HEALTHY | changes, "files": {}}
             | quality(*scores)
         )
-    (folder / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (folder / "journal.jsonl").unlink(missing_ok=True)
+    seals = [""]
+    for event in events:
+        seals.append(seal(event, seals[-1]))
+        append(folder / "journal.jsonl", to_line(event | {"seal": seals[-1]}))
+    (folder / "journal.jsonl").touch()
     return Run(folder)
 
 
@@ -112,7 +120,7 @@ def test_a_drop_within_the_noise_is_none(tmp_path: Path) -> None:
     run = journal(tmp_path, (0.6, 0.75))
     assert found(run) == [("sharp_drop", "warning", 1)]
     for event in run.events:
-        for own in event["evaluation"].values():
+        for own in event.get("evaluation", {}).values():
             own |= {"n": 10, "stderr": 0.14}
     assert ("sharp_drop", "warning", 1) not in found(run)
 

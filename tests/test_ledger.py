@@ -17,12 +17,12 @@ def journal(tmp_path: Path) -> Path:
     path, before = tmp_path / "journal.jsonl", ""
     for event in EVENTS:
         before = seal(event, before)
-        append(path, to_line(event | {"check": before}))
+        append(path, to_line(event | {"seal": before}))
     return path
 
 
 def test_what_was_written_is_read(journal: Path) -> None:
-    assert [{k: v for k, v in event.items() if k != "check"} for event in read_events(journal)] == EVENTS
+    assert [{k: v for k, v in event.items() if k != "seal"} for event in read_events(journal)] == EVENTS
 
 
 def test_every_flipped_bit_and_every_cut_is_found_or_only_loses_the_last_line(journal: Path) -> None:

@@ -162,8 +162,12 @@ class Run:
             found = [(event, self._damaged(event)) for event in self.rounds[-needed:]]
             event, name = next((pair for pair in found if pair[1]), ({}, None))
             if not name:
-                return
+                break
             self._go_back(event["round"] - 1, name)
+        for event in self.rounds:
+            for name, digest in event["files"].items():
+                if name.endswith(REPORTED) and sha256_of(self.folder / name) != digest:
+                    console.print(f"{self.folder / name}: damaged or gone; only reports read it")
 
     def _go_back(self, number: int, name: str) -> None:
         console.print(f"{self.folder / name}: damaged or gone; going on from the end of round {number}")
@@ -246,7 +250,7 @@ class Run:
     def record(self, event: str, **fields: Any) -> None:
         """Appends an event, and returns once it is on the disk."""
         line = {"event": event, "time": round(time.time(), 3), **fields}
-        line["check"] = seal(line, self.events[-1]["check"] if self.events else "")
+        line["seal"] = seal(line, self.events[-1]["seal"] if self.events else "")
         if not RANK:
             append(self.journal, to_line(line))
         self.events.append(line)
@@ -327,7 +331,7 @@ class Run:
 
     def training_state(self) -> TrainingState:
         """Where the training that is running saves how far it is: that of a removal, or the one after the last."""
-        since = next((event["check"] for event in reversed(self.live) if "round" in event), "")
+        since = next((event["seal"] for event in reversed(self.live) if "round" in event), "")
         return TrainingState(
             self.folder / "rounds" / ".training.safetensors", since, self.config.distill.save_every
         )  # fmt: skip

@@ -23,7 +23,7 @@ PATIENCE = 0.5  # seconds: somebody may just be looking whether the file is clai
 
 def seal(event: dict[str, Any], before: str) -> str:
     """The checksum of an event: of its JSON, and of what `before` says came before it."""
-    own = json.dumps({key: value for key, value in event.items() if key != "check"}, ensure_ascii=False)
+    own = json.dumps({key: value for key, value in event.items() if key != "seal"}, ensure_ascii=False)
     return hashlib.sha256((before + own).encode()).hexdigest()[:16]
 
 
@@ -37,7 +37,7 @@ def from_line(line: bytes, before: str) -> dict[str, Any] | None:
         event = json.loads(line)
     except ValueError:
         return None
-    good = isinstance(event, dict) and event.get("check") == seal(event, before) and to_line(event) == line
+    good = isinstance(event, dict) and event.get("seal") == seal(event, before) and to_line(event) == line
     return event if good else None
 
 
@@ -58,7 +58,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
-        event = from_line(line + b"\n", events[-1]["check"] if events else "")
+        event = from_line(line + b"\n", events[-1]["seal"] if events else "")
         if event is None:
             raise RunError(
                 f"{path}: damaged at line {number}",

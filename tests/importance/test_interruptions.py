@@ -167,4 +167,4 @@ def test_two_processes_give_the_numbers_of_one(tasks: list[Task], tmp_path: Path
     assert two["cheap"]["importance"] == pytest.approx(one["cheap"]["importance"], abs=1e-6)
     assert two["stderr"] == pytest.approx(one["stderr"], abs=1e-6)
     answered = [(tmp_path / "two" / f"answers.{rank}.jsonl").read_text().count("\n") for rank in (0, 1)]
-    assert min(answered) > 1  # both worked
+    assert min(answered) >= 1  # both worked

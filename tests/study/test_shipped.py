@@ -73,10 +73,10 @@ def _of_journals(variant: Path) -> tuple[float, float, float, float, str]:
         last = events[-1]["last_pass"]
         ends.append((last or rounds[-1])["aggregate"])
         tokens += sum(event["training"]["tokens"] for event in [*rounds, *([last] if last else [])])
-        for event in rounds:
-            scores = event["scores"]
+        chosen = [event for event in events if event["event"] == "scored"]
+        for scores in (event["scores"] for event in chosen):
             calls += scores["layer_tokens"] + scores.get("cheap", {}).get("layer_tokens", 0)
-        orders.append(" ".join(str(event["removed"]) for event in rounds))
+        orders.append(" ".join(str(event["removed"]) for event in chosen))
     half = 12.7062 * abs(ends[0] - ends[-1]) / 2 if len(ends) == 2 else 0.0  # t of one degree of freedom; s / sqrt(2)
     order = " / ".join(dict.fromkeys(orders))
     return sum(ends) / len(ends), half, tokens / len(seeds), calls / len(seeds), order

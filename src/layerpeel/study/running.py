@@ -59,7 +59,7 @@ def _share_teachers(configs: Sequence[RunConfig]) -> None:
             elif not run.teacher:
                 _measure(run, config)
             assert run.teacher
-            own = ("event", "time", "check")  # of the event, not of the teacher
+            own = ("event", "time", "seal")  # of the event, not of the teacher
             measured[key] = {name: value for name, value in run.teacher.items() if name not in own}
 
 
@@ -77,10 +77,11 @@ def _run_apart(jobs: Sequence[Job], processes: int) -> None:
         ]
     if failed:
         logs = [job.config.output / "log.txt" for job in failed]
-        last = (logs[0].read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"])[-1]
+        lines = logs[0].read_text(encoding="utf-8").splitlines()
+        last = next((line for line in reversed(lines) if line.startswith("error:")), "it said nothing")
         raise RunError(
             f"{len(failed)} of {len(jobs)} runs failed, the first of them {failed[0].variant}, seed "
-            f"{failed[0].config.seed}: {last}",
+            f"{failed[0].config.seed}: {last.removeprefix('error: ')}",
             hint=f"see {logs[0]}; the same command goes on with what is left",
         )
 

@@ -52,7 +52,7 @@ class AnswerStore:
     def keep_value(self, value: Any, *asked: Any) -> None:
         """Writes a value down that JSON can hold; returns once it is on the disk."""
         event: dict[str, Any] = {"key": _key(asked), "answers": value}
-        append(self.path, to_line(event | {"check": seal(event, self.asked_of)}))
+        append(self.path, to_line(event | {"seal": seal(event, self.asked_of)}))
 
 
 def _key(asked: tuple[Any, ...]) -> str:
