@@ -184,7 +184,7 @@ def ours(
     student.remove(shape.gap)
     config = DistillConfig(text=[], batch_size=shape.rows, sequence_length=shape.tokens, tokens_per_round=0)
     ids = torch.cat(list(batches(shape, steps)))
-    trainer = _Trainer(student, parameters_to_train(student, train), config, steps, cache)
+    trainer = _Trainer(student, parameters_to_train(student, train), config, steps, cache, None)
     trainer.train(Rows(ids, torch.ones_like(ids).bool()), 0, mark, "ours")
 
 
