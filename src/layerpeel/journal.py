@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from rich.markup import escape
 from safetensors.torch import load_file, save_file
 
 from layerpeel.config import RunConfig
@@ -166,7 +167,7 @@ class Run:
             self._go_back(event["round"] - 1, name)
 
     def _go_back(self, number: int, name: str) -> None:
-        console.print(f"{self.folder / name}: damaged or gone; going on from the end of round {number}")
+        console.print(escape(f"{self.folder / name}: damaged or gone; going on from the end of round {number}"))
         self.record("back", to=number, damaged=name)
 
     def _resume(self, versions: dict[str, str]) -> None:
