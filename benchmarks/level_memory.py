@@ -60,8 +60,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         peel(config_of(Path(folder), options.layers, options.rounds))
     growth = max(sizes[SETTLED:]) / max(sizes[:SETTLED]) - 1
+    early = max(sizes[:SETTLED]) / 2**20
     print(
-        f"{len(sizes)} rounds, {max(sizes[:SETTLED]) / 2**20:.0f} MiB by round {SETTLED}, growth after it {growth:+.1%}"
+        f"{len(sizes)} rounds, {early:.0f} MiB by round {SETTLED}, the most after it {growth:+.1%}, at the end "
+        f"{sizes[-1] / 2**20:.0f} MiB"
     )
     return int(growth > MOST)
 

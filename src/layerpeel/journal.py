@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from rich.markup import escape
 from safetensors.torch import load_file, save_file
 
 from layerpeel.config import RunConfig
@@ -170,7 +171,7 @@ class Run:
                     console.print(f"{self.folder / name}: damaged or gone; only reports read it")
 
     def _go_back(self, number: int, name: str) -> None:
-        console.print(f"{self.folder / name}: damaged or gone; going on from the end of round {number}")
+        console.print(escape(f"{self.folder / name}: damaged or gone; going on from the end of round {number}"))
         self.record("back", to=number, damaged=name)
 
     def _resume(self, versions: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class TrainingState:
             header, tensors = {}, {}
         text = header.get("numbers", "")
         if header.get("sha256") != _digest(tensors, text):
-            console.print(f"{self.path}: damaged; the training begins again")
+            console.print(escape(f"{self.path}: damaged; the training begins again"))
             return None
         numbers = json.loads(text)
         return (tensors, numbers) if numbers["of"] == self.of else None
