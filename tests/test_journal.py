@@ -144,7 +144,7 @@ def test_one_process_at_a_time(config: RunConfig) -> None:
 
 def test_a_folder_that_cannot_be_written_to(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be a folder: .* is a file"):
+    with pytest.raises(InputError, match=r"cannot be a folder: .* is a file"):
         peel(config.model_copy(update={"output": tmp_path / "file" / "run"}))
 
 
