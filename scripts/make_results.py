@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,54 +109,34 @@ def distillation() -> str:
     return "\n".join([*lines, "", *commands])
 
 
-def page() -> str:
-    """The whole page."""
-    return TEXT.format(
-        storyteller=methods("methods-storyteller"), demo=methods("methods-demo"), losses=methods("losses-storyteller"),
-        scoring=scoring(), equality=equality(), generation=generation(), streaming=streaming(),
-        distillation=distillation(),
-    )  # fmt: skip
+SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
+    ("Quality by depth: storyteller-18", "methods-storyteller", lambda: methods("methods-storyteller")),
+    ("Quality by depth: the bundled teacher", "methods-demo", lambda: methods("methods-demo")),
+    ("Losses at equal tokens: storyteller-18", "losses-storyteller", lambda: methods("losses-storyteller")),
+    (
+        "Scoring every layer: storyteller-18 on Zorro and next_sentence, through lm-evaluation-harness",
+        "scoring",
+        scoring,
+    ),
+    ("The harness's own scores, for the teacher and every single-layer removal", "harness-equality-*", equality),
+    ("Generation for all candidates: storyteller-18's copy tasks", "generation", generation),
+    ("Models larger than memory", "streaming", streaming),
+    ("A step of distillation", "distillation-*", distillation),
+]
 
-
-TEXT = """# Results
+INTRODUCTION = """# Results
 
 Made by `python scripts/make_results.py` from the files in `benchmarks/results/`, each of which names its command and
 its machine. `storyteller-18` is an 18-layer model of 4.1 M parameters trained on English and Russian children's stories
-and on copying; the bundled teacher is in this repository, so that anyone can make its table again. Nothing here has run
-on a GPU yet.
-
-## Quality by depth: storyteller-18
-
-{storyteller}
-
-## Quality by depth: the bundled teacher
-
-{demo}
-
-## Losses at equal tokens: storyteller-18
-
-{losses}
-
-## Scoring every layer: storyteller-18 on Zorro and next_sentence, through lm-evaluation-harness
-
-{scoring}
-
-## The harness's own scores, for the teacher and every single-layer removal
-
-{equality}
-
-## Generation for all candidates: storyteller-18's copy tasks
-
-{generation}
-
-## Models larger than memory
-
-{streaming}
-
-## A step of distillation
-
-{distillation}
+and on copying. Nothing here has run on a GPU yet.
 """
+
+
+def page() -> str:
+    """The sections whose benchmarks have been run."""
+    parts = [f"## {title}\n\n{write()}\n" for title, files, write in SECTIONS if any(RESULTS.glob(f"{files}.json"))]
+    return "\n".join([INTRODUCTION, *parts])
+
 
 if __name__ == "__main__":
     (ROOT / "docs" / "results.md").write_text(page(), encoding="utf-8")
