@@ -89,6 +89,12 @@ class Budget:
         stack.logit_rows_at_a_time = max(1, stack.logit_rows_at_a_time // 2)
 
 
+def logit_rows_at_a_time(vocabulary: int, device: str) -> int:
+    """How many rows of logits may exist at a time on a type of device."""
+    size = LOGITS_BYTES_ON_CPU if device == "cpu" else LOGITS_BYTES
+    return max(LEAST_LOGIT_ROWS, size // (4 * vocabulary))
+
+
 class LayerKeys(NamedTuple):
     """Keys and values of a layer, [S * B, heads, T, width of a head]; `tokens` is B * T."""
 
@@ -136,8 +142,7 @@ class Stack:
         on_cpu = self.device.type == "cpu"
         few = max(LEAST_TOKENS_PER_CALL, HIDDEN_PER_CALL_ON_CPU // self.width)
         self.tokens_per_call = few if on_cpu else TOKENS_PER_CALL
-        size = LOGITS_BYTES_ON_CPU if on_cpu else LOGITS_BYTES
-        self.logit_rows_at_a_time = max(LEAST_LOGIT_ROWS, size // (4 * self.vocab_size))
+        self.logit_rows_at_a_time = logit_rows_at_a_time(self.vocab_size, self.device.type)
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from layerpeel.config import DistillConfig, ScoreConfig
 from layerpeel.losses.logits import BYTES_IN_CACHE
 from layerpeel.plan.shape import Shape
-from layerpeel.stack import LAYER_WIDTH, LEAST_LOGIT_ROWS, LOGITS_BYTES, LOGITS_BYTES_ON_CPU, TOKENS_PER_CALL
+from layerpeel.stack import LAYER_WIDTH, LOGITS_BYTES, LOGITS_BYTES_ON_CPU, TOKENS_PER_CALL, logit_rows_at_a_time
 from layerpeel.tasks.base import Generation, Request
 
 STATES = 12  # hidden states [B, T, D] in fp32: final ones of both models, those compared, their copies and gradients
@@ -50,8 +50,7 @@ def training_memory(
 
 def logit_bytes(shape: Shape, device: str) -> float:
     """Chunks of logits of both models, and what the losses make of them."""
-    size = LOGITS_BYTES_ON_CPU if device == "cpu" else LOGITS_BYTES
-    rows = max(LEAST_LOGIT_ROWS, size // (4 * shape.vocabulary)) // 2
+    rows = logit_rows_at_a_time(shape.vocabulary, device) // 2
     made = BYTES_IN_CACHE if device == "cpu" else 4 * rows * shape.vocabulary
     return float(2 * rows * shape.vocabulary * shape.itemsize + LOGIT_TENSORS * made)
 

@@ -177,11 +177,6 @@ class Engine:
         empty = torch.zeros(self.streams, 0)
         return torch.cat([empty.double(), *scores], dim=1), torch.cat([empty.bool(), *bests], dim=1)
 
-    def tokens_of(self, requests: Sequence[LogLikelihood]) -> int:
-        """Tokens that go through the layers, where shared beginnings run once."""
-        sequences = [request.context + request.continuation[:-1] for request in requests]
-        return sum(len(row.tokens) for row in self._rows(sequences)) if sequences else 0
-
     def _rows(self, sequences: Sequence[Sequence[int]]) -> Iterator[Row]:
         """Trees, where the model runs them and the layers see far enough back; else one sequence a row."""
         longest, reach = max(map(len, sequences)), attention_reach(self.stack.model.config)
