@@ -47,10 +47,10 @@ from layerpeel.models import (
 from layerpeel.plan import Plan, Shape, Speed, plan_run
 from layerpeel.preflight import check, check_output
 from layerpeel.progress import RANK, console, shown
-from layerpeel.report import draw_importance, export_student, list_runs, push, watch, write_report
+from layerpeel.report.export import export_student, push
+from layerpeel.report.listing import list_runs
 from layerpeel.report.text import count, duration, moment, one_line, percent, size
 from layerpeel.stack import Stack
-from layerpeel.study import run_study
 from layerpeel.surgery import remove_layers
 from layerpeel.tasks import Evaluation, evaluate
 from layerpeel.tasks.store import AnswerStore
@@ -114,6 +114,8 @@ def score(
         return
     found = json.dumps(scores.to_json(), ensure_ascii=False)
     (folder / "scores.json").write_text(found + "\n", encoding="utf-8")
+    from layerpeel.report.figures import draw_importance
+
     draw_importance(scores, folder / "importance.png")
     if as_json:
         print(json.dumps(scores.to_json()))
@@ -210,6 +212,8 @@ def study(
     as_json: AsJson = False,
 ) -> None:
     """Run the variants of a study, with each seed, to one table and one figure. Running again goes on."""
+    from layerpeel.study import run_study  # with matplotlib: only where something is drawn
+
     done = run_study(file, set_, processes)
     if as_json:
         print(json.dumps({"output": str(done.folder), **done.rows}, ensure_ascii=False))
@@ -265,6 +269,8 @@ def report(
 ) -> None:
     """Write the report of a run: a page that works offline, with its figures and tables in files beside it."""
     first, *others = map(Run, runs)
+    from layerpeel.report.page import watch, write_report
+
     page = watch(first, others, output_) if watch_ else write_report(first, others, output_, measure=measure)
     output.print(f"report   {shown(page)}", soft_wrap=True)
 
@@ -360,6 +366,8 @@ def _check_environment() -> None:
 def _finish(run: Run, as_json: bool, report: bool = True) -> None:
     assert run.finish
     if not RANK:
+        from layerpeel.report.page import write_report
+
         _show(run, write_report(run) if report else None, as_json)
     if run.finish["reason"] == "min_quality":
         console.print(f"stopped by the quality floor; the student is that of round {run.finish['round']}")

@@ -11,7 +11,7 @@ from layerpeel.journal import Run
 from layerpeel.models import count_parameters, load_model, save_model, stored_dtype
 from layerpeel.preflight import check_run, check_trained, leaving_nothing, removable
 from layerpeel.progress import console
-from layerpeel.report import write_card
+from layerpeel.report.card import write_card
 from layerpeel.student import Student
 from layerpeel.tasks import Task, evaluate
 from layerpeel.teacher_cache import cache_for

@@ -28,7 +28,7 @@ from layerpeel.errors import RunError
 
 # Bytes of fp32 logits that may exist at a time, to which chunks of positions are sized. A CPU is fastest within its
 # caches; but below some rows the head's weights are read more often than they are used.
-LOGITS_BYTES_ON_CPU, LOGITS_BYTES, LEAST_LOGIT_ROWS = 8 * 2**20, 256 * 2**20, 320
+LOGITS_BYTES_ON_CPU, LOGITS_BYTES, LEAST_LOGIT_ROWS = 8 * 2**20, 256 * 2**20, 512
 # Tokens that go through a layer at a time: enough to keep a processor busy, few enough for the caches of a CPU, where
 # they are told by the numbers in their hidden states.
 TOKENS_PER_CALL, LEAST_TOKENS_PER_CALL, HIDDEN_PER_CALL_ON_CPU = 8192, 256, 2**20

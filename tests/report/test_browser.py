@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from layerpeel import Run
-from layerpeel.report import write_report
+from layerpeel.report.page import write_report
 
 pytestmark = pytest.mark.browser
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from layerpeel import Run, load_model
 from layerpeel.errors import InputError, RunError
-from layerpeel.report import export_student, push, write_card
-from layerpeel.report.card import markdown
+from layerpeel.report.card import markdown, write_card
+from layerpeel.report.export import export_student, push
 
 
 def test_peel_leaves_a_card_beside_the_student(run: Run) -> None:

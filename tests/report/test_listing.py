@@ -9,7 +9,7 @@ import pytest
 
 from layerpeel import Run
 from layerpeel.errors import InputError
-from layerpeel.report import list_runs
+from layerpeel.report.listing import list_runs
 
 
 def test_states(run: Run, tmp_path: Path) -> None:

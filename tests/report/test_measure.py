@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from layerpeel import Run
-from layerpeel.report import write_report
 from layerpeel.report.measure import measurements, most_allocated, sample_prompts
+from layerpeel.report.page import write_report
 from tests.families import tiny_tokenizer
 from tests.report.conftest import HOSTILE
 

@@ -15,8 +15,8 @@ import pytest
 
 from layerpeel import Run
 from layerpeel.report import page as page_module
-from layerpeel.report import watch, write_report
 from layerpeel.report.gather import aggregate_stderr, depth_rows, names_of
+from layerpeel.report.page import watch, write_report
 from layerpeel.tasks.base import Evaluation, TaskScore
 from tests.report.conftest import HOSTILE
 

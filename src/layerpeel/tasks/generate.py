@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from rapidfuzz.distance import LCSseq
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from layerpeel.tasks.base import FewShot, Generation, Request, Row, TaskScore, fill
@@ -57,7 +55,7 @@ class Generate(FewShot):
         return fill(self.prompt, row, self.where), fill(self.target, row, self.where)
 
 
-class _Words(Tokenizer):  # type: ignore[misc]
+class _Words:
     """Words of any script; rouge_score's own keeps only a to z."""
 
     def tokenize(self, text: str) -> list[str]:
@@ -70,4 +68,6 @@ def text_score(metric: str, text: str, target: str) -> float:
         return float(text == target)
     if metric == "copy":
         return LCSseq.normalized_similarity(text.split(), target.split())
+    from rouge_score.rouge_scorer import RougeScorer  # it brings nltk, scikit-learn and pandas: 180 MiB
+
     return RougeScorer([metric], tokenizer=_Words()).score(target, text)[metric].fmeasure
