@@ -31,8 +31,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from layerpeel.config import ScoreConfig
 from layerpeel.data import Rows
 from layerpeel.importance import score_layers
-from layerpeel.models import load_model, load_streamed
+from layerpeel.models import load_model
 from layerpeel.stack import Stack
+from layerpeel.streaming import load_streamed
 
 WAYS = ("load", "stream", "memory")
 

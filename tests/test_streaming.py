@@ -17,8 +17,9 @@ from layerpeel.config import ScoreConfig, TaskConfig
 from layerpeel.data import Rows
 from layerpeel.errors import InputError
 from layerpeel.importance import LayerScores, score_layers
-from layerpeel.models import LayerFiles, load_model, load_streamed
+from layerpeel.models import load_model
 from layerpeel.stack import Stack
+from layerpeel.streaming import LayerFiles, load_streamed
 from layerpeel.tasks import make_tasks
 from tests.families import FAMILIES, UNLISTED, save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 

@@ -37,7 +37,6 @@ from layerpeel.models import (
     fingerprint,
     load_config_of,
     load_model,
-    load_streamed,
     load_tokenizer,
     pick_device,
     save_model,
@@ -51,6 +50,7 @@ from layerpeel.report.export import export_student, push
 from layerpeel.report.listing import list_runs
 from layerpeel.report.text import count, duration, moment, one_line, percent, size
 from layerpeel.stack import Stack
+from layerpeel.streaming import load_streamed
 from layerpeel.surgery import remove_layers
 from layerpeel.tasks import Evaluation, evaluate
 from layerpeel.tasks.store import AnswerStore

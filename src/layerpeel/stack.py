@@ -128,7 +128,7 @@ class Stack:
 
     Args:
         resident: a context in which the layer at a position has its weights, for a model whose layers are not kept in
-            memory (`models.LayerFiles`).
+            memory (`streaming.LayerFiles`).
     """
 
     def __init__(

@@ -15,7 +15,7 @@ import torch
 from layerpeel.config import RaceConfig, ScoreConfig, TaskConfig
 from layerpeel.data import Rows
 from layerpeel.importance import LayerScores, ScoringInputs, make_metric, score_layers
-from layerpeel.importance.task_quality import _shares, _taken
+from layerpeel.importance.task_quality import _first, _next
 from layerpeel.models import load_model
 from layerpeel.stack import Stack
 from layerpeel.surgery import remove_layers
@@ -60,13 +60,26 @@ def paired_stderr(a: list[float], b: list[float], share: float = 0.0) -> float:
     return math.sqrt(variance / n * (1 - share))
 
 
-def test_shares_double_and_begin_with_samples_enough() -> None:
-    assert list(_shares(RaceConfig(first_share=0.125))) == [0.125, 0.25, 0.5, 1.0]
-    assert list(_shares(RaceConfig(first_share=0.3))) == [0.3, 0.6, 1.0]
-    assert list(_shares(None)) == [1.0]
-    assert [_taken(share, 200) for share in (0, 0.125, 0.25, 1)] == [0, 25, 50, 200]
-    assert [_taken(share, 40) for share in (0, 0.125, 0.25, 0.5, 1)] == [0, 16, 16, 20, 40]
-    assert [_taken(0.125, 9)] == [9]
+def test_a_race_begins_with_samples_enough() -> None:
+    whole = {"large": 200, "small": 40, "tiny": 9}
+    assert _first(RaceConfig(first_share=0.125), whole) == {"large": 25, "small": 16, "tiny": 9}
+    assert _first(RaceConfig(first_share=0.3), whole) == {"large": 60, "small": 16, "tiny": 9}
+    assert _first(None, whole) == whole
+
+
+def test_more_samples_go_where_candidates_differ() -> None:
+    """Of two tasks alike in size and cost, one where two candidates agree, one where they differ in every other."""
+    n, taken = 400, 40
+    same, mixed = [1.0] * n, [float(i % 2) for i in range(n)]
+    tasks: list[Task] = [Scripted(name=name, kind="scripted", right=[same]) for name in ("same", "mixed")]
+    inputs = race_inputs(tasks[0], [1, 2])
+    inputs.tasks = tasks
+    one = Evaluation({name: TaskScore.of_mean(same[:taken]) for name in ("same", "mixed")})
+    other = Evaluation({"same": one.scores["same"], "mixed": TaskScore.of_mean(mixed[:taken])})
+    wanted = _next(inputs, [one, other], {"same": taken, "mixed": taken})
+    assert sum(wanted.values()) == 4 * taken and wanted["same"] < 1.5 * taken
+    full = _next(inputs, [one, other], {"same": taken, "mixed": 390})
+    assert full["mixed"] == n and full["same"] == 400  # what is left goes to the other
 
 
 def test_a_race_drops_what_is_surely_worse_and_says_when() -> None:

@@ -58,7 +58,7 @@ def test_a_shipped_study_says_what_its_journals_say(path: Path, base: Path, tmp_
         assert own[:4] == pytest.approx(expected[:4]) and own[4] == expected[4]
     with (tmp_path / "results.csv").open(newline="") as file:
         assert [float(row["aggregate"]) for row in csv.DictReader(file)] == [row["aggregate"] for row in rows]
-    for name in ("figure.png", "figure.svg", "tables.md", "index.html", "depths.csv"):
+    for name in ("figure.png", "figure.svg", "tables.md", "index.html", "study.json", "depths.csv"):
         assert (tmp_path / name).stat().st_size > 100
 
 

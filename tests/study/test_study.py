@@ -60,6 +60,26 @@ def test_a_teacher_is_measured_once_and_a_study_goes_on_where_it_stopped(
     assert run_study(study).rows == first.rows and journals(tmp_path) == after
 
 
+def test_runs_that_score_alike_score_once(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from layerpeel import loop
+
+    scored, score = [], loop.score_candidates
+    monkeypatch.setattr(loop, "score_candidates", lambda *a: scored.append(1) or score(*a))
+    variants = {
+        "one": {}, "other losses": {"distill.losses": {"kl": {}}}, "every second": {"score.every": 2},
+        "other tokens": {"score.tokens": 16}, "healed": {"score.heal": {"keep": 2, "steps": 1}},
+    }  # fmt: skip
+    raw = yaml.safe_load(study.read_text()) | {"variants": variants, "seeds": [0]}
+    raw["set"]["distill.tokens_per_round"] = 64
+    run_study(write(tmp_path, raw))
+    assert len(scored) == 3  # "other tokens" and "healed" on their own
+    runs = {path.parent.name: Run(path) for path in (tmp_path / "out" / "runs").glob("*/seed-0")}
+    assert runs["one"].rounds[0]["scores"] == runs["other-losses"].rounds[0]["scores"]
+    alone = loop.peel(runs["other-losses"].config.model_copy(update={"output": tmp_path / "alone"}))
+    for name in ("removed", "kept", "evaluation", "aggregate"):
+        assert alone.rounds[0][name] == runs["other-losses"].rounds[0][name]
+
+
 def test_processes_give_the_numbers_of_one(study: Path, tmp_path: Path) -> None:
     alone = run_study(study)
     apart = run_study(study, [f"output={tmp_path / 'apart'}"], processes=2)

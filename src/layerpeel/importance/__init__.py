@@ -204,7 +204,7 @@ def score_layers(
     """Scores the layers of a model on its own: what would be lost if each were skipped.
 
     Args:
-        model: a causal language model, or the stack of one whose layers are streamed (`models.load_streamed`).
+        model: a causal language model, or the stack of one whose layers are streamed (`streaming.load_streamed`).
         config: which metric, which layers are protected.
         tasks: for metrics that need them, from `make_tasks`.
         text: for metrics that read text, from `scoring_text`.

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Sequence
 from statistics import NormalDist
 
 from layerpeel.config import RaceConfig
 from layerpeel.importance.base import Findings, Metric, ScoringInputs
-from layerpeel.tasks.answering import Engine, answer_samples
+from layerpeel.tasks.answering import Engine, answer_samples, len_of
 from layerpeel.tasks.base import Answer, Evaluation
 
 LEAST_SAMPLES = 16
 
 Answered = dict[str, dict[int, list[Answer]]]  # by task and sample
+Counts = dict[str, int]  # of samples, by task
 
 
 class TaskQuality(Metric):
@@ -22,8 +23,8 @@ class TaskQuality(Metric):
 
     In a race, all candidates start on a share of each task's samples. Those whose aggregate is below the best one's
     by more than chance explains (paired differences on the same samples, drawn without replacement) drop out; the
-    others go on to twice the share, until one is left or all samples are used. A task's first share is at least
-    `LEAST_SAMPLES`: fewer say too little of how far they scatter.
+    others go on to twice as many tokens, from the tasks where they tell the most, until one is left or all samples
+    are used. A task's first share is at least `LEAST_SAMPLES`: fewer say too little of how far they scatter.
     """
 
     needs = frozenset({"tasks"})
@@ -31,28 +32,32 @@ class TaskQuality(Metric):
     def score(self, inputs: ScoringInputs) -> Findings:
         samples = inputs.samples
         orders = {name: _order(len(own), name) for name, own in samples.items()}
+        whole = {name: len(own) for name, own in samples.items()}
         alive = list(inputs.candidates)
         answered: dict[int | None, Answered] = {stream: {name: {} for name in samples} for stream in (None, *alive)}
         findings = Findings({})
-        before = 0.0
-        for share in _shares(inputs.config.race):
+        taken, wanted = dict.fromkeys(samples, 0), _first(inputs.config.race, whole)
+        while True:
             engine = Engine(inputs.student, inputs.tokenizer, alive, budget=inputs.budget, store=inputs.store)
             for task in inputs.tasks:
-                order, own = orders[task.name], samples[task.name]
-                new = order[_taken(before, len(order)) : _taken(share, len(order))]
-                said = answer_samples(engine, {sample: own[sample] for sample in sorted(new)}, task.name)
-                for stream, answers in zip((None, *alive), said, strict=True):
-                    answered[stream][task.name] |= answers
+                own = samples[task.name]
+                if new := sorted(orders[task.name][taken[task.name] : wanted[task.name]]):
+                    said = answer_samples(engine, {sample: own[sample] for sample in new}, task.name)
+                    for stream, answers in zip((None, *alive), said, strict=True):
+                        answered[stream][task.name] |= answers
+            taken = wanted
             evaluations = {stream: _evaluate(inputs, answered[stream]) for stream in (None, *alive)}
-            seen = {name: _taken(share, len(order)) / len(order) for name, order in orders.items()}
             _record(findings, inputs, evaluations)
-            if share < 1:
-                alive = _survivors(findings, inputs, evaluations, alive, seen)
-                findings.dropped |= {c: share for c in evaluations if c is not None and c not in alive}
-                if len(alive) == 1:
-                    break
-            before = share
-        return findings
+            if taken == whole:
+                return findings
+            alive = _survivors(
+                findings, inputs, evaluations, alive, {name: taken[name] / whole[name] for name in whole}
+            )
+            share = sum(taken.values()) / sum(whole.values())
+            findings.dropped |= {c: share for c in evaluations if c is not None and c not in alive}
+            if len(alive) == 1:
+                return findings
+            wanted = _next(inputs, [evaluations[position] for position in alive], taken)
 
 
 def _record(findings: Findings, inputs: ScoringInputs, evaluations: dict[int | None, Evaluation]) -> None:
@@ -91,18 +96,39 @@ def _evaluate(inputs: ScoringInputs, answered: Answered) -> Evaluation:
     return Evaluation({task.name: task.score(dict(sorted(answered[task.name].items()))) for task in inputs.tasks})
 
 
-def _shares(race: RaceConfig | None) -> Iterator[float]:
-    """Shares of the samples, each twice the one before; all at once without a race."""
-    share = race.first_share if race else 1.0
-    while share < 1:
-        yield share
-        share *= 2
-    yield 1.0
+def _first(race: RaceConfig | None, whole: Counts) -> Counts:
+    """How many samples of each task all candidates start on: all of them without a race."""
+    if not race:
+        return whole
+    return {name: min(n, max(math.ceil(race.first_share * n), LEAST_SAMPLES)) for name, n in whole.items()}
 
 
-def _taken(share: float, samples: int) -> int:
-    """How many of a task's samples a share is."""
-    return min(samples, max(math.ceil(share * samples), LEAST_SAMPLES)) if share else 0
+def _next(inputs: ScoringInputs, alive: Sequence[Evaluation], taken: Counts) -> Counts:
+    """As many samples of each task as make twice the tokens so far.
+
+    Each few more go to the task where they lower the variance of the paired differences the most for their tokens
+    (Neyman's allocation). That of one sample is estimated as if another had differed, as few may agree by chance.
+    """
+    reference = inputs.reference or alive[0]
+    pairs = [alive[0].difference_variances(other, reference, inputs.aggregate) for other in alive[1:]]
+    spread = {name: max(pair[name] * n for pair in pairs) + 1 / n for name, n in taken.items()}
+    whole = {name: len(own) for name, own in inputs.samples.items()}
+    cost = {
+        name: sum(len_of(request) for sample in own for request in sample) / len(own)
+        for name, own in inputs.samples.items()
+    }
+
+    def tokens(counts: Counts) -> float:
+        return sum(cost[name] * n for name, n in counts.items())
+
+    def gain(name: str) -> float:
+        return spread[name] / wanted[name] ** 2 / cost[name]
+
+    wanted = dict(taken)
+    while tokens(wanted) < 2 * tokens(taken) and (left := [name for name in wanted if wanted[name] < whole[name]]):
+        name = max(left, key=gain)
+        wanted[name] = min(whole[name], wanted[name] + max(1, taken[name] // 16))
+    return wanted
 
 
 def _order(samples: int, name: str) -> list[int]:

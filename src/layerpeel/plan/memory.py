@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from layerpeel.config import DistillConfig, ScoreConfig
 from layerpeel.losses.logits import BYTES_IN_CACHE
 from layerpeel.plan.shape import Shape
-from layerpeel.stack import LAYER_WIDTH, LOGITS_BYTES, LOGITS_BYTES_ON_CPU, TOKENS_PER_CALL, logit_rows_at_a_time
+from layerpeel.stack import LAYER_WIDTH, TOKENS_PER_CALL, logit_rows_at_a_time
 from layerpeel.tasks.base import Generation, Request
 
 STATES = 12  # hidden states [B, T, D] in fp32: final ones of both models, those compared, their copies and gradients
@@ -79,10 +79,10 @@ def scoring_memory(
         prompt, new = max(len(r.prompt) for r in written), max(r.max_new_tokens for r in written)
         rows = min(len(written), max(1, fit["tasks"] // (prompt + new))) * streams["tasks"]
         needs.append(rows * (prompt * shape.kept + (prompt + new) * shape.cache * shape.layers))
-    size = LOGITS_BYTES_ON_CPU if device == "cpu" else LOGITS_BYTES
+    logits = 4 * logit_rows_at_a_time(shape.vocabulary, device) * shape.vocabulary
     return {
         "weights": float(shape.parameters * shape.itemsize),
         "the student's own": float(trained * shape.itemsize),
         "streams of candidates and their caches": float(max(needs)),
-        "chunks of logits": float(2 * size),
+        "chunks of logits": float(2 * logits),
     }

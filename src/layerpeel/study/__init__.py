@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 
 from layerpeel.files import write_whole
 from layerpeel.journal import Run
-from layerpeel.report import figures
+from layerpeel.report import figures, gather
 from layerpeel.report.card import teacher_name
 from layerpeel.report.page import Picture, render
 from layerpeel.report.tables import Table, write_tables
@@ -30,7 +31,8 @@ class Study:
     """A study that is done.
 
     Attributes:
-        folder: where its files are: index.html, tables.md, each table as CSV and JSON, figure.png and figure.svg.
+        folder: where its files are: index.html, tables.md, each table as CSV and JSON, figure.png and figure.svg, and
+            study.json, which says how it was made.
         rows: of each table, as in the files.
         tables: what people read, by the same names.
     """
@@ -73,6 +75,11 @@ def write_study(config: StudyConfig, name: str, jobs: Sequence[Job], runs: Seque
     write_whole(config.output / "tables.md", "\n\n".join(map(tables.markdown, shown.values())) + "\n")
     note = charts.NOTES[config.show]
     start: Row = runs[0].events[0]
+    made = {
+        "name": name, "command": command, "runs": len(runs), "machine": start.get("machine", {}),
+        "seconds": sum(sum(gather.seconds_of(run).values()) for run in runs), "note": note,
+    }  # fmt: skip
+    write_whole(config.output / "study.json", json.dumps(made, ensure_ascii=False, indent=1) + "\n")
     page = render("study.html.jinja", {
         "name": name, "runs": len(runs), "variants": len(groups), "tables": shown, "command": command, "figures": "",
         "teachers": sorted({teacher_name(job.config.teacher) for job in jobs}),

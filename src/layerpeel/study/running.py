@@ -39,13 +39,40 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> list[Run]:
     _share_teachers([job.config for job in jobs])
     left = [job for job in jobs if not Run(job.config.output).finish]
     console.print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them finished before")
-    if processes == 1:
-        for job in left:
-            console.print(f"{job.variant}, seed {job.config.seed}", style="bold", markup=False)
-            peel(job.config)
-    else:
-        _run_apart(left, processes)
+    scorers = {_what_scores(job.config): job for job in reversed(jobs)}  # the first of those that score alike
+    first = [job for job in left if scorers[_what_scores(job.config)] is job]
+    for wave in (first, [job for job in left if job not in first]):
+        for job in wave:
+            _share_scores(Run(scorers[_what_scores(job.config)].config.output), job.config)
+        _run(wave, processes)
     return [Run(job.config.output) for job in jobs]
+
+
+def _run(jobs: Sequence[Job], processes: int) -> None:
+    if processes > 1:
+        _run_apart(jobs, processes)
+        return
+    for job in jobs:
+        console.print(f"{job.variant}, seed {job.config.seed}", style="bold", markup=False)
+        peel(job.config)
+
+
+def _what_scores(config: RunConfig) -> str:
+    """All that the first scoring of a run depends on; a run that heals on trial shares with none."""
+    own = config.model_dump(mode="json")
+    score = {name: value for name, value in own["score"].items() if name != "every"}
+    read = [own["score"]["text"] or own["distill"]["text"], own["distill"]["sequence_length"], own["seed"]]
+    alone = own["output"] if config.score.heal else None
+    return json.dumps([score, read, alone, *(own[name] for name in SHARED)])
+
+
+def _share_scores(source: Run, config: RunConfig) -> None:
+    """Writes the scores of another run's teacher, which are this one's, into its journal."""
+    if not source.rounds or source.folder == config.output:
+        return
+    with Run.open(config) as run:
+        if not run.rounds and not run.scored:
+            run.record("scored", **{name: source.rounds[0][name] for name in ("round", "removed", "scores")})
 
 
 def _share_teachers(configs: Sequence[RunConfig]) -> None:

@@ -119,17 +119,22 @@ class Evaluation:
             seen: the share of each task's samples that the scores are of, if not all are: what is left to draw is
                 then finite, and the error of the whole shrinks to 0 as the share goes to 1.
         """
-        variances = []
+        variances = self.difference_variances(other, reference, how)
+        left = [variance * (1 - seen[name] if seen else 1) for name, variance in variances.items()]
+        return math.sqrt(math.fsum(left)) / len(left)
+
+    def difference_variances(self, other: Evaluation, reference: Evaluation, how: str = "mean") -> dict[str, float]:
+        """By task, the variance of the difference between two models' qualities, paired where samples can be."""
+        variances = {}
         for name in self.scores:
             own, theirs = (e._quality_influences(name, reference, how) for e in (self, other))
             if own is not None and theirs is not None:
-                variance = _stderr_of([a - b for a, b in zip(own, theirs, strict=True)]) ** 2
+                variances[name] = _stderr_of([a - b for a, b in zip(own, theirs, strict=True)]) ** 2
             else:
-                variance = sum(
+                variances[name] = sum(
                     (e.scores[name].stderr * e._quality_slope(name, reference, how)) ** 2 for e in (self, other)
                 )
-            variances.append(variance * (1 - seen[name] if seen else 1))
-        return math.sqrt(math.fsum(variances)) / len(variances)
+        return variances
 
     def _quality_influences(self, name: str, reference: Evaluation, how: str) -> list[float] | None:
         influences = self.scores[name].influences

@@ -29,6 +29,7 @@ class Generate(FewShot):
     """Text ends before the first of these."""
 
     def check(self) -> None:
+        text_score(self.metric, "", "")  # what cannot be imported shows before any long work
         self._prefix()
         for row in self.rows:
             self._fill(row)

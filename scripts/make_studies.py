@@ -1,0 +1,89 @@
+"""Writes docs/studies.md from the studies whose results are in benchmarks/results/studies/.
+
+    python scripts/make_studies.py runs/studies/NAME …    # takes what finished studies found, then writes the page
+    python scripts/make_studies.py                        # only writes the page
+
+Tables and figures are those of the studies; what is said about them stands here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "studies"
+DOCS = ROOT / "docs"
+TAKEN = ("study.json", "tables.md", "figure.svg")
+
+# Each study: what it asks, and what its results say.
+SAID: dict[str, tuple[str, str]] = {
+    "baseline": ("What do the two least important layers cost, with no training? (experiment 1)", ""),
+    "loss-ablation": ("Which losses heal a prune of two layers? (experiment 2)", ""),
+    "single-pass-vs-iterative": (
+        "A third of the layers: one ranking or a new one each round, task quality or block influence, trained or not, "
+        "at equal tokens (experiment 3, and the paper's figure)",
+        "",
+    ),
+    "storyteller": ("The same on storyteller-18, a model of stories in English and Russian", ""),
+    "kl-scale": ("How much should KL weigh beside MSE? (next check 2)", ""),
+    "dataset-sensitivity": ("Do different tasks rank the layers alike? (open question 2)", ""),
+    "architectures": ("Which depths are redundant, in which family? (open question 3, next check 1)", ""),
+    "cost-benefit": ("What do re-scoring, and a dear score, buy? (next check 3)", ""),
+}
+
+INTRODUCTION = """# Studies
+
+The experiments of the paper (arXiv 2511.05085), the checks it proposes and the questions it leaves open, each as one
+command on the bundled teacher, a Qwen2-family model of 12 layers that anyone can run in minutes. What holds for a model
+of its size need not hold for one of billions; the same commands run on any model by `--set base=my.yaml`. This page is
+made by `python scripts/make_studies.py`. Intervals are 95 % by Student's t over three seeds, which decide the order of
+the text and which part of it scoring reads.
+"""
+
+
+def take(folder: Path) -> None:
+    """Copies what a finished study found to where this page is made from."""
+    made = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    name = folder.name if folder.name in SAID else made["name"]
+    (RESULTS / name).mkdir(parents=True, exist_ok=True)
+    for file in TAKEN:
+        shutil.copyfile(folder / file, RESULTS / name / file)
+
+
+def section(name: str) -> str:
+    """A study: question, figure, answer, tables, command."""
+    folder = RESULTS / name
+    question, said = SAID[name]
+    made: dict[str, Any] = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    figure = DOCS / "images" / "studies" / f"{name}.svg"
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "figure.svg", figure)
+    machine, runs = made["machine"], made["runs"]
+    return f"""## {name}
+
+*{question}*
+
+![{name}: {made["note"]}](images/studies/{figure.name})
+
+{said}
+
+{(folder / "tables.md").read_text(encoding="utf-8").strip()}
+
+`{made["command"]}`: {runs} run{"s" * (runs != 1)}, {made["seconds"] / 60:.0f} minutes of scoring and training on
+{machine["cores"]} CPU cores ({machine["processor"]}).
+"""
+
+
+def page() -> str:
+    """The studies that were run, in the order of the paper's questions."""
+    return "\n".join([INTRODUCTION, *(section(name) for name in SAID if (RESULTS / name).is_dir())])
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        take(path)
+    (DOCS / "studies.md").write_text(page(), encoding="utf-8")
