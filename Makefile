@@ -1,15 +1,16 @@
-# make demo | test | faults | check | fuzz | format | clean    (needs python3.11 or newer; make PYTHON=python3.12 … picks one)
+# make demo | test | docs | faults | check | fuzz | format | clean    (needs python3.11 or newer; make PYTHON=python3.12 … picks one)
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test faults check fuzz format clean
+.PHONY: help demo test docs faults check fuzz format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo     prune the bundled tiny teacher, from scoring to report"
 	@echo "make test     run the tests"
+	@echo "make docs     build the documentation into site/"
 	@echo "make faults   kill, fill up and damage demo runs, and compare what comes of them (half an hour)"
 	@echo "make check    lint, formatting, types, tests: what has to pass before a change lands"
 	@echo "make fuzz     ten minutes of configs and data that make no sense"
@@ -21,6 +22,10 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+docs: .venv/.installed
+	$(BIN)/python scripts/make_reference.py
+	$(BIN)/python -m mkdocs build --strict
 
 faults: .venv/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -m tests.faults --kills 100 --disks 10 --flips 50
@@ -39,7 +44,7 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv/.installed
+	rm -rf dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv/.installed
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # torch goes first and alone, so that pip takes the build that the machine's own settings offer

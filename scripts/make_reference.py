@@ -1,0 +1,209 @@
+"""Writes docs/reference/config.md and docs/reference/cli.md from the config's classes and the command line itself.
+
+    python scripts/make_reference.py
+
+Nothing is said of a field or an option but what stands under it in the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import typer
+from pydantic import BaseModel
+
+from layerpeel.cli import app
+from layerpeel.config import (
+    DistillConfig,
+    HealConfig,
+    LastPassConfig,
+    LossConfig,
+    ProtectConfig,
+    RaceConfig,
+    RunConfig,
+    ScoreConfig,
+    ShortlistConfig,
+    StopConfig,
+    TaskConfig,
+    TextConfig,
+)
+from layerpeel.importance import METRICS
+from layerpeel.losses import LOSSES
+from layerpeel.study.file import StudyConfig
+from layerpeel.tasks import TASKS
+
+REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "reference"
+
+# The sections of a config, by where they stand in it.
+SECTIONS: list[tuple[str, type[BaseModel]]] = [
+    ("The run", RunConfig),
+    ("stop", StopConfig),
+    ("score", ScoreConfig),
+    ("score.shortlist", ShortlistConfig),
+    ("score.protect", ProtectConfig),
+    ("score.race", RaceConfig),
+    ("score.heal", HealConfig),
+    ("tasks", TaskConfig),
+    ("distill", DistillConfig),
+    ("distill.text", TextConfig),
+    ("distill.last_pass", LastPassConfig),
+    ("distill.losses", LossConfig),
+]
+WHERE = {model.__name__: name for name, model in SECTIONS}
+PLAIN = {
+    "string": "text", "integer": "whole number", "number": "number", "boolean": "true or false", "null": "none",
+    "array": "list", "object": "mapping",
+}  # fmt: skip
+BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+
+CONFIG_HEAD = """# Config reference
+
+Made by `python scripts/make_reference.py` from the classes that read a config; every line is the one that stands under
+its field there. A config is YAML, and an unknown key is refused. `--set section.field=value` overrides a field on the
+command line. Paths are taken from the config's folder first, then from the working folder. Counts such as
+`stop.max_params` understand `300M`, sizes such as `score.memory` understand `8GB`.
+"""
+TASKS_HEAD = """## Kinds of tasks { #kinds-of-tasks }
+
+The kind of a task decides which other keys it has, beside `kind` and `name`. How to choose: [Choosing tasks](../tasks.md).
+"""
+METRICS_HEAD = """## Metrics { #metrics }
+
+For `score.decide` and `score.shortlist.by`; low goes first.
+"""
+LOSSES_HEAD = """## Losses { #losses }
+
+Keys of `distill.losses`; each has a `weight`, and these options.
+"""
+STUDY_HEAD = "## A study's file { #study }\n\nWhat `layerpeel study` reads.\n"
+CLI_HEAD = """# Command line reference
+
+Made by `python scripts/make_reference.py` from the command line itself. Results go to stdout, progress and hints to
+stderr. Exit codes are in [Questions and trouble](../faq.md#exit-codes).
+"""
+
+
+def config_page() -> str:
+    """Every section, then every kind of task, metric and loss, then a study's file."""
+    parts = [CONFIG_HEAD]
+    parts += [f"## {_heading(name)}\n\n{_summary(model)}\n\n{_fields(model)}" for name, model in SECTIONS]
+    parts.append(TASKS_HEAD)
+    parts += [f"### {name}\n\n{_summary(kind)}\n\n{_fields(kind, {'name', 'kind'})}" for name, kind in TASKS.items()]
+    rows = [
+        (f"`{name}`", ", ".join(sorted(metric.needs)), _summary(metric), _source(metric))
+        for name, metric in METRICS.items()
+    ]
+    parts += [METRICS_HEAD, _table(("metric", "reads", "what it says", "after"), rows), LOSSES_HEAD]
+    parts += [f"### {name}\n\n{_summary(loss)} {_source(loss)}\n\n{_fields(loss)}" for name, loss in LOSSES.items()]
+    parts += [STUDY_HEAD, _fields(StudyConfig)]
+    return "\n".join(parts)
+
+
+def cli_page() -> str:
+    """Every verb, with its arguments and options."""
+    root = typer.main.get_command(app)
+    assert isinstance(root, click.Group) or hasattr(root, "commands")
+    parts = [CLI_HEAD]
+    for name, command in root.commands.items():
+        context = command.make_context(name, [], resilient_parsing=True)
+        usage = f"layerpeel {name} {' '.join(command.collect_usage_pieces(context))}"
+        parts.append(f"## {name}\n\n{_one_line(command.help or '')}\n\n```text\n{usage}\n```\n")
+        rows = [_option(option) for option in command.params if option.name != "help"]
+        parts.append(_table(("argument or option", "default", "what it is"), rows))
+    return "\n".join(parts)
+
+
+def _option(option: Any) -> tuple[str, str, str]:
+    if option.param_type_name == "argument":
+        written = option.make_metavar(click.Context(click.Command("none")))
+    else:
+        written = ", ".join([*option.opts, *option.secondary_opts])
+        written += "" if option.is_flag else f" {option.type.name.upper().replace('RANGE', '').strip()}"
+    default = "needed" if option.required else _value(option.default)
+    return f"`{written}`", default, _one_line(option.help or "")
+
+
+def _heading(name: str) -> str:
+    return f"{name} {{ #{name.lower().replace('.', '-').replace(' ', '-')} }}"
+
+
+def _summary(kind: type[Any]) -> str:
+    return _one_line((kind.__doc__ or "").split("\n\n")[0])
+
+
+def _source(kind: type[Any]) -> str:
+    """The first line of its module, which cites where it is from."""
+    return _one_line((__import__(kind.__module__, fromlist=["_"]).__doc__ or "").split("\n\n")[0])
+
+
+def _fields(model: type[BaseModel], without: set[str] = frozenset()) -> str:  # type: ignore[assignment]
+    schema = model.model_json_schema()
+    rows = []
+    for name, field in model.model_fields.items():
+        if name not in without:
+            own = schema["properties"][name]
+            default = "needed" if field.is_required() else _default(field.get_default(call_default_factory=True))
+            rows.append((f"`{name}`", _type(own, schema), default, _one_line(field.description or "")))
+    return _table(("field", "type", "default", "what it is"), rows)
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return "its own"
+    if isinstance(value, dict) and value:
+        return ", ".join(f"`{key}`" for key in value)
+    return _value(value)
+
+
+def _value(value: Any) -> str:
+    if value is None or (isinstance(value, (list, tuple, dict)) and not value):
+        return "–"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, (list, tuple)):
+        return "`[" + ", ".join(repr(each) if "\n" in str(each) else str(each) for each in value) + "]`"
+    written = repr(value)[1:-1] if isinstance(value, str) else str(value)
+    return f"`{written}`" if written.strip() else "a space"
+
+
+def _type(own: dict[str, Any], schema: dict[str, Any]) -> str:
+    """A JSON schema's type in words."""
+    if "$ref" in own:
+        name = own["$ref"].rsplit("/", 1)[1]
+        where = WHERE[name]
+        return f"[{where}](#{where.replace('.', '-')})"
+    if "allOf" in own:
+        return _type(own["allOf"][0], schema)
+    if "enum" in own or "const" in own:
+        return " or ".join(f"`{value}`" for value in own.get("enum", [own.get("const")]))
+    if "anyOf" in own:
+        return " or ".join(dict.fromkeys(_type(each, schema) for each in own["anyOf"] if each.get("type") != "null"))
+    if own.get("type") == "array" and own.get("items"):
+        return f"list of {_type(own['items'], schema)}"
+    if own.get("type") == "object" and "$ref" in (inner := own.get("additionalProperties") or {}):
+        return f"mapping of names to {_type(inner, schema)}"
+    bounds = [f"{sign} {own[key]:g}" for key, sign in BOUNDS.items() if key in own]
+    return " ".join([PLAIN.get(own.get("type", ""), "any"), *bounds])
+
+
+def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join(_lines(heads, rows)) + "\n"
+
+
+def _lines(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + "---|" * len(heads)
+    for row in rows:
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    (REFERENCE / "config.md").write_text(config_page(), encoding="utf-8")
+    (REFERENCE / "cli.md").write_text(cli_page(), encoding="utf-8")
