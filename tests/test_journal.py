@@ -119,6 +119,16 @@ def test_another_teacher_in_the_same_place_is_refused(config: RunConfig, tmp_pat
         pass
 
 
+def test_what_was_found_of_the_teacher_outlives_going_back(config: RunConfig, finished: RunConfig) -> None:
+    fields = {"check": "at_chance", "severity": "warning", "message": "a task", "hint": "another"}
+    with Run.open(config) as run:
+        run.record("finding", round=None, **fields)
+    flip(config.output / "student/model.safetensors")
+    run = peel(config)
+    assert outcome(run.folder) == outcome(finished.output)
+    assert [e["message"] for e in run.live if e["event"] == "finding" and e["round"] is None] == ["a task"]
+
+
 def test_versions_that_changed_are_said_and_recorded(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -216,7 +216,7 @@ class Run:
         live: list[dict[str, Any]] = []
         for event in self.events:
             if "to" in event:
-                live = [e for e in live if e.get("round", 0) <= event["to"] and e["event"] != "finish"]
+                live = [e for e in live if (e.get("round") or 0) <= event["to"] and e["event"] != "finish"]
             live.append(event)
         return live
 
