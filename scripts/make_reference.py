@@ -8,10 +8,10 @@ Nothing is said of a field or an option but what stands under it in the source.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-import click
 import typer
 from pydantic import BaseModel
 
@@ -57,6 +57,8 @@ PLAIN = {
     "string": "text", "integer": "whole number", "number": "number", "boolean": "true or false", "null": "none",
     "array": "list", "object": "mapping",
 }  # fmt: skip
+# What is written after an option, by the type of its value.
+VALUES = {**dict.fromkeys([int, float, int | None, float | None], "NUMBER"), Path: "PATH", Path | None: "PATH"}
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 CONFIG_HEAD = """# Config reference
@@ -68,7 +70,8 @@ command line. Paths are taken from the config's folder first, then from the work
 """
 TASKS_HEAD = """## Kinds of tasks { #kinds-of-tasks }
 
-The kind of a task decides which other keys it has, beside `kind` and `name`. How to choose: [Choosing tasks](../tasks.md).
+The kind of a task decides which other keys it has, beside `kind` and `name`. How to choose:
+[Choosing tasks](../tasks.md).
 """
 METRICS_HEAD = """## Metrics { #metrics }
 
@@ -96,34 +99,41 @@ def config_page() -> str:
         (f"`{name}`", ", ".join(sorted(metric.needs)), _summary(metric), _source(metric))
         for name, metric in METRICS.items()
     ]
-    parts += [METRICS_HEAD, _table(("metric", "reads", "what it says", "after"), rows), LOSSES_HEAD]
+    parts += [METRICS_HEAD, _table(("metric", "reads", "what it says", "in words, and its source"), rows), LOSSES_HEAD]
     parts += [f"### {name}\n\n{_summary(loss)} {_source(loss)}\n\n{_fields(loss)}" for name, loss in LOSSES.items()]
     parts += [STUDY_HEAD, _fields(StudyConfig)]
     return "\n".join(parts)
 
 
 def cli_page() -> str:
-    """Every verb, with its arguments and options."""
-    root = typer.main.get_command(app)
-    assert isinstance(root, click.Group) or hasattr(root, "commands")
+    """Every verb, with its arguments and options, as its function declares them."""
     parts = [CLI_HEAD]
-    for name, command in root.commands.items():
-        context = command.make_context(name, [], resilient_parsing=True)
-        usage = f"layerpeel {name} {' '.join(command.collect_usage_pieces(context))}"
-        parts.append(f"## {name}\n\n{_one_line(command.help or '')}\n\n```text\n{usage}\n```\n")
-        rows = [_option(option) for option in command.params if option.name != "help"]
+    for command in app.registered_commands:
+        assert command.callback
+        name = command.name or command.callback.__name__
+        hints = get_type_hints(command.callback, include_extras=True)
+        declared = [_declared(each, hints[each.name]) for each in signature(command.callback).parameters.values()]
+        arguments = " ".join(written for written, _, _ in declared if not written.startswith("-"))
+        parts.append(f"## {name}\n\n{_one_line(command.callback.__doc__ or '')}\n")
+        parts.append(f"```text\n{f'layerpeel {name} {arguments}'.strip()} [OPTIONS]\n```\n")
+        rows = [(f"`{written}`", default, text) for written, default, text in declared]
         parts.append(_table(("argument or option", "default", "what it is"), rows))
     return "\n".join(parts)
 
 
-def _option(option: Any) -> tuple[str, str, str]:
-    if option.param_type_name == "argument":
-        written = option.make_metavar(click.Context(click.Command("none")))
+def _declared(parameter: Parameter, hint: Any) -> tuple[str, str, str]:
+    """How an argument or option is written, its default, and what is said of it."""
+    kind, info = get_args(hint)
+    names = [each for each in (info.default, *(info.param_decls or ())) if isinstance(each, str)]
+    flag, word = kind is bool, info.metavar or VALUES.get(kind, "TEXT")
+    if isinstance(info, typer.models.ArgumentInfo):
+        written = info.metavar or parameter.name.upper()
     else:
-        written = ", ".join([*option.opts, *option.secondary_opts])
-        written += "" if option.is_flag else f" {option.type.name.upper().replace('RANGE', '').strip()}"
-    default = "needed" if option.required else _value(option.default)
-    return f"`{written}`", default, _one_line(option.help or "")
+        name = parameter.name.strip("_").replace("_", "-")
+        written = ", ".join(names or ([f"--{name}", f"--no-{name}"] if flag else [f"--{name}"]))
+        written += "" if flag else f" {word}"
+    default = "needed" if parameter.default is Parameter.empty else _value(parameter.default)
+    return written, "" if flag and names else default, _one_line(info.help or "")
 
 
 def _heading(name: str) -> str:
@@ -146,8 +156,14 @@ def _fields(model: type[BaseModel], without: set[str] = frozenset()) -> str:  # 
         if name not in without:
             own = schema["properties"][name]
             default = "needed" if field.is_required() else _default(field.get_default(call_default_factory=True))
-            rows.append((f"`{name}`", _type(own, schema), default, _one_line(field.description or "")))
+            rows.append((f"`{name}`", _type(own, schema), default, _one_line(_said_of(name, model))))
     return _table(("field", "type", "default", "what it is"), rows)
+
+
+def _said_of(name: str, model: type[BaseModel]) -> str:
+    """What stands under a field; a class that only changes its default leaves that to the one it is derived from."""
+    known = [kind.model_fields[name].description for kind in model.__mro__ if name in getattr(kind, "model_fields", {})]
+    return next(filter(None, known), "")
 
 
 def _default(value: Any) -> str:
@@ -165,8 +181,8 @@ def _value(value: Any) -> str:
         return f"`{str(value).lower()}`"
     if isinstance(value, (list, tuple)):
         return "`[" + ", ".join(repr(each) if "\n" in str(each) else str(each) for each in value) + "]`"
-    written = repr(value)[1:-1] if isinstance(value, str) else str(value)
-    return f"`{written}`" if written.strip() else "a space"
+    written = repr(value)[1:-1] if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
+    return f"`{written}`" if written.strip() else "a space" if written else "–"
 
 
 def _type(own: dict[str, Any], schema: dict[str, Any]) -> str:
@@ -183,9 +199,10 @@ def _type(own: dict[str, Any], schema: dict[str, Any]) -> str:
         return " or ".join(dict.fromkeys(_type(each, schema) for each in own["anyOf"] if each.get("type") != "null"))
     if own.get("type") == "array" and own.get("items"):
         return f"list of {_type(own['items'], schema)}"
-    if own.get("type") == "object" and "$ref" in (inner := own.get("additionalProperties") or {}):
+    inner = own.get("additionalProperties")
+    if isinstance(inner, dict) and "$ref" in inner:
         return f"mapping of names to {_type(inner, schema)}"
-    bounds = [f"{sign} {own[key]:g}" for key, sign in BOUNDS.items() if key in own]
+    bounds = [f"{sign} {own[key]}" for key, sign in BOUNDS.items() if key in own]
     return " ".join([PLAIN.get(own.get("type", ""), "any"), *bounds])
 
 
