@@ -20,10 +20,9 @@ PACKAGE = ROOT / "src" / "layerpeel"
 # fmt: off
 ROOMS = [
     "errors", "files", "ledger", "interrupts", "progress", "config", "architecture", "families", "calls", "expressible",
-    "surgery", "models", "data", "stack", "head", "tasks", "importance", "losses", "student", "parallel",
+    "surgery", "models", "streaming", "data", "stack", "head", "tasks", "importance", "losses", "student", "parallel",
     "teacher_cache", "training_state", "training", "journal", "health", "preflight", "report", "loop", "demo", "study",
-    "plan",
-    "cli", "__main__",
+    "plan", "terminal", "cli", "__main__",
 ]
 # fmt: on
 

@@ -29,7 +29,7 @@ from layerpeel.demo import prepare_demo
 from layerpeel.errors import InputError, LayerpeelError, reason_of
 from layerpeel.families import OTHERS, TESTED, families_json, families_markdown, family_statuses
 from layerpeel.files import disk_is_full
-from layerpeel.importance import Estimate, LayerScores, score_layers, scoring_text
+from layerpeel.importance import Estimate, score_layers, scoring_text
 from layerpeel.journal import Run
 from layerpeel.loop import peel
 from layerpeel.models import (
@@ -37,23 +37,25 @@ from layerpeel.models import (
     fingerprint,
     load_config_of,
     load_model,
+    load_teacher,
     load_tokenizer,
     pick_device,
     save_model,
     stored_dtype,
     wanted_dtype,
 )
-from layerpeel.plan import Plan, Shape, Speed, plan_run
+from layerpeel.plan import Shape, Speed, plan_run
 from layerpeel.preflight import check, check_output
 from layerpeel.progress import RANK, console, shown
 from layerpeel.report.export import export_student, push
 from layerpeel.report.listing import list_runs
-from layerpeel.report.text import count, duration, moment, one_line, percent, size
+from layerpeel.report.text import moment, one_line, percent
 from layerpeel.stack import Stack
 from layerpeel.streaming import load_streamed
 from layerpeel.surgery import remove_layers
-from layerpeel.tasks import Evaluation, evaluate
+from layerpeel.tasks import evaluate
 from layerpeel.tasks.store import AnswerStore
+from layerpeel.terminal import evaluation_table, plan_tables, run_table, score_table
 from layerpeel.training import distill
 
 app = typer.Typer(
@@ -120,7 +122,7 @@ def score(
     if as_json:
         print(json.dumps(scores.to_json()))
     else:
-        output.print(_score_table(scores))
+        output.print(score_table(scores))
         output.print(f"scores   {shown(folder / 'scores.json')}", soft_wrap=True)
         output.print(f"picture  {shown(folder / 'importance.png')}", soft_wrap=True)
 
@@ -147,7 +149,7 @@ def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Override
     if not settings.distill.tokens_per_round:
         raise InputError("distill.tokens_per_round: 0, so there is nothing to do", hint="set it, or use `remove`")
     _check_free(output_, settings.teacher)
-    teacher, tokenizer = _load(settings)
+    teacher, tokenizer = load_teacher(settings)
     storage = stored_dtype(settings.teacher)
     student, result = distill(teacher, tokenizer, chosen, settings.distill, seed=settings.seed, storage=storage)
     save_model(student, tokenizer, output_, storage)
@@ -168,12 +170,12 @@ def eval_(
     """Measure a model on the tasks of a config."""
     settings = load_config(config, [*set_, f"teacher={model}"])
     tasks = check(settings)
-    loaded, tokenizer = _load(settings)
+    loaded, tokenizer = load_teacher(settings)
     evaluation = evaluate(loaded, tokenizer, tasks)
     if as_json and not RANK:
         print(json.dumps(evaluation.to_json()))
     else:
-        output.print(_evaluation_table(evaluation))
+        output.print(evaluation_table(evaluation))
 
 
 @app.command()
@@ -257,7 +259,7 @@ def plan(
     if as_json:
         print(json.dumps(planned.to_json()))
     else:
-        output.print(*_plan_tables(planned), sep="\n")
+        output.print(*plan_tables(planned), sep="\n")
 
 
 @app.command()
@@ -379,64 +381,10 @@ def _show(run: Run, page: Path | None, as_json: bool) -> None:
         print(json.dumps({"teacher": run.teacher, "rounds": run.rounds, "finish": run.finish,
                           "student": str(run.student_folder), "report": str(page) if page else None}))  # fmt: skip
         return
-    output.print(_run_table(run))
+    output.print(run_table(run))
     for name, path in (("student", run.student_folder), ("report", page), ("record", run.journal)):
         if path:
             output.print(f"{name:8} {shown(path)}", soft_wrap=True)
-
-
-def _run_table(run: Run) -> Table:
-    assert run.teacher
-    names = list(run.teacher["evaluation"])
-    columns = [
-        "round",
-        "removed",
-        "layers",
-        "params",
-        "aggregate",
-        "% of\nteacher",
-        *(shown(name).replace("_", "\n") for name in names),
-    ]
-    table = Table(*columns, box=None, header_style="bold")
-    start = {"round": "-", "removed": "-", "kept": range(run.teacher["layers"])}
-    for event in [run.teacher | start, *run.rounds]:
-        cells = [event["round"], event["removed"], len(event["kept"]), f"{event['parameters'] / 1e6:.2f} M"]
-        quality = [f"{event['aggregate']:.3f}", f"{100 * event['kept_quality']:.1f}"]
-        scores = [_number(event["evaluation"][name]["value"]) for name in names]
-        table.add_row(*map(str, cells), *quality, *scores)
-    return table
-
-
-def _score_table(scores: LayerScores) -> Table:
-    columns = ["rank", "layer", f"{shown(scores.metric)}:\nlost when skipped", ""]
-    table = Table(*columns[:3], *(["± stderr"] if scores.stderr else []), columns[3], box=None, header_style="bold")
-    span = max(map(abs, scores.importance.values())) or 1.0
-    for rank, layer in enumerate(scores.ranked(), start=1):
-        value = scores.importance[layer]
-        error = [f"{scores.stderr[layer]:.5f}"] if scores.stderr else []
-        share = scores.dropped.get(layer)
-        note = f" given up after {share:.0%} of the samples" if share else ""
-        bar = "█" * round(40 * abs(value) / span)
-        colour = "green" if value < 0 else "blue"
-        table.add_row(str(rank), str(layer), f"{value:.5f}", *error, f"[{colour}]{bar}[/]{note}")
-    if len(scores.tied()) > 1:
-        table.caption = f"tied: layers {', '.join(map(str, scores.tied()))}; the lowest index goes first"
-    return table
-
-
-def _plan_tables(planned: Plan) -> list[Table | str]:
-    memory = Table("memory of each device", "training", "scoring", box=None, header_style="bold")
-    parts = planned.training_memory, planned.scoring_memory
-    for part in dict.fromkeys([*planned.training_memory, *planned.scoring_memory]):
-        memory.add_row(part, *(size(own[part]) if part in own else "" for own in parts))
-    memory.add_row("in all", *(size(sum(own.values())) for own in parts), style="bold")
-    work = Table("work", "tokens × layers", "time", box=None, header_style="bold")
-    for part, seconds in planned.seconds.items():
-        work.add_row(part, count(planned.layer_tokens[part]), duration(seconds))
-    work.add_row(
-        "in all", count(sum(planned.layer_tokens.values())), duration(sum(planned.seconds.values())), style="bold"
-    )
-    return [f"{planned.rounds} rounds, {count(planned.trained)} parameters in training", memory, "", work]
 
 
 def _announce(estimates: list[Estimate]) -> None:
@@ -449,31 +397,14 @@ def _announce(estimates: list[Estimate]) -> None:
 
 
 def _load_stack(settings: RunConfig) -> tuple[Stack, Any]:
-    options: Any = {
-        "device": settings.device, "dtype": settings.dtype, "trust_remote_code": settings.trust_remote_code,
-    }  # fmt: skip
     if settings.score.weights == "stream":
-        files, tokenizer = load_streamed(settings.teacher, **options)
+        files, tokenizer = load_streamed(
+            settings.teacher, device=settings.device, dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+        )  # fmt: skip
         return Stack(files.model, files.resident), tokenizer
-    model, tokenizer = load_model(settings.teacher, **options)
+    model, tokenizer = load_teacher(settings)
     return Stack(model), tokenizer
-
-
-def _evaluation_table(evaluation: Evaluation) -> Table:
-    table = Table("task", "score", "stderr", "n", box=None, header_style="bold")
-    for name, score in evaluation.scores.items():
-        table.add_row(shown(name), _number(score.value), _number(score.stderr), str(score.n))
-    return table
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def _load(settings: RunConfig) -> Any:
-    return load_model(
-        settings.teacher, device=settings.device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
-    )
 
 
 def _parse_layers(text: str) -> list[int]:

@@ -8,7 +8,7 @@ from layerpeel.config import RunConfig
 from layerpeel.health import note_findings
 from layerpeel.importance import ScoringInputs, fixed_by_config, last_ranking, score_candidates, scoring_text
 from layerpeel.journal import Run
-from layerpeel.models import count_parameters, load_model, save_model, stored_dtype
+from layerpeel.models import count_parameters, load_teacher, save_model, stored_dtype
 from layerpeel.preflight import check_run, check_trained, leaving_nothing, removable
 from layerpeel.progress import console
 from layerpeel.report.card import write_card
@@ -38,9 +38,7 @@ def peel(config: RunConfig, *, accept_changes: bool = False) -> Run:
 
 def _go_on(run: Run, config: RunConfig, tasks: Sequence[Task]) -> None:
     with leaving_nothing(run):
-        teacher, tokenizer = load_model(
-            config.teacher, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
-        )
+        teacher, tokenizer = load_teacher(config)
         student = Student(teacher)
         check_trained(student, config.distill)
         storage, text = stored_dtype(config.teacher), scoring_text(config, tokenizer)

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from layerpeel.architecture import text_config
+from layerpeel.config import RunConfig
 from layerpeel.errors import InputError, RunError, reason_of
 from layerpeel.expressible import first_difference
 from layerpeel.files import replace_folder
@@ -129,6 +130,13 @@ def load_model(
 def wanted_dtype(config: PretrainedConfig, device: torch.device, dtype: str) -> torch.dtype:
     """What the frozen weights are held in: `dtype`, or for `auto` float32 on a CPU, else that of the checkpoint."""
     return DTYPES.get(dtype) or (torch.float32 if device.type == "cpu" else config.dtype or torch.float32)
+
+
+def load_teacher(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a config's teacher as the config says; see `load_model`."""
+    return load_model(
+        config.teacher, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

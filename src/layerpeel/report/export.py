@@ -9,10 +9,10 @@ from huggingface_hub import HfApi
 
 from layerpeel.errors import InputError, RunError
 from layerpeel.journal import Run
-from layerpeel.models import save_model, stored_dtype
+from layerpeel.models import load_teacher, save_model, stored_dtype
 from layerpeel.report.card import write_card
 from layerpeel.report.gather import result_round
-from layerpeel.report.measure import load_teacher, rebuild
+from layerpeel.report.measure import rebuild
 from layerpeel.report.text import one_line
 
 
@@ -39,7 +39,7 @@ def export_student(run: Run, folder: Path, round_: int | None = None) -> int:
         raise InputError(
             f"{run.folder} has no round {round_}: {there}", hint="`layerpeel ls` shows what runs have done"
         )
-    teacher, tokenizer = load_teacher(run)
+    teacher, tokenizer = load_teacher(run.config)
     student = rebuild(run, teacher, round_)
     folder.parent.mkdir(parents=True, exist_ok=True)
     save_model(student.model, tokenizer, folder, stored_dtype(run.config.teacher))

@@ -19,7 +19,7 @@ from layerpeel.data import load_rows
 from layerpeel.errors import LayerpeelError
 from layerpeel.files import write_whole
 from layerpeel.journal import Run, describe_machine
-from layerpeel.models import load_model
+from layerpeel.models import load_teacher
 from layerpeel.progress import console, plain, progress, shown
 from layerpeel.stack import Stack
 from layerpeel.student import Student
@@ -65,18 +65,6 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def load_teacher(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The run's teacher, as the run loaded it.
-
-    Raises:
-        InputError: it is not there any more.
-    """
-    config = run.config
-    return load_model(
-        config.teacher, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
-    )
-
-
 def rebuild(run: Run, teacher: PreTrainedModel, number: int) -> Student:
     """The student as a round left it; that of round 0 is the teacher.
 
@@ -97,7 +85,7 @@ def measure_run(run: Run) -> dict[str, Any]:
         InputError: there is no teacher any more.
         RunError: a round's files are gone or damaged.
     """
-    teacher, tokenizer = load_teacher(run)
+    teacher, tokenizer = load_teacher(run.config)
     numbers = range(len(run.rounds) + 1)
     prompts = sample_prompts(run.config, tokenizer)
     times: dict[int, list[tuple[float, float]]] = {number: [] for number in numbers}

@@ -14,7 +14,7 @@ from layerpeel.config import RunConfig
 from layerpeel.errors import RunError
 from layerpeel.journal import Run
 from layerpeel.loop import peel
-from layerpeel.models import load_model
+from layerpeel.models import load_teacher
 from layerpeel.preflight import check_run
 from layerpeel.progress import console
 from layerpeel.student import Student
@@ -91,9 +91,7 @@ def _share_teachers(configs: Sequence[RunConfig]) -> None:
 
 
 def _measure(run: Run, config: RunConfig) -> None:
-    model, tokenizer = load_model(
-        config.teacher, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
-    )
+    model, tokenizer = load_teacher(config)
     run.record_teacher(Student(model), evaluate(model, tokenizer, make_tasks(config.tasks)))
 
 
