@@ -114,7 +114,7 @@ class RaceConfig(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.99
     """How sure, for one candidate in one comparison with the best (one-sided, paired on the same samples)."""
     first_share: Annotated[float, Field(gt=0, le=0.5)] = 0.125
-    """The share of each task's samples after which candidates first drop out; the tokens double until all are used."""
+    """The share of each task's samples after which candidates first drop out; half as many tokens more each time."""
 
 
 class HealConfig(Section):

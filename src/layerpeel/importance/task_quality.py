@@ -13,6 +13,7 @@ from layerpeel.tasks.answering import Engine, answer_samples, len_of
 from layerpeel.tasks.base import Answer, Evaluation
 
 LEAST_SAMPLES = 16
+GROWTH = 1.5  # of the tokens, from one comparison in a race to the next
 
 Answered = dict[str, dict[int, list[Answer]]]  # by task and sample
 Counts = dict[str, int]  # of samples, by task
@@ -23,7 +24,7 @@ class TaskQuality(Metric):
 
     In a race, all candidates start on a share of each task's samples. Those whose aggregate is below the best one's
     by more than chance explains (paired differences on the same samples, drawn without replacement) drop out; the
-    others go on to twice as many tokens, from the tasks where they tell the most, until one is left or all samples
+    others go on to half as many tokens again, from the tasks where they tell the most, until one is left or all samples
     are used. A task's first share is at least `LEAST_SAMPLES`: fewer say too little of how far they scatter.
     """
 
@@ -104,7 +105,7 @@ def _first(race: RaceConfig | None, whole: Counts) -> Counts:
 
 
 def _next(inputs: ScoringInputs, alive: Sequence[Evaluation], taken: Counts) -> Counts:
-    """As many samples of each task as make twice the tokens so far.
+    """As many samples of each task as make `GROWTH` times the tokens so far.
 
     Each few more go to the task where they lower the variance of the paired differences the most for their tokens
     (Neyman's allocation). That of one sample is estimated as if another had differed, as few may agree by chance.
@@ -125,7 +126,7 @@ def _next(inputs: ScoringInputs, alive: Sequence[Evaluation], taken: Counts) -> 
         return spread[name] / wanted[name] ** 2 / cost[name]
 
     wanted = dict(taken)
-    while tokens(wanted) < 2 * tokens(taken) and (left := [name for name in wanted if wanted[name] < whole[name]]):
+    while tokens(wanted) < GROWTH * tokens(taken) and (left := [name for name in wanted if wanted[name] < whole[name]]):
         name = max(left, key=gain)
         wanted[name] = min(whole[name], wanted[name] + max(1, taken[name] // 16))
     return wanted
