@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +19,15 @@ from layerpeel import Run, peel
 from layerpeel.config import load_config
 from layerpeel.student import Student
 from layerpeel.training import TrainingResult
+from layerpeel.training_state import TrainingState
 from tests.families import save_tiny
 from tests.test_training import train, write_text
 
 ROOT = Path(__file__).parents[1]
 
 
-def launch(*command: str, fsdp: bool = False) -> str:
-    """Runs a Python program in two processes; gives what they said on stderr."""
+def launch(*command: str, fsdp: bool = False, dies: bool = False) -> str:
+    """Runs a Python program in two processes, which ends well or dies; gives what they said on stderr."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
          *command],
@@ -33,7 +35,7 @@ def launch(*command: str, fsdp: bool = False) -> str:
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1",
              "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_FSDP": str(fsdp).lower()},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-9000:]
+    assert bool(done.returncode) == dies, done.stderr[-9000:]
     return done.stderr
 
 
@@ -43,19 +45,35 @@ def train_in_two(folder: Path, *, fsdp: bool = False, **options: Any) -> tuple[d
     return load_file(folder / "owned.safetensors"), json.loads((folder / "result.json").read_text())
 
 
-def _worker(folder: Path, poisoned_call: int = 0, **options: Any) -> None:
+def _worker(folder: Path, poisoned_call: int = 0, dies_after: int = 0, keeps: bool = False, **options: Any) -> None:
     """What each of the processes runs."""
+    state = TrainingState(folder / "state.safetensors", "this training", every=0.0)
     from layerpeel.progress import RANK
     from tests.test_training import Poison
 
     with pytest.MonkeyPatch.context() as patch:
         if RANK:
             Poison(patch, {poisoned_call})
-        student, result = train(folder / "text.jsonl", **options)
+        if dies_after:
+            _die_after(patch, dies_after)
+        student, result = train(folder / "text.jsonl", state=state if keeps else None, **options)
     if not RANK:
         save_file(student.owned_state(), folder / "owned.safetensors")
         (folder / "result.json").write_text(json.dumps(result.summary() | {"curve": result.curve}))
     torch.distributed.destroy_process_group()
+
+
+def _die_after(patch: pytest.MonkeyPatch, saves: int) -> None:
+    """Both processes end at once, as if killed, after so many states were saved."""
+    save, left = TrainingState.save, [saves]
+
+    def saved(*arguments: Any) -> None:
+        save(*arguments)
+        left[0] -= 1
+        if not left[0]:
+            os._exit(9)
+
+    patch.setattr(TrainingState, "save", saved)
 
 
 def same_training(student: Student, alone: TrainingResult, weights: Any, result: Any) -> None:
@@ -75,6 +93,19 @@ def test_two_processes_train_the_student_of_one(tmp_path: Path, fsdp: bool) -> N
     # The steps of `train` are counted for one process, and two take twice the tokens.
     weights, result = train_in_two(tmp_path, fsdp=fsdp, steps=40, batch_size=4, train_norm=True)
     same_training(student, alone, weights, result)
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_that_die_go_on_to_the_same_student(tmp_path: Path, fsdp: bool) -> None:
+    write_text(tmp_path / "text.jsonl")
+    options: dict[str, Any] = {"steps": 16, "batch_size": 4, "train_norm": True}
+    weights, whole = train_in_two(tmp_path, fsdp=fsdp, **options)
+    dying = json.dumps(options | {"keeps": True, "dies_after": 5})
+    launch("-m", "tests.test_parallel", str(tmp_path), dying, fsdp=fsdp, dies=True)
+    assert (tmp_path / "state.safetensors").exists()
+    again, resumed = train_in_two(tmp_path, fsdp=fsdp, keeps=True, **options)
+    assert resumed["curve"] == whole["curve"] and len(whole["curve"]) == 8
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
 
 
 def test_nan_in_one_process_is_skipped_in_both(tmp_path: Path) -> None:
