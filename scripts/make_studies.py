@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "studies"
 DOCS = ROOT / "docs"
-TAKEN = ("study.json", "tables.md", "figure.svg")
+FIGURES = DOCS / "images" / "studies"
 
 # Each study: what it asks, and what its results say.
 SAID: dict[str, tuple[str, str]] = {
@@ -50,7 +50,9 @@ def take(folder: Path) -> None:
     made = json.loads((folder / "study.json").read_text(encoding="utf-8"))
     name = folder.name if folder.name in SAID else made["name"]
     (RESULTS / name).mkdir(parents=True, exist_ok=True)
-    for file in TAKEN:
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "figure.svg", FIGURES / f"{name}.svg")
+    for file in ("study.json", "tables.md"):
         shutil.copyfile(folder / file, RESULTS / name / file)
 
 
@@ -59,15 +61,12 @@ def section(name: str) -> str:
     folder = RESULTS / name
     question, said = SAID[name]
     made: dict[str, Any] = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-    figure = DOCS / "images" / "studies" / f"{name}.svg"
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / "figure.svg", figure)
     machine, runs = made["machine"], made["runs"]
     return f"""## {name}
 
 *{question}*
 
-![{name}: {made["note"]}](images/studies/{figure.name})
+![{name}: {made["note"]}](images/studies/{name}.svg)
 
 {said}
 

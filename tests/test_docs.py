@@ -308,6 +308,13 @@ def test_references_are_those_of_the_source() -> None:
     assert text_of("docs/reference/cli.md") == made.cli_page(), remedy
 
 
+def test_results_are_what_the_benchmarks_wrote() -> None:
+    results, studies = script("make_results"), script("make_studies")
+    assert text_of("docs/results.md") == results.page(), "out of date: python scripts/make_results.py"
+    assert text_of("README.md") == results.readme(), "out of date: python scripts/make_results.py"
+    assert text_of("docs/studies.md") == studies.page(), "out of date: python scripts/make_studies.py"
+
+
 def test_every_verb_and_field_is_in_a_reference() -> None:
     root: Any = typer.main.get_command(app)
     assert all(f"\n## {name}\n" in text_of("docs/reference/cli.md") for name in root.commands)
