@@ -8,24 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from layerpeel.config import TaskConfig
 from layerpeel.errors import InputError
 from layerpeel.tasks import Task, TaskScore, make_tasks
 from layerpeel.tasks.base import Likelihood
+from tests.families import byte_tokenizer
 
 MakeTask = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+    return byte_tokenizer()
 
 
 def task_of(**options: Any) -> Task:
