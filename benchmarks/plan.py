@@ -55,7 +55,8 @@ head of that shape in random weights; for another machine, give `--flops` and `-
 
 Of {names}, a third of the layers removed: {tokens} tokens a round in rows of
 2,048, batches of 2, AdamW on fp32 copies, bfloat16 frozen weights. {share}
-This table is what `python benchmarks/plan.py --table` prints; none of it was measured.
+This table is what `python benchmarks/plan.py --table` prints; none of it was measured. How far plans were off for runs
+that were made is in [Results](results.md).
 
 {heads}
 {rows}

@@ -111,6 +111,18 @@ def distillation() -> str:
     return "\n".join([*lines, "", *commands])
 
 
+def planned() -> str:
+    """What was said before runs, over what they took."""
+    lines = ["| run | scoring | training | time in all | peak memory |", "|---|---|---|---|---|"]
+    commands = []
+    for path in sorted(RESULTS.glob("plan-*.json")):
+        found = read(path.stem)
+        ratios = [found["planned_over_measured"][part] for part in ("scoring", "training", "in all", "peak")]
+        lines.append(f"| {path.stem.removeprefix('plan-')} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+        commands.append(source(found))
+    return "\n".join(["Planned over measured; 1 is right.", "", *lines, "", *commands])
+
+
 SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("Quality by depth: storyteller-18", "methods-storyteller", lambda: methods("methods-storyteller")),
     ("Quality by depth: the bundled teacher", "methods-demo", lambda: methods("methods-demo")),
@@ -124,6 +136,7 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("Generation for all candidates: storyteller-18's copy tasks", "generation", generation),
     ("Models larger than memory", "streaming", streaming),
     ("A step of distillation", "distillation-*", distillation),
+    ("What `layerpeel plan` says, and what runs took", "plan-*", planned),
 ]
 
 INTRODUCTION = """# Results
