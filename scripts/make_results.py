@@ -32,11 +32,21 @@ def source(found: dict[str, Any]) -> str:
     return f"`{found['command']}` on {found['machine']}."
 
 
+SAID = {
+    "methods-storyteller": "Training is what holds quality at depth; which layers go matters as much without it. What "
+    "goes first is copying, and at 12 layers the trained student copies worse than the untrained one, though all else "
+    "is better: the text that it is trained on is stories, and holds nothing to copy.",
+    "methods-demo": "The text that the student is trained on is of the teacher's own small world, all its skills "
+    "included: a better fit than most have.",
+}
+
+
 def methods(name: str) -> str:
     """Ways of making a model shallower, by depth."""
     found = read(name)
     took = f" The loop took {found['minutes_of_the_loop']:.0f} minutes." if "minutes_of_the_loop" in found else ""
-    return f"{markdown(found['results'])}\n\n{source(found)}{took}"
+    said = f"{SAID[name]}\n\n" if name in SAID else ""
+    return f"{markdown(found['results'])}\n\n{said}{source(found)}{took}"
 
 
 def scoring() -> str:

@@ -95,12 +95,13 @@ def sharp_drop(run: Run) -> Iterator[Finding]:
         then, now = (Evaluation.from_json(each["evaluation"]) for each in (before, event))
         noise = then.difference_stderr(now, run.reference, run.config.aggregate)
         if lost > SHARP_DROP and before["aggregate"] - event["aggregate"] > SURE * noise:
+            decide = "" if run.config.score.decide == "task_quality" else "score.decide: task_quality, "
             yield Finding(
                 "sharp_drop", "warning", event["round"],
                 f"without layer {event['removed']} the quality fell from {before['kept_quality']:.1%} to "
                 f"{event['kept_quality']:.1%} of the teacher's in one round: the layer may be an essential one",
                 f"in a new output folder, keep it with score.protect.layers: [{event['removed']}], or choose by a "
-                "better score (score.decide: task_quality, score.heal)",
+                f"better score ({decide}score.heal)",
             )  # fmt: skip
 
 
