@@ -4,7 +4,8 @@
     python benchmarks/methods.py configs/storyteller.yaml --depths 14,12 --out results.json
 
 Four ways: the loop as the config says; the loop that chooses by KL to the teacher; the loop without training; and
-one-shot block influence without training (ShortGPT, arXiv 2403.03853). Prints a Markdown table, and writes the scores with the machine and the time.
+one-shot block influence without training (ShortGPT, arXiv 2403.03853). Prints a Markdown table, and writes the scores
+with the machine and the time.
 """
 
 from __future__ import annotations
