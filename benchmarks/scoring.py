@@ -61,7 +61,7 @@ def main() -> None:
         TaskConfig(kind="harness", name=name, task=name, include_path=str(KIT / "eval/lm_eval"), limit=options.limit)
         for name in TASKS
     ])  # fmt: skip
-    full, raced = ScoreConfig(), ScoreConfig(race={}, shortlist={"by": "teacher_kl", "keep": 4})  # type: ignore[arg-type]
+    full, raced = ScoreConfig(), ScoreConfig(race={}, shortlist={"by": "teacher_kl", "keep": 8})  # type: ignore[arg-type]
     text = load_rows(
         [TextConfig(path=str(KIT / "text" / name)) for name in ("tinystories_2M.txt", "stories_ru.jsonl")],
         tokenizer, sequence_length=256, max_tokens=4096,

@@ -60,7 +60,7 @@ def scoring() -> str:
     ]
     lines = ["| rival | its time over ours | same scores |", "|---|---|---|"]
     lines += [f"| {name} | {ratio:.1f} | {'yes' if equal else 'no'} |" for name, ratio, equal in rows]
-    lines.append(f"| the harness's, against ours with a shortlist of 4 and a race | {ratios['raced_harness']:.1f} | |")
+    lines.append(f"| the harness's, against ours with a shortlist of 8 and a race | {ratios['raced_harness']:.1f} | |")
     rounds = found["rounds"]
     agreed = sum(each["same"] for each in rounds)
     other = [each for each in rounds if not each["same"]]
