@@ -68,9 +68,14 @@ def test_a_damaged_round_is_done_again(
     assert [event["event"] for event in run.events[6:]] == ["back", "resume", "scored", "round", "finish"]
 
 
-def test_an_older_round_that_is_damaged_is_named_when_it_is_wanted(config: RunConfig) -> None:
+def test_an_older_round_that_is_damaged_is_named_and_refused_when_it_is_wanted(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     flip(config.output / "rounds/01/trained.safetensors")
     run = peel(config)  # which it does not need
+    said = " ".join(capsys.readouterr().err.split())
+    assert "trained.safetensors: damaged or gone; that round cannot be exported any more" in said
+    assert not any(event["event"] == "back" for event in run.events)
     with pytest.raises(RunError, match=r"rounds/01/trained\.safetensors: damaged or gone"):
         run.restore(None, 1)  # type: ignore[arg-type]
 

@@ -155,7 +155,7 @@ class Run:
             )
 
     def _check_files(self) -> None:
-        """Goes back to the last round whose files are as they were written, or to before the finish."""
+        """Goes back to the last round whose files are as they were written, or to before the finish; names the rest."""
         if self.finish and (name := self._damaged(self.finish)):
             self._go_back(len(self.rounds), name)
         needed = 2 if self.config.stop.min_quality else 1  # the last student above the floor may be the result
@@ -167,8 +167,11 @@ class Run:
             self._go_back(event["round"] - 1, name)
         for event in self.rounds:
             for name, digest in event["files"].items():
-                if name.endswith(REPORTED) and sha256_of(self.folder / name) != digest:
-                    console.print(f"{self.folder / name}: damaged or gone; only reports read it")
+                if sha256_of(self.folder / name) != digest:
+                    lost = (
+                        "only reports read it" if name.endswith(REPORTED) else "that round cannot be exported any more"
+                    )
+                    console.print(escape(f"{self.folder / name}: damaged or gone; {lost}"))
 
     def _go_back(self, number: int, name: str) -> None:
         console.print(escape(f"{self.folder / name}: damaged or gone; going on from the end of round {number}"))
