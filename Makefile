@@ -11,7 +11,7 @@ help:
 	@echo "make demo     prune the bundled tiny teacher, from scoring to report"
 	@echo "make test     run the tests"
 	@echo "make docs     build the documentation into site/"
-	@echo "make faults   kill, fill up and damage demo runs, and compare what comes of them (half an hour)"
+	@echo "make faults   kill, fill up and damage demo runs, and compare what comes of them (a quarter of an hour)"
 	@echo "make check    lint, formatting, types, tests: what has to pass before a change lands"
 	@echo "make fuzz     ten minutes of configs and data that make no sense"
 	@echo "make format   mend what ruff can mend"
