@@ -342,6 +342,13 @@ CASES: dict[str, tuple[Prepare | None, list[str], str]] = {
         "expected text",
     ),
     "stop is a number": (None, task("kind: generate, data: choice.jsonl, stop: 5"), "stop"),
+    "shows more than can be counted": (
+        None,
+        task(f"kind: choice, data: choice.jsonl, num_fewshot: {10**30}"),
+        "too large",
+    ),
+    "a batch of more than a number holds": (None, run(f"distill.batch_size={hex(16**300)}"), "too large"),
+    "a text with a name too long": (None, run(f"distill.text={'a' * 5000}"), "aaaa"),
     "shows more than there is": (None, task("kind: choice, data: choice.jsonl, num_fewshot: 9"), "too few"),
     "shows all there is": (None, task("kind: choice, data: choice.jsonl, num_fewshot: 4"), "no rows"),
     "task's data is empty": (write("choice.jsonl", ""), run(), "choice.jsonl"),

@@ -363,8 +363,7 @@ def read_yaml(text: str, wrong: str, hint: str) -> Any:
     try:
         loader = _Loader(text)
         value = loader.get_single_data()
-        if _count_values(value) > MOST_VALUES:
-            raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+        _check_extent(value)
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise InputError(f"{wrong} ({reason_of(error)})", hint=hint) from None
     finally:
@@ -372,13 +371,20 @@ def read_yaml(text: str, wrong: str, hint: str) -> Any:
     return value
 
 
-def _count_values(value: Any) -> int:
-    """How many values a nested one holds, counted up to a little beyond `MOST_VALUES`: aliases may repeat them."""
+def _check_extent(value: Any) -> None:
+    """Checks that a nested value is of an extent that all who read it can take.
+
+    Raises:
+        ValueError: it holds more than `MOST_VALUES` values (aliases may repeat them), or a number of over 64 bits.
+    """
     count, left = 0, [value]
-    while left and count <= MOST_VALUES:
+    while left:
         count, here = count + 1, left.pop()
+        if count > MOST_VALUES:
+            raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+        if isinstance(here, int) and abs(here) >= 2**63:
+            raise ValueError(f"the number {_short(here)} is too large")
         left += [*here, *here.values()] if isinstance(here, dict) else here if isinstance(here, list) else []
-    return count
 
 
 def parse_config(raw: dict[str, Any], where: str) -> RunConfig:

@@ -6,6 +6,7 @@ import atexit
 import glob
 import gzip
 import json
+import os
 import re
 import time
 import zlib
@@ -43,9 +44,9 @@ def read_rows(path: str, *, split: str = "train", name: str | None = None, strea
             yield from read_rows(file, split=split)
         return
     (path,) = files
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # which take any text, also what cannot be a name
         yield from _read_folder(Path(path), split)
-    elif Path(path).is_file():
+    elif os.path.isfile(path):
         yield from _read_file(Path(path))
     elif _kind(Path(path)) in READABLE or path.startswith((".", "/", "~")):
         raise InputError(f"no such file: {path}", hint="check the path; it is taken from the config's folder first")
@@ -59,7 +60,7 @@ def expand(path: str) -> list[str]:
     Raises:
         InputError: no file matches.
     """
-    if Path(path).exists() or not glob.has_magic(path):
+    if os.path.exists(path) or not glob.has_magic(path):
         return [path]
     files = sorted(glob.glob(path))
     if not files:
