@@ -171,10 +171,11 @@ class Run:
                     lost = (
                         "only reports read it" if name.endswith(REPORTED) else "that round cannot be exported any more"
                     )
-                    console.print(escape(f"{self.folder / name}: damaged or gone; {lost}"))
+                    console.print(escape(f"{self.folder / name}: damaged or gone; {lost}"), soft_wrap=True)
 
     def _go_back(self, number: int, name: str) -> None:
-        console.print(escape(f"{self.folder / name}: damaged or gone; going on from the end of round {number}"))
+        going = f"going on from the end of round {number}"
+        console.print(escape(f"{self.folder / name}: damaged or gone; {going}"), soft_wrap=True)
         self.record("back", to=number, damaged=name)
 
     def _resume(self, versions: dict[str, str]) -> None:
