@@ -21,8 +21,16 @@ FIGURES = DOCS / "images" / "studies"
 
 # Each study: what it asks, and what its results say.
 SAID: dict[str, tuple[str, str]] = {
-    "baseline": ("What do the two least important layers cost, with no training? (experiment 1)", ""),
-    "loss-ablation": ("Which losses heal a prune of two layers? (experiment 2)", ""),
+    "baseline": (
+        "What do the two least important layers cost, with no training? (experiment 1)",
+        "The first costs nothing, the second 1.9 % of the aggregate.",
+    ),
+    "loss-ablation": (
+        "Which losses heal a prune of two layers? (experiment 2)",
+        "Every loss brings back what the prune had cost: each interval reaches the teacher's aggregate. Hidden states "
+        "and KL together end highest, as in the paper; but with three seeds and a teacher that has so little to lose, "
+        "no two of the trained variants can be told apart. KL alone scatters most.",
+    ),
     "single-pass-vs-iterative": (
         "A third of the layers: one ranking or a new one each round, task quality or block influence, trained or not, "
         "at equal tokens (experiment 3, and the paper's figure)",
