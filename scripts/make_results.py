@@ -35,8 +35,8 @@ def source(found: dict[str, Any]) -> str:
 SAID = {
     "methods-storyteller": "Training is what holds quality at depth; without it, it matters which layers go. With it, "
     "what the tasks choose is a little better than what KL chooses. Copying goes first, and at 12 layers the trained "
-    "student copies worse than the untrained one, though all else is better: the text that it is trained on is stories, "
-    "and holds nothing to copy.",
+    "student copies worse than the untrained one, though all else is better: the text that it is trained on is "
+    "stories, and holds nothing to copy.",
     "methods-demo": "The text that the student is trained on is of the teacher's own small world, all its skills "
     "included: a better fit than most have.",
 }
