@@ -37,9 +37,25 @@ SAID: dict[str, tuple[str, str]] = {
         "",
     ),
     "storyteller": ("The same on storyteller-18, a model of stories in English and Russian", ""),
-    "kl-scale": ("How much should KL weigh beside MSE? (next check 2)", ""),
-    "dataset-sensitivity": ("Do different tasks rank the layers alike? (open question 2)", ""),
-    "architectures": ("Which depths are redundant, in which family? (open question 3, next check 1)", ""),
+    "kl-scale": (
+        "How much should KL weigh beside MSE? (next check 2)",
+        "From a hundredth of the default weight up to the default it makes no difference; from ten times on "
+        "the student ends about one point lower. Within five orders of magnitude nothing breaks.",
+    ),
+    "dataset-sensitivity": (
+        "Do different tasks rank the layers alike? (open question 2)",
+        "Six of the seven tasks rank much as all do together (tau from 0.57 to 0.96), one set of questions "
+        "hardly (0.34). Two tasks at random choose the same first layer as all seven in half of the cases, "
+        "four of them in two thirds: what is measured decides what goes, and a few tasks of different kinds "
+        "are worth having.",
+    ),
+    "architectures": (
+        "Which depths are redundant, in which family? (open question 3, next check 1)",
+        "In the Qwen2-family teacher the layers above the middle cost least, and most of the lower ones are "
+        "dear. The Llama-family one is a model of 12 layers of which seven were added to a trained one and do "
+        "little: of the four layers that went all are of those seven, so its redundant depths are where they "
+        "were put. Two models of this size say nothing of their families.",
+    ),
     "cost-benefit": ("What do re-scoring, and a dear score, buy? (next check 3)", ""),
 }
 
