@@ -55,7 +55,7 @@ from layerpeel.streaming import load_streamed
 from layerpeel.surgery import remove_layers
 from layerpeel.tasks import evaluate
 from layerpeel.tasks.store import AnswerStore
-from layerpeel.terminal import evaluation_table, plan_tables, run_table, score_table
+from layerpeel.terminal import evaluation_table, plan_tables, report_table, run_table, score_table
 from layerpeel.training import distill
 
 app = typer.Typer(
@@ -221,10 +221,7 @@ def study(
         print(json.dumps({"output": str(done.folder), **done.rows}, ensure_ascii=False))
         return
     for each in done.tables.values():
-        table = Table(*map(shown, each.heads), box=None, header_style="bold", title=each.caption, title_justify="left")
-        for row in each.rows:
-            table.add_row(*(shown(cell.text) for cell in row))
-        output.print(table, "")
+        output.print(report_table(each), "")
     output.print(f"page     {shown(done.folder / 'index.html')}", soft_wrap=True)
 
 

@@ -158,20 +158,18 @@ class Run:
         """Goes back to the last round whose files are as they were written, or to before the finish; names the rest."""
         if self.finish and (name := self._damaged(self.finish)):
             self._go_back(len(self.rounds), name)
+        spoiled = {event["round"]: list(self._spoiled(event)) for event in self.rounds}
         needed = 2 if self.config.stop.min_quality else 1  # the last student above the floor may be the result
         while not self.finish:
-            found = [(event, self._damaged(event)) for event in self.rounds[-needed:]]
-            event, name = next((pair for pair in found if pair[1]), ({}, None))
+            last = [(each["round"], name) for each in self.rounds[-needed:] for name in spoiled[each["round"]]]
+            number, name = next((pair for pair in last if not pair[1].endswith(REPORTED)), (0, None))
             if not name:
                 break
-            self._go_back(event["round"] - 1, name)
+            self._go_back(number - 1, name)
         for event in self.rounds:
-            for name, digest in event["files"].items():
-                if sha256_of(self.folder / name) != digest:
-                    lost = (
-                        "only reports read it" if name.endswith(REPORTED) else "that round cannot be exported any more"
-                    )
-                    console.print(escape(f"{self.folder / name}: damaged or gone; {lost}"), soft_wrap=True)
+            for name in spoiled[event["round"]]:
+                lost = "only reports read it" if name.endswith(REPORTED) else "that round cannot be exported any more"
+                console.print(escape(f"{self.folder / name}: damaged or gone; {lost}"), soft_wrap=True)
 
     def _go_back(self, number: int, name: str) -> None:
         going = f"going on from the end of round {number}"
@@ -369,8 +367,11 @@ class Run:
 
     def _damaged(self, event: Mapping[str, Any]) -> str | None:
         """The first of an event's files that is not as it was written; what is only read in reports is no matter."""
-        needed = {name: digest for name, digest in event["files"].items() if not name.endswith(REPORTED)}
-        return next((name for name, digest in needed.items() if sha256_of(self.folder / name) != digest), None)
+        return next((name for name in self._spoiled(event) if not name.endswith(REPORTED)), None)
+
+    def _spoiled(self, event: Mapping[str, Any]) -> Iterator[str]:
+        """Those of an event's files that are not as they were written."""
+        return (name for name, digest in event["files"].items() if sha256_of(self.folder / name) != digest)
 
     def _hashes(self, paths: Iterable[Path]) -> dict[str, str]:
         return {path.relative_to(self.folder).as_posix(): str(sha256_of(path)) for path in sorted(paths)}

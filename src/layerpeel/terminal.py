@@ -8,6 +8,7 @@ from layerpeel.importance import LayerScores
 from layerpeel.journal import Run
 from layerpeel.plan import Plan
 from layerpeel.progress import shown
+from layerpeel.report import tables
 from layerpeel.report.text import count, duration, size
 from layerpeel.tasks import Evaluation
 
@@ -64,6 +65,14 @@ def plan_tables(planned: Plan) -> list[Table | str]:
         "in all", count(sum(planned.layer_tokens.values())), duration(sum(planned.seconds.values())), style="bold"
     )
     return [f"{planned.rounds} rounds, {count(planned.trained)} parameters in training", memory, "", work]
+
+
+def report_table(own: tables.Table) -> Table:
+    """A table of a report or a study."""
+    table = Table(*map(shown, own.heads), box=None, header_style="bold", title=own.caption, title_justify="left")
+    for row in own.rows:
+        table.add_row(*(shown(cell.text) for cell in row))
+    return table
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
