@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -17,6 +17,7 @@ from layerpeel.errors import InputError, reason_of, resolve_class
 from layerpeel.expressible import fixed_layers
 from layerpeel.importance.base import Findings, Metric, ScoringInputs
 from layerpeel.importance.block_influence import BlockInfluence
+from layerpeel.importance.scores import LayerScores, last_ranking
 from layerpeel.importance.task_quality import TaskQuality
 from layerpeel.importance.teacher_kl import TeacherKL
 from layerpeel.importance.work import Work, count_work
@@ -24,7 +25,7 @@ from layerpeel.progress import console, shown
 from layerpeel.stack import Stack
 from layerpeel.surgery import Depth
 from layerpeel.tasks import Task
-from layerpeel.tasks.base import Evaluation, Generation
+from layerpeel.tasks.base import Generation
 from layerpeel.tasks.store import AnswerStore
 
 METRICS: dict[str, type[Metric]] = {
@@ -32,98 +33,6 @@ METRICS: dict[str, type[Metric]] = {
     "teacher_kl": TeacherKL,
     "block_influence": BlockInfluence,
 }
-
-
-@dataclass
-class LayerScores:
-    """The importance of each candidate, by teacher layer: quality lost when it is skipped; low goes first.
-
-    Attributes:
-        metric: the metric that decides.
-        importance: of the candidates it scored.
-        stderr: the standard error of each importance, where the metric runs tasks.
-        evaluations: task scores of each candidate, where the metric runs tasks.
-        dropped: candidates that a race gave up, with the share of the samples after which it did.
-        seconds: what it took.
-        layer_tokens: tokens that went through a layer for it, as `work` counts them.
-        from_round: the round whose ranking this is, if it was not made anew.
-        memory: the budget in bytes, and how often memory ran out and it was halved.
-        cheap: the scores that made the shortlist, if one was asked for.
-        healed: aggregate lost to the teacher after a short distillation, of the few that were healed on trial.
-        heal_seconds: what that took.
-    """
-
-    metric: str
-    importance: dict[int, float]
-    stderr: dict[int, float] = field(default_factory=dict)
-    evaluations: dict[int, Evaluation] = field(default_factory=dict)
-    dropped: dict[int, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    layer_tokens: int = 0
-    from_round: int | None = None
-    memory: dict[str, int] = field(default_factory=dict)
-    cheap: LayerScores | None = None
-    healed: dict[int, float] = field(default_factory=dict)
-    heal_seconds: float = 0.0
-
-    def ranked(self) -> list[int]:
-        """Teacher layers, least important first.
-
-        Those healed on trial come first, by what they lost then; those that a race gave up last; ties go by index.
-        """
-        return sorted(self.importance, key=lambda layer: (*self._place(layer), layer))
-
-    def tied(self) -> list[int]:
-        """The layers that share the first place to the last digit; the first of them goes, by its index."""
-        ranked = self.ranked()
-        return [layer for layer in ranked if self._place(layer) == self._place(ranked[0])]
-
-    def _place(self, layer: int) -> tuple[bool, bool, float]:
-        lost = self.healed.get(layer, self.importance[layer])
-        return (layer not in self.healed, layer in self.dropped, lost)
-
-    def to_json(self) -> dict[str, Any]:
-        """For the journal; with a shortlist, whether the cheap metric alone would have chosen the same layer."""
-        own: dict[str, Any] = {"metric": self.metric, "seconds": round(self.seconds, 3)}
-        own |= {"layer_tokens": self.layer_tokens, **self.memory}
-        if self.from_round:
-            own["from_round"] = self.from_round
-        for name in ("importance", "stderr", "dropped", "healed"):
-            if values := getattr(self, name):
-                own[name] = {str(layer): value for layer, value in sorted(values.items())}
-        if len(self.tied()) > 1:
-            own["tied"] = self.tied()
-        if self.evaluations:
-            own["evaluations"] = {str(layer): e.to_json() for layer, e in sorted(self.evaluations.items())}
-        if self.healed:
-            own["heal_seconds"] = round(self.heal_seconds, 3)
-        if self.cheap:
-            own["cheap"] = self.cheap.to_json()
-            own["cheap_chooses_same"] = self.cheap.ranked()[0] == self.ranked()[0]
-        return own
-
-
-def last_ranking(rounds: Sequence[dict[str, Any]], every: int, free: Sequence[int]) -> LayerScores | None:
-    """What the last scoring of a run said of the layers that may still go; None if it is time to score again.
-
-    Args:
-        rounds: events of the finished rounds.
-        every: as `score.every`.
-        free: teacher layers that may go next.
-    """
-    if not rounds or (every and len(rounds) % every == 0):
-        return None
-    last = rounds[-1]["scores"]
-    sure = {
-        layer for layer in map(int, last["importance"]) if layer in free and str(layer) not in last.get("dropped", {})
-    }
-    if not sure:
-        return None
-    importance, stderr = (
-        {int(layer): value for layer, value in last.get(name, {}).items() if int(layer) in sure}
-        for name in ("importance", "stderr")
-    )
-    return LayerScores(last["metric"], importance, stderr, from_round=last.get("from_round", len(rounds)))
 
 
 def make_metric(name: str) -> Metric:
