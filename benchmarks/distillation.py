@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -34,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
@@ -42,7 +41,7 @@ from layerpeel.data import Rows
 from layerpeel.student import Student, parameters_to_train
 from layerpeel.surgery import remove_layers
 from layerpeel.teacher_cache import TeacherCache
-from layerpeel.training import _Trainer
+from layerpeel.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ def ours(
     student.remove(shape.gap)
     config = DistillConfig(text=[], batch_size=shape.rows, sequence_length=shape.tokens, tokens_per_round=0)
     ids = torch.cat(list(batches(shape, steps)))
-    trainer = _Trainer(student, parameters_to_train(student, train), config, steps, cache, None)
+    trainer = Trainer(student, parameters_to_train(student, train), config, steps, cache, None)
     trainer.train(Rows(ids, torch.ones_like(ids).bool()), 0, mark, "ours")
 
 
@@ -295,12 +294,6 @@ def peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def machine() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
 import statistics
 import time
 import warnings
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config import TaskConfig
@@ -71,8 +70,7 @@ def main() -> None:
     different = sum(a != b for own, other in zip(ours, theirs, strict=True) for a, b in zip(own, other, strict=True))
     record = {
         "command": f"python benchmarks/generation.py --limit {options.limit} --batch-size {options.batch_size}",
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads",
+        "machine": machine(),
         "seconds": middle,
         "all_seconds": times,
         "ratio": middle["one_by_one"] / middle["at_once"],

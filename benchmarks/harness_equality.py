@@ -16,14 +16,12 @@ import copy
 import io
 import itertools
 import json
-import os
-import platform
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
+from machine import machine
 from transformers import PreTrainedModel
 
 from layerpeel.config import TaskConfig
@@ -54,7 +52,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "command": f"python benchmarks/harness_equality.py --model {options.model.name}"
         + f" --limit {options.limit}" * (options.limit is not None),
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}",
+        "machine": machine(),
         "seconds_ours": round(time.monotonic() - started, 1),
         "removals": {},
     }

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from methods import by_depth, machine, markdown, read_options, row
+from machine import machine
+from methods import by_depth, markdown, read_options, row
 
 from layerpeel import peel
 from layerpeel.config import LossConfig, load_config

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
+
+from machine import machine
 
 from layerpeel import Run, RunConfig, evaluate, load_model, peel, remove_layers, score_layers
 from layerpeel.config import load_config
@@ -55,11 +55,6 @@ def read_options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--depths", type=lambda text: [int(part) for part in text.split(",")], required=True)
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
-
-
-def machine() -> str:
-    """What the figures were measured on."""
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
 def without_training(config: RunConfig) -> RunConfig:

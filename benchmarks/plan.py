@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from transformers import Qwen2Config
 
 from layerpeel import Run
@@ -116,7 +115,7 @@ def compare(config: str, overrides: list[str], folder: Path) -> dict[str, Any]:
     expected |= {"in all": sum(planned["seconds"].values()), "peak": planned["peak"]}
     return {
         "command": f"python benchmarks/plan.py {config}" + "".join(f" --set {text}" for text in overrides),
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})", "threads": torch.get_num_threads(),
+        "machine": machine(),
         "plan": planned, "peak_is_of_the_run": peak > 1024 * before,
         "planned": expected, "measured": measured,
         "planned_over_measured": {part: round(expected[part] / value, 3) for part, value in measured.items() if value},

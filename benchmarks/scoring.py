@@ -18,8 +18,6 @@ import contextlib
 import copy
 import io
 import json
-import os
-import platform
 import statistics
 import time
 import warnings
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config import ScoreConfig, TaskConfig, TextConfig
@@ -73,7 +72,7 @@ def main() -> None:
     record = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
     record |= {
         "command": "python benchmarks/scoring.py" + f" --limit {options.limit}" * (options.limit is not None),
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}",
+        "machine": machine(),
     }
     if options.only != "choices":
         record |= compare_times(options, model, tokenizer, tasks, lambda: ours(full), lambda: ours(raced))

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from machine import machine
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -63,7 +62,7 @@ def main() -> None:
     streamed, whole = (found[way].pop("importance") for way in ("stream", "memory"))
     record = {
         "command": "python benchmarks/streaming.py " + " ".join(sys.argv[1:]),
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}",
+        "machine": machine(),
         "parameters": parameters,
         "ways": found,
         "ratio": found["stream"]["peak_bytes"] / found["load"]["peak_bytes"],

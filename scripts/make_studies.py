@@ -96,8 +96,8 @@ def section(name: str) -> str:
 
 {(folder / "tables.md").read_text(encoding="utf-8").strip()}
 
-`{made["command"]}`: {runs} run{"s" * (runs != 1)}, {made["seconds"] / 60:.0f} minutes of scoring and training on
-{machine["cores"]} CPU cores ({machine["processor"]}).
+`{made["command"]}`: {runs} run{"s" * (runs != 1)}, {made["seconds"] / 60:.0f} minutes of scoring and training in all
+({machine["cores"]} CPU cores, {machine["processor"]}).
 """
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import BertConfig, BertForMaskedLM
 
-from layerpeel.cli import main
+from layerpeel.__main__ import main
 from tests.families import save_tiny, tiny_tokenizer
 
 

@@ -24,8 +24,9 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 from layerpeel import config as config_module
-from layerpeel.cli import app, main
-from layerpeel.config import RunConfig, _sections_in, load_config
+from layerpeel.__main__ import main
+from layerpeel.cli import app
+from layerpeel.config import RunConfig, load_config, sections_in
 from layerpeel.data import read_documents
 from layerpeel.importance import make_metric
 from layerpeel.losses import LossSum
@@ -247,7 +248,7 @@ def has_field(path: str) -> bool:
     for part in path.split("."):
         if model is None or part not in model.model_fields:
             return False
-        model = next(iter(_sections_in(model.model_fields[part].annotation)), None)
+        model = next(iter(sections_in(model.model_fields[part].annotation)), None)
     return True
 
 

@@ -21,8 +21,8 @@ PACKAGE = ROOT / "src" / "layerpeel"
 ROOMS = [
     "errors", "files", "ledger", "interrupts", "progress", "config", "architecture", "families", "calls", "expressible",
     "surgery", "models", "streaming", "data", "stack", "head", "tasks", "importance", "losses", "student", "parallel",
-    "teacher_cache", "training_state", "training", "journal", "health", "preflight", "report", "loop", "demo", "study",
-    "plan", "terminal", "cli", "__main__",
+    "teacher_cache", "training_state", "trainer", "training", "journal", "health", "preflight", "report", "loop",
+    "demo", "study", "plan", "terminal", "cli", "__main__",
 ]
 # fmt: on
 

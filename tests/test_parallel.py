@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from layerpeel import Run, peel
 from layerpeel.config import load_config
 from layerpeel.student import Student
-from layerpeel.training import TrainingResult
+from layerpeel.trainer import TrainingResult
 from layerpeel.training_state import TrainingState
 from tests.families import save_tiny
 from tests.test_training import train, write_text

@@ -16,7 +16,8 @@ from layerpeel.errors import RunError
 from layerpeel.stack import Stack
 from layerpeel.student import FINAL, Student, run_both
 from layerpeel.teacher_cache import TeacherCache
-from layerpeel.training import Log, TrainingResult, train_student
+from layerpeel.trainer import Log, TrainingResult
+from layerpeel.training import train_student
 from layerpeel.training_state import TrainingState
 from tests.families import tiny_ids, tiny_model, tiny_tokenizer
 
@@ -206,7 +207,7 @@ def test_out_of_memory_makes_smaller_micro_batches_of_the_same_step(
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return outputs
 
-    monkeypatch.setattr("layerpeel.training.run_both", small)
+    monkeypatch.setattr("layerpeel.trainer.run_both", small)
     other, result = train(text, losses=losses)
     same(whole, other)
     assert result.halved == 2 and result.summary()["halved"] == 2
@@ -218,7 +219,7 @@ def test_out_of_memory_with_one_row_says_what_to_do(text: Path, monkeypatch: pyt
     def never(*_: Any, **__: Any) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("layerpeel.training.run_both", never)
+    monkeypatch.setattr("layerpeel.trainer.run_both", never)
     with pytest.raises(RunError, match="out of memory in training, with 1 rows of 24 tokens") as error:
         train(text)
     assert "activation_checkpointing" in str(error.value.hint)

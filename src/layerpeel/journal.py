@@ -45,7 +45,7 @@ from layerpeel.progress import RANK, console
 from layerpeel.student import Student
 from layerpeel.tasks.base import Evaluation
 from layerpeel.tasks.store import AnswerStore
-from layerpeel.training import TrainingResult
+from layerpeel.trainer import TrainingResult
 from layerpeel.training_state import TrainingState
 
 LIBRARIES = ("layerpeel", "torch", "transformers", "accelerate", "datasets", "tokenizers")

@@ -135,6 +135,19 @@ def test_running_out_of_memory_halves_the_budget_and_goes_on(tasks: list[Task], 
     assert said["memory_halved"] > 0 and said["memory"] == 2**27 >> said["memory_halved"]
 
 
+def test_the_deciding_metric_begins_with_what_the_cheap_one_left_of_the_budget(tasks: list[Task]) -> None:
+    failures: list[Exception] = []
+
+    def error() -> Exception:
+        failures.append(ERRORS["cpu"]())
+        return failures[-1]
+
+    shortlist = {"by": "teacher_kl", "keep": 2}
+    said = scored(tasks[:1], limited(40, error), shortlist=shortlist, memory=2**27).to_json()
+    assert 0 < said["cheap"]["memory_halved"] <= said["memory_halved"] == len(failures)
+    assert said["memory"] == 2**27 >> len(failures)
+
+
 def test_when_not_even_a_row_fits_it_says_so(tasks: list[Task]) -> None:
     with pytest.raises(RunError, match=r"out of memory with a single row of \d+ tokens in 5 streams") as caught:
         scored(tasks[:1], limited(10, ERRORS["cpu"]))

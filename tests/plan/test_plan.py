@@ -121,6 +121,7 @@ def test_measured_speeds_are_times(tmp_path: Path) -> None:
 def test_the_page_is_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(__file__).parents[2]
     page = (root / "docs" / "plan.md").read_text(encoding="utf-8").splitlines()
+    monkeypatch.syspath_prepend(root / "benchmarks")
     spec = importlib.util.spec_from_file_location("plan_benchmark", root / "benchmarks" / "plan.py")
     assert spec and spec.loader
     benchmark = importlib.util.module_from_spec(spec)

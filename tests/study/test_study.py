@@ -11,6 +11,7 @@ import yaml
 
 from layerpeel import Run
 from layerpeel.errors import InputError, RunError
+from layerpeel.report import gather
 from layerpeel.study import load_study, run_study
 
 
@@ -75,6 +76,11 @@ def test_runs_that_score_alike_score_once(study: Path, tmp_path: Path, monkeypat
     assert len(scored) == 3  # "other tokens" and "healed" on their own
     runs = {path.parent.name: Run(path) for path in (tmp_path / "out" / "runs").glob("*/seed-0")}
     assert runs["one"].rounds[0]["scores"] == runs["other-losses"].rounds[0]["scores"]
+    costs = {name: gather.cost_rows(run)[0] for name, run in runs.items()}
+    took = sum(row["scoring_seconds"] + row["healing_seconds"] + row["training_seconds"] for row in costs.values())
+    shared = costs["one"]["scoring_seconds"]  # of three runs
+    said = json.loads((tmp_path / "out" / "study.json").read_text())["seconds"]
+    assert said == pytest.approx(took - 2 * shared) and shared > 0
     alone = loop.peel(runs["other-losses"].config.model_copy(update={"output": tmp_path / "alone"}))
     for name in ("removed", "kept", "evaluation", "aggregate"):
         assert alone.rounds[0][name] == runs["other-losses"].rounds[0][name]

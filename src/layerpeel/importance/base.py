@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -51,6 +52,12 @@ class ScoringInputs:
     aggregate: str = "mean"
     config: ScoreConfig = field(default_factory=ScoreConfig)
     store: AnswerStore | None = None
+
+    def among(self, candidates: Sequence[int]) -> ScoringInputs:
+        """The same with other candidates: what is left of the budget, and samples that have been made, stay."""
+        other = copy(self)  # with the cached properties, which dataclasses.replace would leave out
+        other.candidates = candidates
+        return other
 
     @cached_property
     def samples(self) -> dict[str, list[list[Request]]]:

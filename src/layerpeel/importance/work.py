@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from layerpeel.importance.base import Metric
+from layerpeel.importance.base import Metric, ScoringInputs
 from layerpeel.tasks.base import Generation, LogLikelihood, Request
 
 
@@ -60,3 +60,13 @@ def count_work(
         decoded_layer_tokens=decoded * layers * streams,
         head_tokens=(scored + decoded) * streams,
     )
+
+
+def work_of(metric: Metric, inputs: ScoringInputs, candidates: Sequence[int]) -> Work:
+    """Counts what a metric asks of a student with some candidates."""
+    samples = inputs.samples.values() if "tasks" in metric.needs else ()
+    return count_work(
+        metric, len(inputs.student.layers), candidates, int(inputs.text.mask.sum()) if inputs.text else 0,
+        [request for task in samples for own in task for request in own],
+        0 if inputs.teacher is inputs.student else len(inputs.teacher.layers),
+    )  # fmt: skip

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from layerpeel.files import write_whole
 from layerpeel.journal import Run
-from layerpeel.report import figures, gather
+from layerpeel.report import figures
 from layerpeel.report.card import teacher_name
 from layerpeel.report.page import Picture, render
 from layerpeel.report.tables import Table, write_tables
@@ -77,7 +77,7 @@ def write_study(config: StudyConfig, name: str, jobs: Sequence[Job], runs: Seque
     start: Row = runs[0].events[0]
     made = {
         "name": name, "command": command, "runs": len(runs), "machine": start.get("machine", {}),
-        "seconds": sum(sum(gather.seconds_of(run).values()) for run in runs), "note": note,
+        "seconds": results.seconds_in_all(runs), "note": note,
     }  # fmt: skip
     write_whole(config.output / "study.json", json.dumps(made, ensure_ascii=False, indent=1) + "\n")
     page = render("study.html.jinja", {

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from layerpeel.architecture import text_config
@@ -23,13 +22,12 @@ from layerpeel.config import (
     load_config,
     override,
     parse_config,
+    read_file,
     resolve_paths,
 )
 from layerpeel.demo import prepare_demo
 from layerpeel.errors import InputError
 from layerpeel.models import load_config_of
-
-SEE = "see studies/ for examples"
 
 
 class StudyConfig(Section):
@@ -94,7 +92,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> tuple[StudyConfig, 
     Raises:
         InputError: the file cannot be read, or a field will not do.
     """
-    raw = _read(path)
+    raw = read_file(path, "study", "studies")
     own = StudyConfig.model_fields
     for text in overrides:
         if text.partition("=")[0].split(".")[0] in own:
@@ -102,24 +100,10 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> tuple[StudyConfig, 
     try:
         study = StudyConfig.model_validate(raw)
     except ValidationError as error:
-        raise InputError(f"{path}: {describe(error, StudyConfig)}", hint=SEE) from None
+        raise InputError(f"{path}: {describe(error, StudyConfig)}", hint="see studies/ for examples") from None
     of_base = [text for text in overrides if text.partition("=")[0].split(".")[0] not in own]
     of_base = [re.sub(r"^\s*model\s*=", "teacher=", text) for text in of_base]
     return study, list(_jobs(study, path.parent, [*map(_assignment, study.set.items()), *of_base]))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"no such study: {path}", hint="give the path of a YAML file, such as those in studies/"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read as YAML ({error})", hint=SEE) from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a mapping of fields to values", hint=SEE)
-    return raw
 
 
 def _jobs(study: StudyConfig, folder: Path, overrides: list[str]) -> Iterator[Job]:

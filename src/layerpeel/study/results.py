@@ -84,6 +84,17 @@ def _costs(run: Run) -> dict[str, float]:
     }
 
 
+def seconds_in_all(runs: Sequence[Run]) -> float:
+    """What scoring and training took; a first scoring that runs share was done once."""
+    total = sum(sum(gather.seconds_of(run).values()) for run in runs)
+    known: list[Row] = []
+    for run in runs:
+        for event in run.rounds[:1]:
+            total -= gather.cost_rows(run)[0]["scoring_seconds"] if event["scores"] in known else 0.0
+            known.append(event["scores"])
+    return total
+
+
 def layer_rows(groups: dict[str, list[Run]]) -> list[Row]:
     """What the first scoring of each variant says of each layer, as a share of the teacher's aggregate."""
     rows = []

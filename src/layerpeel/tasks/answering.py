@@ -6,25 +6,23 @@ Answers come as one list a stream: the untouched model first, then each candidat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 
-from layerpeel.architecture import attention_reach
 from layerpeel.interrupts import stop_if_asked
 from layerpeel.progress import Advance, progress
 from layerpeel.stack import Budget, Stack
 from layerpeel.tasks.base import Answer, Generation, Likelihood, LogLikelihood, Request, Task, TaskScore
 from layerpeel.tasks.decoding import Decoder
 from layerpeel.tasks.keys import WalkKeys
+from layerpeel.tasks.likelihoods import context_length, log_likelihoods
 from layerpeel.tasks.store import AnswerStore
-from layerpeel.tasks.trees import Row, pad_rows, plant, single
 
 
 class Engine:
@@ -100,98 +98,20 @@ class Engine:
         if found:
             return found
         if isinstance(requests[0], Generation):
-            answers = self._generate([r for r in requests if isinstance(r, Generation)])
+            answers = self._write([r for r in requests if isinstance(r, Generation)])
         else:
-            answers = self._log_likelihoods([r for r in requests if isinstance(r, LogLikelihood)])
+            answers = self._read([r for r in requests if isinstance(r, LogLikelihood)])
         if self.store is not None:
             self.store.keep(requests, self.candidates, answers)
         return answers
 
-    # Log-likelihoods
-
-    def _log_likelihoods(self, requests: Sequence[LogLikelihood]) -> list[list[Answer]]:
-        sums, same = self._read(requests)
+    def _read(self, requests: Sequence[LogLikelihood]) -> list[list[Answer]]:
+        sums, same = log_likelihoods(self.stack, self.candidates, requests)
         greedy = same == torch.tensor([len(request.continuation) for request in requests])
         columns = zip(sums.T.tolist(), greedy.T.tolist(), strict=True)
         return [[Likelihood(*both) for both in zip(*own, strict=True)] for own in columns]
 
-    @torch.no_grad()
-    def _read(self, requests: Sequence[LogLikelihood], keys: WalkKeys | None = None) -> tuple[Tensor, Tensor]:
-        """Walks over contexts and continuations, on all streams.
-
-        Args:
-            keys: takes what attention computed.
-
-        Returns:
-            the log-probability of each continuation, [S, requests] of float64; and how many of its first tokens greedy
-            decoding gives too, [S, requests].
-        """
-        limit = context_length(self.stack)
-        sequences = [(r.context + r.continuation)[-(limit + 1) :] for r in requests]
-        lengths = [len(r.continuation) for r in requests]
-        rows = list(self._rows([sequence[:-1] for sequence in sequences]))
-        input_ids, positions, sees = pad_rows(rows)
-        width = input_ids.shape[1]
-        hidden = self.stack.walk(
-            input_ids, self.candidates, positions=positions, sees=sees, keys=keys.layers if keys else None
-        )
-        if keys:
-            keys.paths = {i: torch.tensor(path) + n * width for n, row in enumerate(rows) for i, path in row.paths}
-        asked = [
-            (index, number * width + path[place - 1], sequences[index][place], place - start)
-            for number, row in enumerate(rows)
-            for index, path in row.paths
-            for start in [len(sequences[index]) - lengths[index]]
-            for place in range(start, len(sequences[index]))
-        ]
-        asked.sort(key=lambda ask: ask[1])  # by node, so that each node goes through the head once
-        owner, node, target, place = torch.tensor(asked).T if asked else torch.zeros(4, 0, dtype=torch.long)
-        scored, best = self._token_scores(hidden.flatten(1, 2), node, target)
-        sums = torch.zeros(self.streams, len(requests), dtype=torch.float64).index_add_(1, owner, scored)
-        same = torch.tensor(lengths).repeat(self.streams, 1)
-        missed = torch.where(best, same[:, owner], place)
-        return sums, same.scatter_reduce_(1, owner.expand_as(missed), missed, "amin")
-
-    def _token_scores(self, hidden: Tensor, node: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability of each target after its node, and whether it is the most probable token.
-
-        Args:
-            hidden: [S, B * T, D].
-            node, target: [N], sorted by node.
-
-        Returns:
-            [S, N] of float64, and [S, N] of bool.
-        """
-        nodes, which = torch.unique_consecutive(node, return_inverse=True)
-        rows = self.stack.logit_rows(self.streams)
-        scores, bests = [], []
-        for start in range(0, len(nodes), rows):
-            here = (which >= start) & (which < start + rows)
-            logits = self.stack.logits(hidden[:, nodes[start : start + rows].to(hidden.device)].flatten(0, 1)).float()
-            logits = logits.unflatten(0, (self.streams, -1))
-            column, token = (which[here] - start).to(logits.device), target[here].to(logits.device)
-            own, top = logits[:, column, token], logits.amax(-1, keepdim=True)
-            total = logits.sub_(top).exp_().sum(-1).log_() + top[..., 0]  # log-sum-exp, in place
-            scores.append((own - total[:, column]).double().cpu())
-            bests.append((own == top[:, column, 0]).cpu())
-        empty = torch.zeros(self.streams, 0)
-        return torch.cat([empty.double(), *scores], dim=1), torch.cat([empty.bool(), *bests], dim=1)
-
-    def _rows(self, sequences: Sequence[Sequence[int]]) -> Iterator[Row]:
-        """Trees, where the model runs them and the layers see far enough back; else one sequence a row."""
-        longest, reach = max(map(len, sequences)), attention_reach(self.stack.model.config)
-        if (reach is None or longest <= reach) and len(sequences) > 1 and self.stack.runs_trees:
-            return plant(sequences, max(longest, self._row_width))
-        return single(sequences)
-
-    @property
-    def _row_width(self) -> int:
-        """Below the hidden size, attention costs a small part of what else a layer does, also where it is slow."""
-        return self.stack.width * 3 // 4
-
-    # Generation
-
-    def _generate(self, requests: Sequence[Generation]) -> list[list[Answer]]:
+    def _write(self, requests: Sequence[Generation]) -> list[list[Answer]]:
         """Greedy text for each prompt, on all streams; all requests have the same stops and limit.
 
         The model as it is writes first. In one walk, every candidate then reads what was written: where greedy decoding
@@ -203,7 +123,7 @@ class Engine:
         if self.candidates:
             asked = [LogLikelihood(prompt, tuple(texts[index, 0])) for index, prompt in enumerate(prompts)]
             keys = WalkKeys(self.candidates)
-            same = self._read(asked, keys)[1].T.tolist()
+            same = log_likelihoods(self.stack, self.candidates, asked, keys)[1].T.tolist()
             rows = [(index, stream) for index in range(len(prompts)) for stream in range(1, self.streams)]
             begun = [texts[index, 0][: same[index][stream]] for index, stream in rows]
             skipped = [self.candidates[stream - 1] for _, stream in rows]
@@ -215,8 +135,6 @@ class Engine:
             written = decoder.write([prompts[index] for index, _ in rows], skipped, begun, known)
             texts |= dict(zip(rows, written, strict=True))
         return [[decoder.text(texts[index, stream]) for stream in range(self.streams)] for index in range(len(prompts))]
-
-    # What goes together
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
         """Indices of requests that go together: of one kind, within the budget.
@@ -276,11 +194,6 @@ def len_of(request: Request) -> int:
     if isinstance(request, Generation):
         return len(request.prompt) + request.max_new_tokens
     return len(request.context) + len(request.continuation)
-
-
-def context_length(stack: Stack) -> int:
-    """Tokens that the model was made for."""
-    return getattr(stack.model.config, "max_position_embeddings", None) or 2048
 
 
 def _windows(request: Request, limit: int) -> list[Request]:

@@ -1,0 +1,190 @@
+"""Configs as people write them: YAML and --set, paths, and complaints that name the field."""
+
+from __future__ import annotations
+
+import glob
+import os.path
+import reprlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from layerpeel.config.sections import RunConfig
+from layerpeel.errors import InputError, nearest, reason_of
+
+MOST_VALUES = 100_000  # in a config
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Reads a config from YAML.
+
+    Args:
+        path: the file. Paths in it are taken from its folder first, then from the working folder.
+        overrides: `section.field=value`, the value in YAML.
+
+    Raises:
+        InputError: the file cannot be read, or a field will not do.
+    """
+    path = Path(path)
+    raw = read_file(path, "config", "configs")
+    for text in overrides:
+        override(raw, text)
+    return resolve_paths(parse_config(raw, str(path)), path.parent)
+
+
+def read_file(path: Path, kind: str, examples: str) -> dict[str, Any]:
+    """The fields of a YAML file.
+
+    Args:
+        kind: what it should be, in errors: config or study.
+        examples: the folder that holds some.
+
+    Raises:
+        InputError: it cannot be read, or is no mapping.
+    """
+    hint = f"see {examples}/ for examples"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"no such {kind}: {path}", hint=f"give the path of a YAML file; {hint}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as YAML ({error})", hint=hint) from None
+    raw = read_yaml(text, f"{path}: cannot be read as YAML", hint)
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected a mapping of fields to values", hint=hint)
+    return raw
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and no key twice: of two, one would be left out without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.MarkedYAMLError("while reading a mapping", node.start_mark, f"found the key '{twice[0]}' twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, wrong: str, hint: str) -> Any:
+    """The plain values of a YAML text; whatever is wrong with it is said as `wrong (reason)`.
+
+    Raises:
+        InputError: it is no YAML, or has tags, a key twice, or more values (its aliases written out) than a config.
+    """
+    loader = _Loader("")
+    try:
+        loader = _Loader(text)
+        value = loader.get_single_data()
+        _check_extent(value)
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        raise InputError(f"{wrong} ({reason_of(error)})", hint=hint) from None
+    finally:
+        loader.dispose()
+    return value
+
+
+def _check_extent(value: Any) -> None:
+    """Checks that a nested value is of an extent that all who read it can take.
+
+    Raises:
+        ValueError: it holds more than `MOST_VALUES` values (aliases may repeat them), or a number of over 64 bits.
+    """
+    count, left = 0, [value]
+    while left:
+        count, here = count + 1, left.pop()
+        if count > MOST_VALUES:
+            raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+        if isinstance(here, int) and abs(here) >= 2**63:
+            raise ValueError(f"the number {_short(here)} is too large")
+        left += [*here, *here.values()] if isinstance(here, dict) else here if isinstance(here, list) else []
+
+
+def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
+    """Checks a config.
+
+    Raises:
+        InputError: it names the field.
+    """
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(f"{where}: {describe(error, RunConfig)}", hint="see configs/ for examples") from None
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first of pydantic's complaints, as a message that names the field."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section = _section(model, first["loc"][:-1])
+        return f"{field}: unknown key{nearest(str(first['loc'][-1]), section.model_fields)}"
+    message = first["msg"].removeprefix("Value error, ")
+    found = "" if first["type"] in ("missing", "value_error") else f", found {_short(first['input'])}"
+    return f"{field}: {message[:1].lower()}{message[1:]}{found}".removeprefix(": ")
+
+
+def _short(value: Any) -> str:
+    """How a value is written, without the inside of long ones."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a number of more digits than Python writes out
+        return f"a very long {type(value).__name__}"
+
+
+def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
+    """The config with each path that exists from `folder` in place of how it was written."""
+    config.teacher = _resolve(config.teacher, folder)
+    for text in [*config.distill.text, *(config.score.text or [])]:
+        text.path = _resolve(text.path, folder)
+    for task in config.tasks:
+        extra = task.model_extra or {}
+        for key in ("data", "fewshot_data", "include_path", *(["task"] if task.kind == "harness" else [])):
+            if isinstance(extra.get(key), str):
+                extra[key] = _resolve(extra[key], folder)
+    return config
+
+
+def _resolve(path: str, folder: Path) -> str:
+    for base in (folder, Path()):
+        with suppress(OSError, ValueError, RuntimeError):  # no name that a file can have: others say so
+            there = (base / Path(path).expanduser()).absolute()
+            if there.exists() or (glob.has_magic(path) and glob.glob(str(there))):
+                return os.path.normpath(there)
+    return path
+
+
+def override(raw: dict[str, Any], text: str) -> None:
+    """Puts `section.field=value`, the value in YAML, into a config that is not checked yet.
+
+    Raises:
+        InputError: it is no such text, or names a field of something that is no section.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not all(key.strip().split(".")):
+        raise InputError(f"--set {text}: expected section.field=value", hint="as in --set stop.target_layers=24")
+    *sections, field = key.strip().split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise InputError(f"--set {text}: {section} is not a section", hint="see configs/ for examples")
+    raw[field] = read_yaml(value, f"--set {text}: the value is not YAML", "quote it, as in --set 'a.b=\"x: y\"'")
+
+
+def _section(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:
+    """The section of the config that a location of pydantic's points into."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        sections = sections_in(field.annotation) if field else []
+        model = sections[0] if sections else model
+    return model
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field's type names, its own or inside of lists and unions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for argument in getattr(annotation, "__args__", ()) for found in sections_in(argument)]

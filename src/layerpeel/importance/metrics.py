@@ -1,0 +1,49 @@
+"""The metrics that there are, by name."""
+
+from __future__ import annotations
+
+from layerpeel.config import ScoreConfig
+from layerpeel.errors import InputError, reason_of, resolve_class
+from layerpeel.importance.base import Metric
+from layerpeel.importance.block_influence import BlockInfluence
+from layerpeel.importance.task_quality import TaskQuality
+from layerpeel.importance.teacher_kl import TeacherKL
+
+METRICS: dict[str, type[Metric]] = {
+    "task_quality": TaskQuality,
+    "teacher_kl": TeacherKL,
+    "block_influence": BlockInfluence,
+}
+
+
+def make_metric(name: str) -> Metric:
+    """The metric of that name, or of a user's `module:Class`.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = resolve_class(name, METRICS, "metric", Metric)
+    try:
+        metric: Metric = found()
+    except Exception as error:  # of a user's own class
+        raise InputError(
+            f"metric '{name}' cannot be made ({reason_of(error)})", hint="it is called without arguments"
+        ) from None
+    return metric
+
+
+def check_metrics(config: ScoreConfig, *, has_text: bool, has_tasks: bool) -> None:
+    """Checks that every metric that a config names exists and has what it reads.
+
+    Raises:
+        InputError: unknown metric, or no text or tasks for it.
+    """
+    named = {"score.decide": config.decide}
+    if config.shortlist:
+        named["score.shortlist.by"] = config.shortlist.by
+    for field_name, name in named.items():
+        needs = make_metric(name).needs
+        if "text" in needs and not has_text:
+            raise InputError(f"{field_name}: {name} reads text, and none is given", hint="set score.text")
+        if "tasks" in needs and not has_tasks:
+            raise InputError(f"{field_name}: {name} needs tasks, and none are given", hint="list some under tasks")
