@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -85,13 +86,23 @@ def inline(svg: str, name: str) -> str:
     return svg.replace(INK, "currentColor").replace(f"fill: {PAPER}", "fill: none")
 
 
+def plain_numbers(axis: Axis) -> None:
+    """Labels a logarithmic axis in plain numbers: its own labels are formulas, which our style does not set."""
+    axis.set_major_formatter(
+        lambda value, _: count(value) if abs(value) >= 10_000 else f"{value:g}".replace("-", "\N{MINUS SIGN}")
+    )
+    axis.set_minor_formatter(NullFormatter())
+
+
 def draw_quality(lines: Sequence[Line], ylabel: str, floor: float | None = None) -> Figure:
     """Quality against layers removed, a line a run, with the first run's parameters above (the paper's figure)."""
     with canvas(height=3.7 + 0.22 * len(lines)) as (figure, axes):
-        for line, colour, marker in zip(lines, cycle(COLOURS), cycle(MARKERS), strict=False):
+        dashes = [place // len(COLOURS) % 2 for place in range(len(lines))]  # where colours come again
+        for line, colour, marker, dashed in zip(lines, cycle(COLOURS), cycle(MARKERS), dashes, strict=False):
             axes.errorbar(
                 line.removed, line.aggregate, yerr=line.stderr, color=colour, marker=marker, markersize=4.5,
-                linewidth=1.6, elinewidth=0.9, label=f"{one_line(line.name, 32)} ({one_line(line.method, 44)})",
+                linestyle="--" if dashed else "-", linewidth=1.6, elinewidth=0.9,
+                label=f"{one_line(line.name, 44)} ({one_line(line.method, 44)})",
             )  # fmt: skip
         if floor is not None:
             axes.axhline(floor, color=INK, linewidth=0.8, linestyle=":", label="quality floor")
@@ -171,8 +182,7 @@ def draw_training(curves: Mapping[int, Sequence[Mapping[str, float]]]) -> Figure
             if min((float(value) for line in own.get_lines() for value in line.get_ydata()), default=0) > 0:
                 own.set_yscale("log")
                 own.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                own.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-                own.yaxis.set_minor_formatter(NullFormatter())
+                plain_numbers(own.yaxis)
             own.set(title=one_line(panel, 24), xlabel="tokens")
             own.xaxis.set_major_locator(MaxNLocator(3))
             own.xaxis.set_major_formatter(_tick)

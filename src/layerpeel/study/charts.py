@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import SymmetricalLogLocator
 
-from layerpeel.report.figures import COLOURS, INK, MARKERS, Line, canvas, draw_quality
+from layerpeel.report.figures import COLOURS, INK, MARKERS, Line, canvas, draw_quality, plain_numbers
 from layerpeel.report.text import number, one_line
 
 Row = Mapping[str, Any]
-LABEL = "aggregate, mean and 95 % interval over seeds"
+LABEL = "aggregate, mean\nand 95 % interval over seeds"
 BARS = "bars are 95 % confidence intervals over seeds (Student's t)"
 NOTES = {
     "depths": f"Aggregate of the tasks against layers removed; {BARS}; a step straight up or down at the end is "
@@ -47,7 +48,7 @@ def draw_results(rows: Sequence[Row], teacher: float) -> Figure:
             axes.errorbar(row["aggregate"], place, xerr=row["aggregate_ci"] or 0.0, color=colour, marker="o")
         axes.axvline(teacher, color=INK, linewidth=0.8, linestyle=":", label="teacher")
         axes.set_yticks(range(len(rows)), [one_line(row["variant"], 44) for row in rows])
-        axes.set(xlabel=LABEL, ylim=(len(rows) - 0.5, -0.5))
+        axes.set(xlabel=LABEL.replace("\n", " "), ylim=(len(rows) - 0.5, -0.5))
         axes.grid(axis="x")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
@@ -64,6 +65,7 @@ def draw_sweep(rows: Sequence[Row], field: str, teacher: float) -> Figure:
         axes.axhline(teacher, color=INK, linewidth=0.8, linestyle=":", label="teacher")
         if numeric and min(values) > 0 and max(values) > 50 * min(values):
             axes.set_xscale("log")
+            plain_numbers(axes.xaxis)
         axes.set(xlabel=one_line(field, 60), ylabel=LABEL)
         axes.grid()
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
@@ -85,6 +87,7 @@ def draw_costs(rows: Sequence[Row], teacher: float) -> Figure:
             axes.axhline(teacher, color=INK, linewidth=0.8, linestyle=":", label="teacher")
             if min(row[key] for row in rows) > 0:
                 axes.set_xscale("log")
+                plain_numbers(axes.xaxis)
             axes.set_xlabel(label)
             axes.grid()
         panels[0].set_ylabel(LABEL)
@@ -95,6 +98,9 @@ def draw_costs(rows: Sequence[Row], teacher: float) -> Figure:
 def draw_layers(rows: Sequence[Row]) -> Figure:
     """Importance against relative depth, a line a variant; layers that most of its runs removed are ringed."""
     with canvas(7.0, 4.2) as (figure, axes):
+        axes.set_yscale("symlog", linthresh=1.0)
+        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1.0, subs=(1, 2, 5)))
+        plain_numbers(axes.yaxis)
         for variant, colour, marker in zip(
             dict.fromkeys(row["variant"] for row in rows), cycle(COLOURS), cycle(MARKERS), strict=False
         ):
@@ -114,7 +120,6 @@ def draw_layers(rows: Sequence[Row]) -> Figure:
         axes.set(
             xlabel="relative depth (0 first layer, 1 last)", ylabel="lost when skipped,\n% of the teacher's aggregate"
         )
-        axes.set_yscale("symlog", linthresh=1.0)
         axes.grid()
         figure.legend(loc="outside lower left", ncols=2)
     return figure
