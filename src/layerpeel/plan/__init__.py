@@ -84,7 +84,6 @@ def plan_run(
     Raises:
         InputError: the config selects nothing to train.
     """
-    process = {"Python and its libraries": float(psutil.Process().memory_info().rss)} if device == "cpu" else {}
     distill, model = config.distill, empty_model(teacher, dtype)
     shape = shape_of(model, distill.batch_size, distill.sequence_length)
     rounds, student = _rounds(config, shape), Outline(model, _gap(shape.layers, 1))
@@ -96,6 +95,8 @@ def plan_run(
     layers = {layer for name in names if (layer := student.layer_of(name)) is not None}
     student.own(names)
     parts = _Parts(config, shape, requests, speed(shape), layers, student.begins_alone, device, trained)
+    # now, as measuring has brought in the libraries that a run uses
+    process = {"Python and its libraries": float(psutil.Process().memory_info().rss)} if device == "cpu" else {}
     graph, split = shape.layers - 1 - student.shared_prefix, gpus if fsdp else 1
     return Plan(
         shape, rounds, trained,

@@ -78,7 +78,8 @@ def scoring_memory(
             continue
         prompt, new = max(len(r.prompt) for r in written), max(r.max_new_tokens for r in written)
         rows = min(len(written), max(1, fit["tasks"] // (prompt + new))) * streams["tasks"]
-        needs.append(rows * (prompt * shape.kept + (prompt + new) * shape.cache * shape.layers))
+        at_a_time = min(rows * prompt, TOKENS_PER_CALL) * shape.kept
+        needs.append(3 * rows * prompt * hidden + at_a_time + rows * (prompt + new) * shape.cache * shape.layers)
     logits = 4 * logit_rows_at_a_time(shape.vocabulary, device) * shape.vocabulary
     return {
         "weights": float(shape.parameters * shape.itemsize),
