@@ -70,16 +70,19 @@ def scoring_memory(
         need: budget // (max(1, count) * LAYER_WIDTH * shape.width * shape.itemsize) for need, count in streams.items()
     }
     hidden = shape.width * shape.itemsize
-    walked = min(fit["text"], score.tokens) * streams["text"]
-    needs = [3 * walked * hidden + min(walked, TOKENS_PER_CALL) * shape.kept]
+
+    def walk(tokens: int) -> float:
+        """Of that many tokens on all streams, a part of them at a time in a layer."""
+        return 3 * tokens * hidden + min(tokens, TOKENS_PER_CALL) * shape.kept
+
+    needs = [walk(min(fit["text"], score.tokens) * streams["text"])]
     for own in requests:
         written = [request for request in own if isinstance(request, Generation)]
         if not written:
             continue
         prompt, new = max(len(r.prompt) for r in written), max(r.max_new_tokens for r in written)
         rows = min(len(written), max(1, fit["tasks"] // (prompt + new))) * streams["tasks"]
-        at_a_time = min(rows * prompt, TOKENS_PER_CALL) * shape.kept
-        needs.append(3 * rows * prompt * hidden + at_a_time + rows * (prompt + new) * shape.cache * shape.layers)
+        needs.append(walk(rows * prompt) + rows * (prompt + new) * shape.cache * shape.layers)
     logits = 4 * logit_rows_at_a_time(shape.vocabulary, device) * shape.vocabulary
     return {
         "weights": float(shape.parameters * shape.itemsize),
