@@ -130,7 +130,8 @@ def planned() -> str:
         found = read(path.stem)
         ratios = [found["planned_over_measured"][part] for part in ("scoring", "training", "in all", "peak")]
         lines.append(f"| {path.stem.removeprefix('plan-')} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
-        commands.append(source(found))
+        note = f" {found['note'][:1].upper()}{found['note'][1:]}." if "note" in found else ""
+        commands.append(source(found) + note)
     return "\n".join(["Planned over measured; 1 is right.", "", *lines, "", *commands])
 
 
