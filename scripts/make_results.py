@@ -130,8 +130,7 @@ def planned() -> str:
         found = read(path.stem)
         ratios = [found["planned_over_measured"][part] for part in ("scoring", "training", "in all", "peak")]
         lines.append(f"| {path.stem.removeprefix('plan-')} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
-        note = f" {found['note'][:1].upper()}{found['note'][1:]}." if "note" in found else ""
-        commands.append(source(found) + note)
+        commands.append(source(found))
     return "\n".join(["Planned over measured; 1 is right.", "", *lines, "", *commands])
 
 
