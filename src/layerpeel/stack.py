@@ -89,6 +89,11 @@ class Budget:
         stack.logit_rows_at_a_time = max(1, stack.logit_rows_at_a_time // 2)
 
 
+def tokens_per_call(width: int, device: str) -> int:
+    """How many tokens may go through a layer at a time on a type of device."""
+    return max(LEAST_TOKENS_PER_CALL, HIDDEN_PER_CALL_ON_CPU // width) if device == "cpu" else TOKENS_PER_CALL
+
+
 def logit_rows_at_a_time(vocabulary: int, device: str) -> int:
     """How many rows of logits may exist at a time on a type of device."""
     size = LOGITS_BYTES_ON_CPU if device == "cpu" else LOGITS_BYTES
@@ -139,9 +144,7 @@ class Stack:
         self.calls = LayerCalls(self.architecture)
         self.streamed = resident is not None
         self.resident = resident or (lambda _: nullcontext())
-        on_cpu = self.device.type == "cpu"
-        few = max(LEAST_TOKENS_PER_CALL, HIDDEN_PER_CALL_ON_CPU // self.width)
-        self.tokens_per_call = few if on_cpu else TOKENS_PER_CALL
+        self.tokens_per_call = tokens_per_call(self.width, self.device.type)
         self.logit_rows_at_a_time = logit_rows_at_a_time(self.vocab_size, self.device.type)
 
     @property
@@ -207,12 +210,15 @@ class Stack:
             [S * B, T, D].
         """
         rows = max(1, self.tokens_per_call // hidden.shape[1])
-        outputs = []
+        outputs = hidden[:0]
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows]
             of = torch.arange(start, start + len(part), device=hidden.device) % batch
-            outputs.append(self.layer(position, part, take_rows(arguments, of, batch, self.calls.rows, ())))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            output = self.layer(position, part, take_rows(arguments, of, batch, self.calls.rows, ()))
+            if not start:  # room for all at once: parts kept between what layers free leave holes in a CPU's memory
+                outputs = output.new_empty(len(hidden), *output.shape[1:])
+            outputs[start : start + rows] = output
+        return outputs
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm: [..., D] -> [..., D]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from layerpeel.config import DistillConfig, RunConfig, parse_config
+from layerpeel.config import DistillConfig, RunConfig, ScoreConfig, parse_config
 from layerpeel.importance import make_metric
 from layerpeel.importance.work import count_work
 from layerpeel.models import count_parameters, load_config_of
 from layerpeel.plan import Plan, Shape, Speed, plan_run
+from layerpeel.plan.memory import scoring_memory
 from layerpeel.plan.shape import empty_model, shape_of
 from layerpeel.stack import Stack
 from layerpeel.tasks.base import Generation, LogLikelihood, Request
@@ -130,6 +132,23 @@ def test_the_page_is_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(benchmark, "SHAPES", {"Qwen2.5-3B": benchmark.SHAPES["Qwen2.5-3B"]})  # the others take seconds
     printed = benchmark.table().replace("Of Qwen2.5-3B,", f"Of {names},").splitlines()
     assert printed == [line for line in page if "| Qwen2.5-7" not in line]
+
+
+def test_scoring_memory_by_hand() -> None:
+    shape = Shape(layers=4, width=8, vocabulary=100, parameters=1000, layer_parameters=200, head_parameters=800,
+                  itemsize=2, kept=10.0, cache=6)  # fmt: skip
+    texts: list[list[Request]] = [[Generation((1,) * 5, 7, ())] * 3]
+    score, budget = ScoreConfig(decide="task_quality", tokens=50), 2**20
+    parts = scoring_memory(shape, score, texts, 200, {"text": 0, "tasks": 3}, budget, "cuda")
+    # 9 rows of 5 + 7 tokens go in and out of a layer; two of three streams, on average, left keys of 4 layers behind.
+    read = 2 * 9 * 12 * 8 * 2 + 9 * 12 * 10 + 9 * 12 * 6 * 4 * 2 / 3
+    assert parts["streams of candidates and their caches"] == read
+    assert (parts["weights"], parts["the student's own"]) == (2000, 400)
+    parts = scoring_memory(shape, score, [], 200, {"text": 3, "tasks": 1}, budget, "cuda")
+    assert parts["streams of candidates and their caches"] == 2 * 150 * 8 * 2 + 150 * 10
+    wide = replace(shape, cache=60)  # what the rows that write on keep is more than what is read
+    parts = scoring_memory(wide, score, texts, 200, {"text": 0, "tasks": 3}, budget, "cuda")
+    assert parts["streams of candidates and their caches"] == 9 * 12 * 60 * 4
 
 
 def test_a_plan_is_json(config: RunConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from layerpeel.config import DistillConfig, ScoreConfig
 from layerpeel.losses.logits import BYTES_IN_CACHE
 from layerpeel.plan.shape import Shape
-from layerpeel.stack import LAYER_WIDTH, TOKENS_PER_CALL, logit_rows_at_a_time
+from layerpeel.stack import LAYER_WIDTH, logit_rows_at_a_time, tokens_per_call
 from layerpeel.tasks.base import Generation, Request
 
 STATES = 12  # hidden states [B, T, D] in fp32: final ones of both models, those compared, their copies and gradients
@@ -72,8 +72,8 @@ def scoring_memory(
     hidden = shape.width * shape.itemsize
 
     def walk(tokens: int) -> float:
-        """Of that many tokens on all streams, a part of them at a time in a layer."""
-        return 3 * tokens * hidden + min(tokens, TOKENS_PER_CALL) * shape.kept
+        """What enters a layer and what leaves it, of that many tokens on all streams, and what a part needs in it."""
+        return 2 * tokens * hidden + min(tokens, tokens_per_call(shape.width, device)) * shape.kept
 
     needs = [walk(min(fit["text"], score.tokens) * streams["text"])]
     for own in requests:
@@ -82,7 +82,9 @@ def scoring_memory(
             continue
         prompt, new = max(len(r.prompt) for r in written), max(r.max_new_tokens for r in written)
         rows = min(len(written), max(1, fit["tasks"] // (prompt + new))) * streams["tasks"]
-        needs.append(walk(rows * prompt) + rows * (prompt + new) * shape.cache * shape.layers)
+        cache = rows * (prompt + new) * shape.cache * shape.layers
+        own = rows // streams["tasks"]  # of the untouched stream, which is there from the first layer on
+        needs.append(max(walk(rows * (prompt + new)) + cache * (rows + own) / (2 * rows), cache))
     logits = 4 * logit_rows_at_a_time(shape.vocabulary, device) * shape.vocabulary
     return {
         "weights": float(shape.parameters * shape.itemsize),

@@ -32,7 +32,7 @@ class WalkKeys:
 
     def cache_of(self, sequences: Sequence[int], streams: Sequence[int], lengths: Sequence[int],
                  config: PretrainedConfig) -> Cache | None:  # fmt: skip
-        """The cache of rows that have been read but for their last token, left-padded.
+        """The cache of rows that have been read but for their last token, left-padded; takes the place of these keys.
 
         A row that skips a layer has what the untouched stream had there and below, and its own above.
 
@@ -57,6 +57,7 @@ class WalkKeys:
             index = (own[:, None] * layer.tokens + places).to(layer.keys.device)
             keys, values = (kept.transpose(1, 2).flatten(0, 1)[index] for kept in (layer.keys, layer.values))
             cache.update(keys.transpose(1, 2), values.transpose(1, 2), position)
+            self.layers[position] = None
         return cache
 
 
