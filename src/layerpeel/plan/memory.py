@@ -8,10 +8,12 @@ from layerpeel.config import DistillConfig, ScoreConfig
 from layerpeel.losses.logits import BYTES_IN_CACHE
 from layerpeel.plan.shape import Shape
 from layerpeel.stack import LAYER_WIDTH, logit_rows_at_a_time, tokens_per_call
-from layerpeel.tasks.base import Generation, Request
+from layerpeel.tasks.base import Generation, LogLikelihood, Request
 
 STATES = 12  # hidden states [B, T, D] in fp32: final ones of both models, those compared, their copies and gradients
 LOGIT_TENSORS = 5  # of the size of a chunk of logits, in fp32, that a divergence makes of them
+AT_ONCE = 0.5  # of what a layer keeps for its backward pass, what is there at a time while it runs without one
+UNUSED_ON_CPU = 0.25  # of what comes and goes, what malloc leaves between; measured: 0.25 with 430 MB, more with less
 
 
 def training_memory(
@@ -32,8 +34,8 @@ def training_memory(
         activations = graph * tokens * shape.width * shape.itemsize + kept
     else:
         activations = graph * kept
-    activations += kept  # the layer that runs
-    activations += STATES * tokens * shape.width * 4 + logit_bytes(shape, device)
+    activations += max(kept, logit_bytes(shape, device))  # a layer runs, or the losses
+    activations += STATES * tokens * shape.width * 4
     gradients = 4 * trained / split
     beside = activations + (gradients if distill.accumulation > 1 else 0)  # a step's first backward finds none
     parts = {
@@ -45,7 +47,12 @@ def training_memory(
     }
     if device == "cpu":  # elsewhere they are in the host's memory
         parts["weights as they were, to start a round again"] = float(shape.itemsize * trained)
-    return parts
+    return parts | _unused(activations, device)
+
+
+def _unused(changing: float, device: str) -> dict[str, float]:
+    """What an allocator keeps beside tensors that come and go."""
+    return {"unused, between tensors": UNUSED_ON_CPU * changing} if device == "cpu" else {}
 
 
 def logit_bytes(shape: Shape, device: str) -> float:
@@ -73,22 +80,24 @@ def scoring_memory(
 
     def walk(tokens: int) -> float:
         """What enters a layer and what leaves it, of that many tokens on all streams, and what a part needs in it."""
-        return 2 * tokens * hidden + min(tokens, tokens_per_call(shape.width, device)) * shape.kept
+        return 2 * tokens * hidden + AT_ONCE * min(tokens, tokens_per_call(shape.width, device)) * shape.kept
 
     needs = [walk(min(fit["text"], score.tokens) * streams["text"])]
     for own in requests:
+        read = sum(len(r.context) + len(r.continuation) for r in own if isinstance(r, LogLikelihood))
+        needs.append(walk(min(fit["tasks"], read) * streams["tasks"]))
         written = [request for request in own if isinstance(request, Generation)]
         if not written:
             continue
         prompt, new = max(len(r.prompt) for r in written), max(r.max_new_tokens for r in written)
         rows = min(len(written), max(1, fit["tasks"] // (prompt + new))) * streams["tasks"]
         cache = rows * (prompt + new) * shape.cache * shape.layers
-        own = rows // streams["tasks"]  # of the untouched stream, which is there from the first layer on
-        needs.append(max(walk(rows * (prompt + new)) + cache * (rows + own) / (2 * rows), cache))
-    logits = 4 * logit_rows_at_a_time(shape.vocabulary, device) * shape.vocabulary
+        left = cache * (1 + 1 / streams["tasks"]) / 2  # keys of a walk: on average, streams begin in the middle
+        needs.append(max(walk(rows * (prompt + new)) + left, cache))
+    logits = 2 * 4 * logit_rows_at_a_time(shape.vocabulary, device) * shape.vocabulary
     return {
         "weights": float(shape.parameters * shape.itemsize),
         "the student's own": float(trained * shape.itemsize),
         "streams of candidates and their caches": float(max(needs)),
-        "chunks of logits": float(2 * logits),
-    }
+        "chunks of logits": float(logits),
+    } | _unused(max(needs) + logits, device)

@@ -11,6 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from layerpeel.architecture import find_architecture, text_config
@@ -93,6 +94,7 @@ def _kept_bytes(config: PretrainedConfig, dtype: torch.dtype, rows: int, length:
     config = copy.deepcopy(config)
     rewrite_config(text_config(config), [text_config(config).num_hidden_layers // 2])
     kept: dict[int, torch.UntypedStorage] = {}
+    shared: set[int] = set()  # by all layers: masks, rotary embeddings
 
     def keep(tensor: Tensor) -> Tensor:
         kept[_storage(tensor)] = tensor.untyped_storage()
@@ -108,13 +110,14 @@ def _kept_bytes(config: PretrainedConfig, dtype: torch.dtype, rows: int, length:
         run = layer.forward
 
         def watched(*args: Any, **kwargs: Any) -> Any:
+            shared.update(_storage(leaf) for leaf in tree_leaves((args[1:], kwargs)) if isinstance(leaf, Tensor))
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 return run(*args, **kwargs)
 
         autocast = torch.autocast("cpu", dtype, enabled=dtype is not torch.float32)
         with replaced_forward(layer, watched), autocast:
             architecture.base(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
-        known = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+        known = shared | {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     return sum(storage.nbytes() for key, storage in kept.items() if key not in known)
 
 

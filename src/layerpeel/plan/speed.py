@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -18,7 +19,9 @@ from layerpeel.models import pick_device
 from layerpeel.plan.shape import Shape
 from layerpeel.stack import Stack
 
-ROWS, LENGTH, NEW = 4, 128, 6  # of what is timed where the config does not say
+NEW = 6  # tokens that are generated for a time
+REPEATS, LEAST_SECONDS = 5, 0.5  # of what is timed, at least
+MOST_KEPT_BY_MALLOC = 31 * 2**20
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Speed:
     def measure(cls, config: PretrainedConfig, distill: DistillConfig, dtype: torch.dtype, device: str) -> Speed:
         """Times a random model of one layer, and one of two, of this shape."""
         target = pick_device(device)
+        # As a run has: until glibc has seen a large tensor go, it gives all back at once, and layers are slower by half.
+        torch.empty(MOST_KEPT_BY_MALLOC, dtype=torch.uint8)
         one, two = (_random_model(config, layers, dtype).to(target) for layers in (1, 2))
         stack = Stack(one)
         rows, length = distill.batch_size, distill.sequence_length
@@ -103,9 +108,10 @@ class Speed:
         update = _seconds(optimizer.step, target)
         for parameter in trained:
             parameter.data = parameter.data.to(dtype)
-        calls = _decode_times(one, two, target)
+        call, row = _decode_times(one, two, target)
         return cls(
-            layer / tokens, trained_layer / tokens, head_time / len(few), loss_time / tokens, *calls,
+            layer / tokens, trained_layer / tokens, head_time / len(few), loss_time / tokens,
+            call, max(row, layer / tokens),  # a small difference of large ones: not less than in a batch
             update / sum(parameter.numel() for parameter in trained),
         )  # fmt: skip
 
@@ -138,16 +144,16 @@ def _decode_times(one: PreTrainedModel, two: PreTrainedModel, device: torch.devi
     return max(low - few * row, 0.0), row
 
 
-def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """The median time of a few calls, after a first one."""
-    times = []
-    for _ in range(repeats + 1):
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The median time of some calls, after a first one."""
+    times: list[float] = []
+    while len(times) <= REPEATS or sum(times) < LEAST_SECONDS:
         _wait(device)
         started = time.perf_counter()
         work()
         _wait(device)
         times.append(time.perf_counter() - started)
-    return sorted(times[1:])[repeats // 2]
+    return median(times[1:])
 
 
 def _wait(device: torch.device) -> None:
