@@ -63,7 +63,7 @@ class Speed:
     def measure(cls, config: PretrainedConfig, distill: DistillConfig, dtype: torch.dtype, device: str) -> Speed:
         """Times a random model of one layer, and one of two, of this shape."""
         target = pick_device(device)
-        # As a run has: until glibc has seen a large tensor go, it gives all back at once, and layers are slower by half.
+        # As in a run: until glibc has seen a large tensor go, it gives all back at once, and layers are slower by half.
         torch.empty(MOST_KEPT_BY_MALLOC, dtype=torch.uint8)
         one, two = (_random_model(config, layers, dtype).to(target) for layers in (1, 2))
         stack = Stack(one)
