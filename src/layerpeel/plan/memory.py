@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Mapping, Sequence
+
+import psutil
 
 from layerpeel.config import DistillConfig, ScoreConfig
 from layerpeel.losses.logits import BYTES_IN_CACHE
@@ -13,7 +17,7 @@ from layerpeel.tasks.base import Generation, LogLikelihood, Request
 STATES = 12  # hidden states [B, T, D] in fp32: final ones of both models, those compared, their copies and gradients
 LOGIT_TENSORS = 5  # of the size of a chunk of logits, in fp32, that a divergence makes of them
 AT_ONCE = 0.5  # of what a layer keeps for its backward pass, what is there at a time while it runs without one
-UNUSED_ON_CPU = 0.25  # of what comes and goes, what malloc leaves between; measured: 0.25 with 430 MB, more with less
+UNUSED_ON_CPU = 0.4  # of what comes and goes, what malloc leaves between tensors; measured where that was 440 MB
 
 
 def training_memory(
@@ -48,6 +52,13 @@ def training_memory(
     if device == "cpu":  # elsewhere they are in the host's memory
         parts["weights as they were, to start a round again"] = float(shape.itemsize * trained)
     return parts | _unused(activations, device)
+
+
+def resident_bytes() -> float:
+    """Of this process, without what has been freed and not given back, where libc can tell."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+    return float(psutil.Process().memory_info().rss)
 
 
 def _unused(changing: float, device: str) -> dict[str, float]:

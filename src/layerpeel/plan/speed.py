@@ -69,7 +69,8 @@ class Speed:
         stack = Stack(one)
         rows, length = distill.batch_size, distill.sequence_length
         ids = torch.randint(0, stack.vocab_size, (rows, length), device=target)
-        hidden, arguments = stack.begin(ids)
+        places = torch.arange(length).remainder(max(1, length // 2)) if distill.packing else torch.arange(length)
+        hidden, arguments = stack.begin(ids, places.expand(rows, -1))
         mask = torch.ones_like(ids, dtype=torch.bool)
         tokens = ids.numel()
         trained = list(stack.layers[0].parameters())
