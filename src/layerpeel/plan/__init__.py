@@ -191,8 +191,8 @@ class _Parts:
 
     def _seconds(self, work: Work, calls: int, cells: float) -> float:
         speed = self.speed
-        read = (work.layer_tokens - work.decoded_layer_tokens) * speed.layer
-        return read * cells + work.head_tokens * speed.head + work.decoded_layer_tokens * speed.decode_row + calls * speed.decode_call
+        read = (work.layer_tokens - work.decoded_layer_tokens) * cells * speed.layer + work.head_tokens * speed.head
+        return read + work.decoded_layer_tokens * speed.decode_row + calls * speed.decode_call
 
     def _decode_steps(self, streams: int) -> int:
         """Steps of generation, over all batches of all tasks."""
