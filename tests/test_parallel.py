@@ -60,6 +60,7 @@ def _worker(folder: Path, poisoned_call: int = 0, dies_after: int = 0, keeps: bo
     if not RANK:
         save_file(student.owned_state(), folder / "owned.safetensors")
         (folder / "result.json").write_text(json.dumps(result.summary() | {"curve": result.curve}))
+    torch.distributed.barrier()  # or one leaves while the other still writes, and may be aborted in gloo's threads
     torch.distributed.destroy_process_group()
 
 
