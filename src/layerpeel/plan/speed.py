@@ -69,8 +69,8 @@ class Speed:
         stack = Stack(one)
         rows, length = distill.batch_size, distill.sequence_length
         ids = torch.randint(0, stack.vocab_size, (rows, length), device=target)
-        places = torch.arange(length).remainder(max(1, length // 2)) if distill.packing else torch.arange(length)
-        hidden, arguments = stack.begin(ids, places.expand(rows, -1))
+        packed = torch.arange(length).remainder(max(1, length // 2)).expand(rows, -1)
+        hidden, arguments = stack.begin(ids, packed if distill.packing and stack.runs_packed else None)
         mask = torch.ones_like(ids, dtype=torch.bool)
         tokens = ids.numel()
         trained = list(stack.layers[0].parameters())
