@@ -20,9 +20,9 @@ PACKAGE = ROOT / "src" / "layerpeel"
 # fmt: off
 ROOMS = [
     "errors", "files", "ledger", "interrupts", "progress", "config", "architecture", "families", "calls", "expressible",
-    "surgery", "models", "streaming", "data", "stack", "head", "tasks", "importance", "losses", "student", "parallel",
-    "teacher_cache", "training_state", "trainer", "training", "journal", "health", "preflight", "report", "loop",
-    "demo", "study", "plan", "terminal", "cli", "__main__",
+    "surgery", "models", "streaming", "data", "stack", "budget", "head", "tasks", "importance", "losses", "student",
+    "parallel", "teacher_cache", "training_state", "trainer", "training", "journal", "health", "preflight", "report",
+    "loop", "demo", "study", "plan", "terminal", "cli", "__main__",
 ]
 # fmt: on
 

@@ -15,11 +15,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from layerpeel.budget import Budget
 from layerpeel.config import ScoreConfig
 from layerpeel.data import Rows, positions_of
 from layerpeel.interrupts import stop_if_asked
 from layerpeel.progress import progress
-from layerpeel.stack import Budget, Stack
+from layerpeel.stack import Stack
 from layerpeel.tasks import Task
 from layerpeel.tasks.base import Evaluation, Request
 from layerpeel.tasks.store import AnswerStore

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from layerpeel.budget import bytes_of_token
 from layerpeel.importance.base import ScoringInputs
 from layerpeel.importance.metrics import make_metric
 from layerpeel.importance.work import work_of
@@ -45,7 +46,8 @@ def estimate(inputs: ScoringInputs) -> list[Estimate]:
     for name, candidates in steps:
         work = work_of(make_metric(name), inputs, inputs.candidates[:candidates])
         seconds = work.layer_tokens * per_layer + work.head_tokens * per_logit
-        needed = min(work.tokens * inputs.budget.bytes_of_token(inputs.student, 1 + candidates), inputs.budget.bytes)
+        each = bytes_of_token(1 + candidates, inputs.student.width, inputs.student.model.dtype.itemsize)
+        needed = min(work.tokens * each, inputs.budget.bytes)
         estimates.append(Estimate(name, work.tokens, work.layer_runs, work.one_by_one, seconds, needed))
     return estimates
 

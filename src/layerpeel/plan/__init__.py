@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from layerpeel.budget import Budget, bytes_of_token
 from layerpeel.config import RunConfig
-from layerpeel.importance import Work, count_work, make_metric
+from layerpeel.importance import count_work, make_metric
 from layerpeel.plan.memory import resident_bytes, scoring_memory, training_memory
 from layerpeel.plan.shape import Outline, Shape, empty_model, shape_of
 from layerpeel.plan.speed import Speed
-from layerpeel.stack import LAYER_WIDTH, Budget
 from layerpeel.student import parameters_to_train
 from layerpeel.surgery import Depth
 from layerpeel.tasks.base import Generation, Request
@@ -186,17 +186,15 @@ class _Parts:
         """Layer calls and seconds of a metric (of an evaluation, without candidates)."""
         metric, own = make_metric(name), self.shape.layers
         work = count_work(metric, layers, candidates, self.config.score.tokens, self.flat, own)
-        steps = self._decode_steps(1 + len(candidates)) if "tasks" in metric.needs else 0
-        return float(work.layer_tokens), self._seconds(work, steps * layers, PADDED if "tasks" in metric.needs else 1.0)
-
-    def _seconds(self, work: Work, calls: int, cells: float) -> float:
+        steps, places = (self._decode_steps(1 + len(candidates)), PADDED) if "tasks" in metric.needs else (0, 1.0)
         speed = self.speed
-        read = (work.layer_tokens - work.decoded_layer_tokens) * cells * speed.layer + work.head_tokens * speed.head
-        return read + work.decoded_layer_tokens * speed.decode_row + calls * speed.decode_call
+        read = (work.layer_tokens - work.decoded_layer_tokens) * places * speed.layer + work.head_tokens * speed.head
+        written = work.decoded_layer_tokens * speed.decode_row + steps * layers * speed.decode_call
+        return float(work.layer_tokens), read + written
 
     def _decode_steps(self, streams: int) -> int:
         """Steps of generation, over all batches of all tasks."""
-        tokens = self.budget // (streams * LAYER_WIDTH * self.shape.width * self.shape.itemsize)
+        tokens = self.budget // bytes_of_token(streams, self.shape.width, self.shape.itemsize)
         steps = 0
         for own in self.requests:
             written = [request for request in own if isinstance(request, Generation)]

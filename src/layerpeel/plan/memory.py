@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 
+from layerpeel.budget import bytes_of_token
 from layerpeel.config import DistillConfig, ScoreConfig
 from layerpeel.losses.logits import BYTES_IN_CACHE
 from layerpeel.plan.shape import Shape
-from layerpeel.stack import LAYER_WIDTH, logit_rows_at_a_time, tokens_per_call
+from layerpeel.stack import logit_rows_at_a_time, tokens_per_call
 from layerpeel.tasks.base import Generation, LogLikelihood, Request
 
 STATES = 12  # hidden states [B, T, D] in fp32: final ones of both models, those compared, their copies and gradients
@@ -85,7 +86,7 @@ def scoring_memory(
         budget: bytes that streams may take.
     """
     fit = {
-        need: budget // (max(1, count) * LAYER_WIDTH * shape.width * shape.itemsize) for need, count in streams.items()
+        need: budget // bytes_of_token(max(1, count), shape.width, shape.itemsize) for need, count in streams.items()
     }
     hidden = shape.width * shape.itemsize
 

@@ -21,7 +21,7 @@ from layerpeel.stack import Stack
 
 NEW = 6  # tokens that are generated for a time
 REPEATS, LEAST_SECONDS = 5, 0.5  # of what is timed, at least
-MOST_KEPT_BY_MALLOC = 31 * 2**20
+MOST_KEPT_BY_MALLOC = 31 * 2**20  # bytes; glibc's own limit is 32 MiB
 
 
 @dataclass(frozen=True)

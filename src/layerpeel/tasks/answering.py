@@ -15,9 +15,10 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import Cache, PreTrainedTokenizerBase
 
+from layerpeel.budget import Budget
 from layerpeel.interrupts import stop_if_asked
 from layerpeel.progress import Advance, progress
-from layerpeel.stack import Budget, Stack
+from layerpeel.stack import Stack
 from layerpeel.tasks.base import Answer, Generation, Likelihood, LogLikelihood, Request, Task, TaskScore
 from layerpeel.tasks.decoding import Decoder
 from layerpeel.tasks.keys import WalkKeys
