@@ -36,12 +36,13 @@ from machine import machine
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from layerpeel.config import DistillConfig
-from layerpeel.data import Rows
-from layerpeel.student import Student, parameters_to_train
-from layerpeel.surgery import remove_layers
-from layerpeel.teacher_cache import TeacherCache
-from layerpeel.trainer import Trainer
+from layerpeel.config.distill import DistillConfig
+from layerpeel.data.rows import Rows
+from layerpeel.model.surgery import remove_layers
+from layerpeel.training.student import Student
+from layerpeel.training.teacher_cache import TeacherCache
+from layerpeel.training.trainable import parameters_to_train
+from layerpeel.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,20 @@ def in_a_process(name: str, options: argparse.Namespace) -> dict[str, float]:
     """What a rival measures, alone in a process, so that its peak is its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "measured.json"
-        command = [sys.executable, __file__, "--shape", options.shape, "--train", options.train, "--steps",
-                   str(options.steps), "--worker", name, "--out", str(out)]  # fmt: skip
+        command = [
+            sys.executable,
+            __file__,
+            "--shape",
+            options.shape,
+            "--train",
+            options.train,
+            "--steps",
+            str(options.steps),
+            "--worker",
+            name,
+            "--out",
+            str(out),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -157,10 +170,14 @@ def measure(name: str, shape: Shape, train: str, steps: int) -> dict[str, float]
 def make_teacher(shape: Shape, device: torch.device) -> PreTrainedModel:
     """Random weights; fp32 on a CPU, bf16 on a GPU."""
     config = Qwen2Config(
-        num_hidden_layers=shape.layers, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, vocab_size=shape.vocabulary,
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
         tie_word_embeddings=shape.tied,
-    )  # fmt: skip
+    )
     with device:
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -175,9 +192,13 @@ def batches(shape: Shape, steps: int) -> Iterator[torch.Tensor]:
 
 
 def ours(
-    teacher: PreTrainedModel, shape: Shape, train: str, steps: int, mark: Callable[..., None],
+    teacher: PreTrainedModel,
+    shape: Shape,
+    train: str,
+    steps: int,
+    mark: Callable[..., None],
     cache: TeacherCache | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Our training loop."""
     student = Student(teacher)
     student.remove(shape.gap)
@@ -232,8 +253,12 @@ def published(
         own = student(ids, **options)
         if fused:
             head = teacher.get_output_embeddings().weight
-            loss = fused(own.hidden_states[-1].flatten(0, 1), student.get_output_embeddings().weight,
-                         theirs.hidden_states[-1].flatten(0, 1), head)  # fmt: skip
+            loss = fused(
+                own.hidden_states[-1].flatten(0, 1),
+                student.get_output_embeddings().weight,
+                theirs.hidden_states[-1].flatten(0, 1),
+                head,
+            )
         else:
             logs, target = own.logits.log_softmax(-1), theirs.logits.softmax(-1)
             loss = functional.kl_div(logs, target, reduction="sum") / 100
@@ -264,20 +289,39 @@ def trl(teacher: PreTrainedModel, shape: Shape, train: str, steps: int, mark: Ca
     student, _ = full_student(teacher, shape, train)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>")),
-        pad_token="<pad>", eos_token="</s>",
-    )  # fmt: skip
+        pad_token="<pad>",
+        eos_token="</s>",
+    )
     with tempfile.TemporaryDirectory() as folder:
         arguments = GKDConfig(
-            output_dir=folder, lmbda=0.0, beta=0.0, temperature=1.0, max_steps=steps, learning_rate=1e-4,
-            per_device_train_batch_size=shape.rows, weight_decay=0.05, max_grad_norm=0.3, report_to="none",
-            save_strategy="no", logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
-            use_cpu=teacher.device.type == "cpu", bf16=teacher.dtype is torch.bfloat16, max_length=shape.tokens,
-        )  # fmt: skip
+            output_dir=folder,
+            lmbda=0.0,
+            beta=0.0,
+            temperature=1.0,
+            max_steps=steps,
+            learning_rate=1e-4,
+            per_device_train_batch_size=shape.rows,
+            weight_decay=0.05,
+            max_grad_norm=0.3,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            use_cpu=teacher.device.type == "cpu",
+            bf16=teacher.dtype is torch.bfloat16,
+            max_length=shape.tokens,
+        )
         rows = Dataset.from_dict({"input_ids": torch.cat(list(batches(shape, steps))).tolist()})
         trainer = GKDTrainer(
-            model=student, teacher_model=teacher, args=arguments, data_collator=collate, train_dataset=rows,
-            processing_class=tokenizer, callbacks=[Mark()],
-        )  # fmt: skip
+            model=student,
+            teacher_model=teacher,
+            args=arguments,
+            data_collator=collate,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            callbacks=[Mark()],
+        )
         trainer.train()
 
 

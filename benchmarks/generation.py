@@ -22,13 +22,13 @@ import torch
 from machine import machine
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from layerpeel.config import TaskConfig
-from layerpeel.models import load_model
-from layerpeel.stack import Stack
-from layerpeel.surgery import remove_layers
-from layerpeel.tasks import make_tasks
-from layerpeel.tasks.answering import Engine
-from layerpeel.tasks.base import Generation
+from layerpeel.config.run import TaskConfig
+from layerpeel.inference.engine import Engine
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.inference.requests import Generation
+from layerpeel.model.loading import load_model
+from layerpeel.model.surgery import remove_layers
+from layerpeel.tasks.registry import make_tasks
 
 KIT = Path(__file__).resolve().parents[1] / ".." / "shared" / "kit"
 TASKS = ("copy_en", "copy_ru")
@@ -45,14 +45,18 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     model, tokenizer = load_model(KIT / "models" / "storyteller-18")
     candidates = list(range(1, model.config.num_hidden_layers - 1))
-    tasks = make_tasks([
-        TaskConfig(kind="generate", name=name, data=str(KIT / "eval/stories" / f"{name}.jsonl"), limit=options.limit)
-        for name in TASKS
-    ])  # fmt: skip
+    tasks = make_tasks(
+        [
+            TaskConfig(
+                kind="generate", name=name, data=str(KIT / "eval/stories" / f"{name}.jsonl"), limit=options.limit
+            )
+            for name in TASKS
+        ]
+    )
     asked = [[r for own in task.requests(tokenizer) for r in own if isinstance(r, Generation)] for task in tasks]
 
     def at_once() -> list[list[str]]:
-        found = [Engine(Stack(model), tokenizer, candidates).answer(requests) for requests in asked]
+        found = [Engine(LayerwiseModel(model), tokenizer, candidates).answer(requests) for requests in asked]
         return [[str(text) for own in parts for text in own] for parts in zip(*found, strict=True)]
 
     def alone() -> list[list[str]]:
@@ -103,9 +107,13 @@ def generate(
         output = model.generate(
             torch.tensor([[0] * (width - len(p)) + p for p in prompts]),
             attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
-            do_sample=False, max_new_tokens=first.max_new_tokens, stop_strings=list(first.stop), tokenizer=tokenizer,
-            pad_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
+            do_sample=False,
+            max_new_tokens=first.max_new_tokens,
+            stop_strings=list(first.stop),
+            tokenizer=tokenizer,
+            pad_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
         for index, new in zip(batch, output[:, width:].tolist(), strict=True):
             new = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
             texts[index] = tokenizer.decode(new, skip_special_tokens=True)

@@ -24,12 +24,14 @@ from typing import Any
 from machine import machine
 from transformers import PreTrainedModel
 
-from layerpeel.config import TaskConfig
-from layerpeel.models import load_model
-from layerpeel.stack import Stack
-from layerpeel.surgery import remove_layers
-from layerpeel.tasks import Task, make_tasks
-from layerpeel.tasks.answering import Engine, answer_samples
+from layerpeel.config.run import TaskConfig
+from layerpeel.inference.engine import Engine
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.model.loading import load_model
+from layerpeel.model.surgery import remove_layers
+from layerpeel.tasks.base import Task
+from layerpeel.tasks.evaluation import answer_samples
+from layerpeel.tasks.registry import make_tasks
 
 KIT = Path(__file__).resolve().parents[1] / ".." / "shared" / "kit"
 TASKS = KIT / "eval" / "lm_eval"
@@ -48,7 +50,7 @@ def main() -> None:
     model, tokenizer = load_model(options.model)
     candidates = list(range(model.config.num_hidden_layers))
     started = time.monotonic()
-    ours = answer_all(Engine(Stack(model), tokenizer, candidates), make_tasks(named(options.limit)))
+    ours = answer_all(Engine(LayerwiseModel(model), tokenizer, candidates), make_tasks(named(options.limit)))
     record: dict[str, Any] = {
         "command": f"python benchmarks/harness_equality.py --model {options.model.name}"
         + f" --limit {options.limit}" * (options.limit is not None),
@@ -121,10 +123,13 @@ def compare(scores: dict[str, Any], answers: dict[str, list[list[Any]]], theirs:
             apart += [abs(a - float(b[0])) for a, b in zip(values, sample["filtered_resps"], strict=True)]
             margins += [abs(a - b) for a, b in itertools.combinations(values, 2)]
     return {
-        "scores": len(scores), "differ_as_printed": printed, "differ_at_all": at_all,
-        "largest_distance": max(apart), "closest_call": min(margins, default=None),
+        "scores": len(scores),
+        "differ_as_printed": printed,
+        "differ_at_all": at_all,
+        "largest_distance": max(apart),
+        "closest_call": min(margins, default=None),
         "samples_compared": len(apart) - 1,
-    }  # fmt: skip
+    }
 
 
 def by_document(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,9 +18,11 @@ import psutil
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from layerpeel import Run, peel
-from layerpeel.config import RunConfig, parse_config
-from layerpeel.demo import TEACHER
+from layerpeel.config.reading import parse_config
+from layerpeel.config.run import RunConfig
+from layerpeel.demo.preparing import TEACHER
+from layerpeel.run.folder import Run
+from layerpeel.run.loop import peel
 
 SETTLED, MOST = 5, 0.02  # rounds until all is allocated that a round needs; growth after that
 
@@ -35,13 +37,23 @@ def config_of(folder: Path, layers: int, rounds: int) -> RunConfig:
     tokenizer.save_pretrained(folder / "teacher")
     lines = [" ".join(f"word {(7 * line + k * k) % 97}" for k in range(40)) for line in range(200)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return parse_config({
-        "teacher": str(folder / "teacher"), "output": str(folder / "run"), "stop": {"target_layers": layers - rounds},
-        "score": {"decide": "task_quality", "shortlist": {"by": "teacher_kl", "keep": 2}, "tokens": 256},
-        "tasks": [{"kind": "perplexity", "data": str(folder / "text.jsonl"), "limit": 4}],
-        "distill": {"text": str(folder / "text.jsonl"), "tokens_per_round": 1024, "sequence_length": 64,
-                    "batch_size": 4, "save_every": 0},
-    }, "level_memory")  # fmt: skip
+    return parse_config(
+        {
+            "teacher": str(folder / "teacher"),
+            "output": str(folder / "run"),
+            "stop": {"target_layers": layers - rounds},
+            "score": {"decide": "task_quality", "shortlist": {"by": "teacher_kl", "keep": 2}, "tokens": 256},
+            "tasks": [{"kind": "perplexity", "data": str(folder / "text.jsonl"), "limit": 4}],
+            "distill": {
+                "text": str(folder / "text.jsonl"),
+                "tokens_per_round": 1024,
+                "sequence_length": 64,
+                "batch_size": 4,
+                "save_every": 0,
+            },
+        },
+        "level_memory",
+    )
 
 
 def main() -> int:

@@ -14,9 +14,10 @@ from pathlib import Path
 from machine import machine
 from methods import by_depth, markdown, read_options, row
 
-from layerpeel import peel
-from layerpeel.config import LossConfig, load_config
-from layerpeel.demo import prepare_demo
+from layerpeel.config.distill import LossConfig
+from layerpeel.config.reading import load_config
+from layerpeel.demo.preparing import prepare_demo
+from layerpeel.run.loop import peel
 
 LOSSES = {
     "KL": {"kl": LossConfig()},

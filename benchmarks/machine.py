@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from layerpeel.journal import describe_machine
+from layerpeel.run.folder import describe_machine
 
 
 def machine() -> str:

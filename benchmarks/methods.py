@@ -17,11 +17,17 @@ from typing import Any
 
 from machine import machine
 
-from layerpeel import Run, RunConfig, evaluate, load_model, peel, remove_layers, score_layers
-from layerpeel.config import load_config
-from layerpeel.demo import prepare_demo
-from layerpeel.importance import scoring_text
-from layerpeel.tasks import Evaluation, make_tasks
+from layerpeel.config.reading import load_config
+from layerpeel.config.run import RunConfig
+from layerpeel.demo.preparing import prepare_demo
+from layerpeel.importance.scoring import score_layers, scoring_text
+from layerpeel.model.loading import load_model
+from layerpeel.model.surgery import remove_layers
+from layerpeel.run.folder import Run
+from layerpeel.run.loop import peel
+from layerpeel.tasks.evaluation import evaluate
+from layerpeel.tasks.registry import make_tasks
+from layerpeel.tasks.scores import Evaluation
 
 
 def main() -> None:

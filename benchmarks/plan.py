@@ -23,24 +23,46 @@ import torch
 from machine import machine
 from transformers import Qwen2Config
 
-from layerpeel import Run
-from layerpeel.config import RunConfig, parse_config
-from layerpeel.demo import prepare_demo
-from layerpeel.plan import Plan, Speed, plan_run
+from layerpeel.config.reading import parse_config
+from layerpeel.config.run import RunConfig
+from layerpeel.demo.preparing import prepare_demo
+from layerpeel.inference.requests import Generation, LogLikelihood, Request
+from layerpeel.plan.planning import Plan, plan_run
+from layerpeel.plan.speed import Speed
+from layerpeel.processes.text import count, size
 from layerpeel.report.gather import seconds_of
-from layerpeel.report.text import count, size
-from layerpeel.tasks.base import Generation, LogLikelihood, Request
+from layerpeel.run.folder import Run
 
 # The public config.json of each model on the hub.
 SHAPES = {
-    "Qwen2.5-3B": {"hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16,
-                   "num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True},
-    "Qwen2.5-7B": {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
-                   "num_key_value_heads": 4, "vocab_size": 152_064, "tie_word_embeddings": False},
-    "Qwen2.5-72B": {"hidden_size": 8192, "intermediate_size": 29_568, "num_hidden_layers": 80,
-                    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 152_064,
-                    "tie_word_embeddings": False},
-}  # fmt: skip
+    "Qwen2.5-3B": {
+        "hidden_size": 2048,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": True,
+    },
+    "Qwen2.5-7B": {
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152_064,
+        "tie_word_embeddings": False,
+    },
+    "Qwen2.5-72B": {
+        "hidden_size": 8192,
+        "intermediate_size": 29_568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 152_064,
+        "tie_word_embeddings": False,
+    },
+}
 FLOPS, BANDWIDTH = 4e14, 2e12  # of one GPU
 TOKENS = 100_000_000  # of training in each round
 # Five-shot tasks of the paper's kinds: how many samples, tokens of each prompt, tokens of each answer.
@@ -74,9 +96,17 @@ Assumptions:
 
 
 HEADS = (
-    "model", "trained", "scored by", "GPUs", "weights", "memory of each, training", "memory of each, scoring",
-    "tokens × layers, scoring", "scoring", "training",
-)  # fmt: skip
+    "model",
+    "trained",
+    "scored by",
+    "GPUs",
+    "weights",
+    "memory of each, training",
+    "memory of each, scoring",
+    "tokens × layers, scoring",
+    "scoring",
+    "training",
+)
 
 
 def main() -> None:
@@ -116,10 +146,12 @@ def compare(config: str, overrides: list[str], folder: Path) -> dict[str, Any]:
     return {
         "command": f"python benchmarks/plan.py {config}" + "".join(f" --set {text}" for text in overrides),
         "machine": machine(),
-        "plan": planned, "peak_is_of_the_run": peak > 1024 * before,
-        "planned": expected, "measured": measured,
+        "plan": planned,
+        "peak_is_of_the_run": peak > 1024 * before,
+        "planned": expected,
+        "measured": measured,
         "planned_over_measured": {part: round(expected[part] / value, 3) for part, value in measured.items() if value},
-    }  # fmt: skip
+    }
 
 
 def table() -> str:
@@ -127,35 +159,76 @@ def table() -> str:
     heads = "\n".join(f"| {' | '.join(line)} |" for line in (HEADS, ["---"] * 3 + ["---:"] * (len(HEADS) - 3)))
     rows = []
     for name, sizes in SHAPES.items():
-        for decide, train, gpus in (("teacher_kl", "neighbours", 1), ("task_quality", "neighbours", 1),
-                                    ("teacher_kl", "all", 8), ("task_quality", "all", 8)):  # fmt: skip
+        for decide, train, gpus in (
+            ("teacher_kl", "neighbours", 1),
+            ("task_quality", "neighbours", 1),
+            ("teacher_kl", "all", 8),
+            ("task_quality", "all", 8),
+        ):
             planned = plan_shape(sizes, decide, train, gpus)
-            rows.append("| " + " | ".join([
-                name, train, decide, str(gpus) + (" (FSDP2)" if gpus > 1 else ""),
-                size(planned.shape.parameters * planned.shape.itemsize), size(sum(planned.training_memory.values())),
-                size(sum(planned.scoring_memory.values())), count(planned.layer_tokens["scoring"]),
-                hours(planned.seconds["scoring"]), hours(planned.seconds["training"]),
-            ]) + " |")  # fmt: skip
+            rows.append(
+                "| "
+                + " | ".join(
+                    [
+                        name,
+                        train,
+                        decide,
+                        str(gpus) + (" (FSDP2)" if gpus > 1 else ""),
+                        size(planned.shape.parameters * planned.shape.itemsize),
+                        size(sum(planned.training_memory.values())),
+                        size(sum(planned.scoring_memory.values())),
+                        count(planned.layer_tokens["scoring"]),
+                        hours(planned.seconds["scoring"]),
+                        hours(planned.seconds["training"]),
+                    ]
+                )
+                + " |"
+            )
     return TABLE.format(
-        names=", ".join(SHAPES), heads=heads, tokens=f"{TOKENS:,}", rows="\n".join(rows), flops=FLOPS,
-        bandwidth=BANDWIDTH, choices=CHOICES, written=sum(samples for samples, _, _ in WRITTEN),
+        names=", ".join(SHAPES),
+        heads=heads,
+        tokens=f"{TOKENS:,}",
+        rows="\n".join(rows),
+        flops=FLOPS,
+        bandwidth=BANDWIDTH,
+        choices=CHOICES,
+        written=sum(samples for samples, _, _ in WRITTEN),
         share="`neighbours` trains the layers beside the gap (the paper), `all` every layer that is left.",
-    )  # fmt: skip
+    )
 
 
 def plan_shape(sizes: dict[str, Any], decide: str, train: str, gpus: int) -> Plan:
     """A third of a shape's layers, as the paper did it."""
     teacher = Qwen2Config(**sizes, max_position_embeddings=32_768)
-    config: RunConfig = parse_config({
-        "teacher": "none", "output": "none", "stop": {"target_layers": teacher.num_hidden_layers * 2 // 3},
-        "score": {"decide": decide}, "tasks": [{"kind": "perplexity", "data": "none"}],
-        "distill": {"text": "none", "tokens_per_round": TOKENS, "sequence_length": 2048, "batch_size": 2,
-                    "accumulation": 4, "train": train, "activation_checkpointing": train == "all"},
-    }, "the table")  # fmt: skip
+    config: RunConfig = parse_config(
+        {
+            "teacher": "none",
+            "output": "none",
+            "stop": {"target_layers": teacher.num_hidden_layers * 2 // 3},
+            "score": {"decide": decide},
+            "tasks": [{"kind": "perplexity", "data": "none"}],
+            "distill": {
+                "text": "none",
+                "tokens_per_round": TOKENS,
+                "sequence_length": 2048,
+                "batch_size": 2,
+                "accumulation": 4,
+                "train": train,
+                "activation_checkpointing": train == "all",
+            },
+        },
+        "the table",
+    )
     return plan_run(
-        teacher, config, requests(), lambda shape: Speed.of_processor(shape, FLOPS, BANDWIDTH), dtype=torch.bfloat16,
-        device="cuda", gpus=gpus, fsdp=gpus > 1,
-    )  # fmt: skip
+        teacher,
+        config,
+        requests(),
+        lambda shape: Speed.of_processor(shape, FLOPS, BANDWIDTH),
+        dtype=torch.bfloat16,
+        device="cuda",
+        gpus=gpus,
+        fsdp=gpus > 1,
+    )
 
 
 def requests() -> list[list[Request]]:
@@ -163,8 +236,9 @@ def requests() -> list[list[Request]]:
     samples, prompt, answer = CHOICES
     asked: list[Request] = [
         LogLikelihood((sample, *[0] * (prompt - 1)), (choice,) * answer)
-        for sample in range(samples) for choice in range(4)
-    ]  # fmt: skip
+        for sample in range(samples)
+        for choice in range(4)
+    ]
     return [asked, *([Generation((0,) * length, new, ())] * samples for samples, length, new in WRITTEN)]
 
 

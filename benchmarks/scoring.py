@@ -29,15 +29,21 @@ import torch
 from machine import machine
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from layerpeel.config import ScoreConfig, TaskConfig, TextConfig
-from layerpeel.data import load_rows
-from layerpeel.importance import LayerScores, score_layers
-from layerpeel.models import load_model
-from layerpeel.stack import Stack
-from layerpeel.surgery import remove_layers
-from layerpeel.tasks import Evaluation, Task, make_tasks
-from layerpeel.tasks.answering import Engine, score_tasks
-from layerpeel.tasks.base import Likelihood, LogLikelihood, TaskScore
+from layerpeel.config.fields import TextConfig
+from layerpeel.config.run import TaskConfig
+from layerpeel.config.score import ScoreConfig
+from layerpeel.data.batches import load_rows
+from layerpeel.importance.scores import LayerScores
+from layerpeel.importance.scoring import score_layers
+from layerpeel.inference.engine import Engine
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.inference.requests import Likelihood, LogLikelihood
+from layerpeel.model.loading import load_model
+from layerpeel.model.surgery import remove_layers
+from layerpeel.tasks.base import Task
+from layerpeel.tasks.evaluation import score_tasks
+from layerpeel.tasks.registry import make_tasks
+from layerpeel.tasks.scores import Evaluation, TaskScore
 
 KIT = Path(__file__).resolve().parents[1] / ".." / "shared" / "kit"
 TASKS = ("zorro", "next_sentence_en", "next_sentence_ru")
@@ -56,15 +62,21 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     model, tokenizer = load_model(KIT / "models" / "storyteller-18")
-    tasks = make_tasks([
-        TaskConfig(kind="harness", name=name, task=name, include_path=str(KIT / "eval/lm_eval"), limit=options.limit)
-        for name in TASKS
-    ])  # fmt: skip
+    tasks = make_tasks(
+        [
+            TaskConfig(
+                kind="harness", name=name, task=name, include_path=str(KIT / "eval/lm_eval"), limit=options.limit
+            )
+            for name in TASKS
+        ]
+    )
     full, raced = ScoreConfig(), ScoreConfig(race={}, shortlist={"by": "teacher_kl", "keep": 8})  # type: ignore[arg-type]
     text = load_rows(
         [TextConfig(path=str(KIT / "text" / name)) for name in ("tinystories_2M.txt", "stories_ru.jsonl")],
-        tokenizer, sequence_length=256, max_tokens=4096,
-    )  # fmt: skip
+        tokenizer,
+        sequence_length=256,
+        max_tokens=4096,
+    )
 
     def ours(config: ScoreConfig = full, shorter: PreTrainedModel = model) -> LayerScores:
         return score_layers(shorter, tokenizer, config, tasks=tasks, text=text)
@@ -84,9 +96,13 @@ def main() -> None:
 
 
 def compare_times(
-    options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task],
-    ours: Callable[[], LayerScores], raced: Callable[[], LayerScores],
-) -> dict[str, Any]:  # fmt: skip
+    options: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[Task],
+    ours: Callable[[], LayerScores],
+    raced: Callable[[], LayerScores],
+) -> dict[str, Any]:
     """Medians of all rivals' times over ours, and whether their scores are the same."""
     candidates = list(range(1, model.config.num_hidden_layers - 1))
     chosen = [None, *candidates[:: max(1, len(candidates) // options.candidates)][: options.candidates]]
@@ -139,9 +155,12 @@ def shortened(model: PreTrainedModel, candidate: int | None) -> PreTrainedModel:
 
 
 def loop(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task], candidates: list[int | None],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[Task],
+    candidates: list[int | None],
     answer: Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[Task]], dict[str, TaskScore]],
-) -> dict[int | None, dict[str, float]]:  # fmt: skip
+) -> dict[int | None, dict[str, float]]:
     """Each task's score for the model and for each candidate, removed and run."""
     return {
         candidate: {name: s.value for name, s in answer(shortened(model, candidate), tokenizer, tasks).items()}
@@ -151,7 +170,7 @@ def loop(
 
 def one_by_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task]) -> dict[str, TaskScore]:
     """Our own rows, for one model alone."""
-    return score_tasks(Engine(Stack(model), tokenizer), tasks)[0]
+    return score_tasks(Engine(LayerwiseModel(model), tokenizer), tasks)[0]
 
 
 @torch.no_grad()
@@ -208,10 +227,17 @@ def compare_choices(
         error = Evaluation.difference_stderr(
             by_full.evaluations[best], by_full.evaluations[other], by_full.evaluations[best]
         )
-        rounds.append({
-            "layers": shorter.config.num_hidden_layers, "full": best, "raced": other, "same": best == other,
-            "gap": gap, "stderr": error, "within_one_stderr": gap <= error,
-        })  # fmt: skip
+        rounds.append(
+            {
+                "layers": shorter.config.num_hidden_layers,
+                "full": best,
+                "raced": other,
+                "same": best == other,
+                "gap": gap,
+                "stderr": error,
+                "within_one_stderr": gap <= error,
+            }
+        )
         print(rounds[-1], flush=True)
         remove_layers(shorter, [best])
     return rounds

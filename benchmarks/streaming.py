@@ -27,12 +27,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from layerpeel.config import ScoreConfig
-from layerpeel.data import Rows
-from layerpeel.importance import score_layers
-from layerpeel.models import load_model
-from layerpeel.stack import Stack
-from layerpeel.streaming import load_streamed
+from layerpeel.config.score import ScoreConfig
+from layerpeel.data.rows import Rows
+from layerpeel.importance.scoring import score_layers
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.model.loading import load_model
+from layerpeel.model.streaming import load_streamed
 
 WAYS = ("load", "stream", "memory")
 
@@ -77,10 +77,17 @@ def main() -> None:
 def write_model(folder: Path, layers: int, hidden: int) -> int:
     """Writes a random model, a layer a file, and a tokenizer; gives its number of parameters."""
     config = LlamaConfig(
-        vocab_size=32_000, hidden_size=hidden, intermediate_size=hidden * 10 // 3, num_hidden_layers=layers,
-        num_attention_heads=hidden // 128, num_key_value_heads=max(1, hidden // 512), max_position_embeddings=2048,
-        tie_word_embeddings=True, dtype="bfloat16", architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+        vocab_size=32_000,
+        hidden_size=hidden,
+        intermediate_size=hidden * 10 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=max(1, hidden // 512),
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     torch.manual_seed(0)
@@ -122,7 +129,7 @@ def run(way: str, folder: Path, tokens: int, memory: str | None) -> dict[str, An
     importance: dict[str, float] = {}
     if way == "stream":
         files, tokenizer = load_streamed(folder, device="cpu", dtype="bfloat16")
-        model: Any = Stack(files.model, files.resident)
+        model: Any = LayerwiseModel(files.model, files.weights_loaded)
     else:
         model, tokenizer = load_model(folder, device="cpu", dtype="bfloat16")
     if way == "load":

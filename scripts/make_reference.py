@@ -15,25 +15,15 @@ from typing import Any, get_args, get_type_hints
 import typer
 from pydantic import BaseModel
 
-from layerpeel.cli import app
-from layerpeel.config import (
-    DistillConfig,
-    HealConfig,
-    LastPassConfig,
-    LossConfig,
-    ProtectConfig,
-    RaceConfig,
-    RunConfig,
-    ScoreConfig,
-    ShortlistConfig,
-    StopConfig,
-    TaskConfig,
-    TextConfig,
-)
-from layerpeel.importance import METRICS
-from layerpeel.losses import LOSSES
+from layerpeel.cli.verbs import app
+from layerpeel.config.distill import DistillConfig, LastPassConfig, LossConfig
+from layerpeel.config.fields import TextConfig
+from layerpeel.config.run import RunConfig, StopConfig, TaskConfig
+from layerpeel.config.score import HealConfig, ProtectConfig, RaceConfig, ScoreConfig, ShortlistConfig
+from layerpeel.importance.metrics import METRICS
+from layerpeel.losses.registry import LOSSES
 from layerpeel.study.file import StudyConfig
-from layerpeel.tasks import TASKS
+from layerpeel.tasks.registry import TASKS
 
 REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "reference"
 
@@ -54,9 +44,14 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
 ]
 WHERE = {model.__name__: name for name, model in SECTIONS}
 PLAIN = {
-    "string": "text", "integer": "whole number", "number": "number", "boolean": "true or false", "null": "none",
-    "array": "list", "object": "mapping",
-}  # fmt: skip
+    "string": "text",
+    "integer": "whole number",
+    "number": "number",
+    "boolean": "true or false",
+    "null": "none",
+    "array": "list",
+    "object": "mapping",
+}
 # What is written after an option, by the type of its value.
 VALUES = {**dict.fromkeys([int, float, int | None, float | None], "NUMBER"), Path: "PATH", Path | None: "PATH"}
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from layerpeel.report.text import duration
+from layerpeel.processes.text import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "studies"

@@ -21,13 +21,15 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from layerpeel.config import load_config
-from layerpeel.demo import prepare_demo
+from layerpeel.config.reading import load_config
+from layerpeel.demo.preparing import prepare_demo
 from layerpeel.demo.world import World, make_tokenizer
-from layerpeel.models import load_model
-from layerpeel.stack import Stack
-from layerpeel.tasks import Evaluation, evaluate, make_tasks
-from layerpeel.tasks.answering import Engine, score_tasks
+from layerpeel.inference.engine import Engine
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.model.loading import load_model
+from layerpeel.tasks.evaluation import evaluate, score_tasks
+from layerpeel.tasks.registry import make_tasks
+from layerpeel.tasks.scores import Evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "src" / "layerpeel" / "demo" / "teacher"
@@ -51,18 +53,32 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(options.folder)
     tokenizer.save_pretrained(options.folder)
     (options.folder / "scores.json").write_text(json.dumps(measure(options.folder), indent=1) + "\n")
-    record = {"minutes": round(minutes, 1), "machine": "2 CPU cores", "tokens": options.steps * LENGTH * BATCH,
-              "command": "python scripts/train_demo_teacher.py", "curve": curve}  # fmt: skip
+    record = {
+        "minutes": round(minutes, 1),
+        "machine": "2 CPU cores",
+        "tokens": options.steps * LENGTH * BATCH,
+        "command": "python scripts/train_demo_teacher.py",
+        "curve": curve,
+    }
     (options.folder / "training_curve.json").write_text(json.dumps(record, indent=1) + "\n")
     write_sums(options.folder)
 
 
 def make_config(vocabulary: int) -> Qwen2Config:
     return Qwen2Config(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=160, num_hidden_layers=12,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=0, pad_token_id=1, initializer_range=0.05,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+        initializer_range=0.05,
+    )
 
 
 def batches(world: World, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, torch.Tensor]]:
@@ -140,7 +156,7 @@ def measure(folder: Path) -> dict[str, Any]:
         tasks = make_tasks(load_config(prepare_demo(Path(world))).tasks)
         for task in tasks:
             task.limit = None
-        streams = score_tasks(Engine(Stack(model), tokenizer, layers), tasks)
+        streams = score_tasks(Engine(LayerwiseModel(model), tokenizer, layers), tasks)
     whole, *skipped = [Evaluation(scores) for scores in streams]
     aggregate = whole.aggregate(whole)
     return {

@@ -35,8 +35,9 @@ SMALL: dict[str, Any] = IDS | {
     **dict.fromkeys(["mamba_d_head", "mamba_head_dim"], 16),
     **dict.fromkeys(["num_experts_per_tok", "moe_k", "moe_topk", "first_k_dense_replace", "num_dense_layers"], 2),
     **dict.fromkeys(["n_group", "topk_group", "mamba_n_groups", "n_groups"], 1),
-    "mamba_d_ssm": 64, "use_mamba_kernels": False,
-}  # fmt: skip
+    "mamba_d_ssm": 64,
+    "use_mamba_kernels": False,
+}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2)}
 HYBRID = {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * (LAYERS // 3)}
 LATENT = {"num_key_value_heads": 4}  # latent attention has no groups
@@ -79,10 +80,17 @@ OTHERS = {
     "falcon": {"alibi": True},
     "gemma3": {
         "vision_config": {
-            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "image_size": 28, "patch_size": 14,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
         },
-        "mm_tokens_per_image": 4, "image_token_index": 61, "boi_token_index": 62, "eoi_token_index": 63,
+        "mm_tokens_per_image": 4,
+        "image_token_index": 61,
+        "boi_token_index": 62,
+        "eoi_token_index": 63,
     },
     "gemma3n_text": ALTERNATING | {"num_kv_shared_layers": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
@@ -100,7 +108,7 @@ OTHERS = {
     "youtu": LATENT | {"pad_token_id": None},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 3},
     "zaya": {"num_experts_per_tok": 1},
-}  # fmt: skip
+}
 
 
 def tiny_config(family: str, **changes: object) -> PretrainedConfig:

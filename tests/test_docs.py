@@ -24,13 +24,14 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 from layerpeel import config as config_module
-from layerpeel.__main__ import main
-from layerpeel.cli import app
-from layerpeel.config import RunConfig, load_config, sections_in
-from layerpeel.data import read_documents
-from layerpeel.importance import make_metric
-from layerpeel.losses import LossSum
-from layerpeel.tasks import make_tasks
+from layerpeel.cli.process import main
+from layerpeel.cli.verbs import app
+from layerpeel.config.reading import load_config, sections_in
+from layerpeel.config.run import RunConfig
+from layerpeel.data.documents import read_documents
+from layerpeel.importance.metrics import make_metric
+from layerpeel.losses.loss_sum import LossSum
+from layerpeel.tasks.registry import make_tasks
 from tests.families import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -50,9 +51,12 @@ NOT_RUN = {
 }
 # What is added to a command that is run, so that it is quick on a tiny model. The last --set holds.
 QUICK = [
-    "distill.tokens_per_round=64", "distill.sequence_length=16", "distill.batch_size=2", "distill.accumulation=1",
+    "distill.tokens_per_round=64",
+    "distill.sequence_length=16",
+    "distill.batch_size=2",
+    "distill.accumulation=1",
     "score.tokens=64",
-]  # fmt: skip
+]
 QUICK_STUDY = ["seeds=[0]", "remove=1", "variants={one: {score.shortlist: null}}", *QUICK, "distill.tokens_per_round=0"]
 ADDED = {**dict.fromkeys(["run", "score", "distill", "eval", "plan"], QUICK), "study": QUICK_STUDY}
 DEMO_IS_LONG = "variants={one: {teacher: models/my-llama, tasks: [{kind: choice, data: questions.jsonl}]}}"
@@ -262,9 +266,12 @@ def test_configs_and_rows_can_be_read(page: str, folder: Path) -> None:
     for block in blocks_of(page, "json"):
         assert all(isinstance(json.loads(line), dict) for line in block.text.splitlines())
     base: dict[str, Any] = {
-        "teacher": "models/my-llama", "output": "runs/new", "stop": {"target_layers": 24},
-        "tasks": [{"kind": "choice", "data": "questions.jsonl"}], "distill": {"text": "corpus/"},
-    }  # fmt: skip
+        "teacher": "models/my-llama",
+        "output": "runs/new",
+        "stop": {"target_layers": 24},
+        "tasks": [{"kind": "choice", "data": "questions.jsonl"}],
+        "distill": {"text": "corpus/"},
+    }
     for number, block in enumerate(blocks_of(page, "yaml")):
         path = folder / f"{number}.yaml"
         own = yaml.safe_load(block.text)
@@ -349,8 +356,11 @@ def test_the_site_builds_and_loads_nothing_from_outside(tmp_path: Path) -> None:
     site = tmp_path / "site"
     built = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert built.returncode == 0, built.stderr[-3000:]
     pages = sorted(site.rglob("*.html"))
     assert {"index.html", "reference/api.html"} <= {page.relative_to(site).as_posix() for page in pages}

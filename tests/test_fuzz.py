@@ -19,13 +19,17 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from layerpeel.config import DistillConfig, RunConfig, ScoreConfig, TaskConfig, TextConfig, load_config
-from layerpeel.data import read_documents
+from layerpeel.config.distill import DistillConfig
+from layerpeel.config.fields import TextConfig
+from layerpeel.config.reading import load_config
+from layerpeel.config.run import RunConfig, TaskConfig
+from layerpeel.config.score import ScoreConfig
+from layerpeel.data.documents import read_documents
 from layerpeel.errors import InputError
-from layerpeel.preflight import check_run
-from layerpeel.tasks import make_tasks
+from layerpeel.run.preflight import check_run
+from layerpeel.tasks.registry import make_tasks
+from tests.cli.test_cli import fill
 from tests.families import tiny_tokenizer
-from tests.test_cli import fill
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0")) / 3
 QUICK = 40  # examples of each, in the suite
@@ -43,11 +47,50 @@ def fuzz(inputs: SearchStrategy[Any], check: Callable[[Any], None]) -> None:
         seed(start)(again(given(inputs)(check)))()
 
 
-WORDS = st.sampled_from(["choice", "pairs", "generate", "perplexity", "text", "w5", "a.jsonl", "text.txt", "teacher",
-                         "kl", "*", "~", "{context}", "{choices[0]}", "{a.b}", "{", "[", "-1", "1e400", "8GB", "2.5B",
-                         "\0", "..", ".", "/", "\ud800", "\x1b[2J", "json:dumps", "nowhere:X", ":"])  # fmt: skip
-SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-3, 9), st.floats(), st.text(max_size=8),
-                    WORDS, st.just(10**30))  # fmt: skip
+WORDS = st.sampled_from(
+    [
+        "choice",
+        "pairs",
+        "generate",
+        "perplexity",
+        "text",
+        "w5",
+        "a.jsonl",
+        "text.txt",
+        "teacher",
+        "kl",
+        "*",
+        "~",
+        "{context}",
+        "{choices[0]}",
+        "{a.b}",
+        "{",
+        "[",
+        "-1",
+        "1e400",
+        "8GB",
+        "2.5B",
+        "\0",
+        "..",
+        ".",
+        "/",
+        "\ud800",
+        "\x1b[2J",
+        "json:dumps",
+        "nowhere:X",
+        ":",
+    ]
+)
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-3, 9),
+    st.floats(),
+    st.text(max_size=8),
+    WORDS,
+    st.just(10**30),
+)
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6) | WORDS, inner, max_size=4),
@@ -61,11 +104,20 @@ FIELDS = [
     *(("distill", "text", 0, name) for name in TextConfig.model_fields),
     *(("tasks", 0, name) for name in (*TaskConfig.model_fields, "data", "limit", "prompt", "choices", "answer")),
     *(("tasks", 0, name) for name in ("num_fewshot", "stop", "fewshot_data", "metric", "good", "column", "split")),
-    *(("score", part, name) for part, name in (("shortlist", "by"), ("shortlist", "keep"), ("protect", "first"),
-                                               ("protect", "last"), ("protect", "layers"), ("heal", "steps"))),
+    *(
+        ("score", part, name)
+        for part, name in (
+            ("shortlist", "by"),
+            ("shortlist", "keep"),
+            ("protect", "first"),
+            ("protect", "last"),
+            ("protect", "layers"),
+            ("heal", "steps"),
+        )
+    ),
     *(("distill", "losses", name) for name in ("kl", "hidden_mse", "cross_entropy")),
     ("distill", "losses", "kl", "weight"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +169,37 @@ def test_configs_with_any_values(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_texts_of_configs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     base = (folder / "run.yaml").read_bytes()
-    pieces = st.sampled_from([b"", b"\t", b"- ", b": ", b"&a ", b"*a", b"!!python/name:os.system ", b"!!binary x",
-                              b"<<: ", b"? ", b"|\n", b"{", b"}", b"[", b"]", b"'", b'"', b"#", b"%YAML 9.9\n",
-                              b"---\n", b"\xff", b"\x00", b"0x" + b"f" * 9000, b"9" * 5000, b"2001-99-99", b"1:99:99",
-                              b".nan"])  # fmt: skip
+    pieces = st.sampled_from(
+        [
+            b"",
+            b"\t",
+            b"- ",
+            b": ",
+            b"&a ",
+            b"*a",
+            b"!!python/name:os.system ",
+            b"!!binary x",
+            b"<<: ",
+            b"? ",
+            b"|\n",
+            b"{",
+            b"}",
+            b"[",
+            b"]",
+            b"'",
+            b'"',
+            b"#",
+            b"%YAML 9.9\n",
+            b"---\n",
+            b"\xff",
+            b"\x00",
+            b"0x" + b"f" * 9000,
+            b"9" * 5000,
+            b"2001-99-99",
+            b"1:99:99",
+            b".nan",
+        ]
+    )
 
     def check(edits: list[tuple[int, int, bytes]]) -> None:
         text = base
@@ -136,12 +215,18 @@ def test_texts_of_configs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_rows_of_any_kind(tmp_path: Path) -> None:
     names = ["text", "context", "choices", "answer", "sentence_good", "sentence_bad", "prompt", "target", "messages"]
     rows = st.dictionaries(st.sampled_from(names) | st.text(max_size=4), VALUES, max_size=6)
-    whole = st.fixed_dictionaries({
-        "text": st.text(max_size=9), "context": st.text(max_size=9),
-        "choices": st.lists(st.text(max_size=5), max_size=4),
-        "answer": st.integers(-1, 4) | st.sampled_from("ABCa1²"), "sentence_good": st.text(max_size=9),
-        "sentence_bad": st.text(max_size=9), "prompt": st.text(max_size=9), "target": st.text(max_size=9),
-    })  # fmt: skip
+    whole = st.fixed_dictionaries(
+        {
+            "text": st.text(max_size=9),
+            "context": st.text(max_size=9),
+            "choices": st.lists(st.text(max_size=5), max_size=4),
+            "answer": st.integers(-1, 4) | st.sampled_from("ABCa1²"),
+            "sentence_good": st.text(max_size=9),
+            "sentence_bad": st.text(max_size=9),
+            "prompt": st.text(max_size=9),
+            "target": st.text(max_size=9),
+        }
+    )
     written = (rows | whole | VALUES).map(_dumped)
     broken = st.sampled_from(
         [b"{", b"[" * 9000, b'"\\ud800"', b"\xef\xbb\xbf{}", b"\xff", b'{"text": ' + b"9" * 5000 + b"}"]

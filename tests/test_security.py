@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from layerpeel import Run
-from layerpeel.progress import console, plain, progress, shown
-from tests.test_cli import call, fill
+from layerpeel.processes.progress import console, plain, progress, shown
+from layerpeel.run.folder import Run
+from tests.cli.test_cli import call, fill
 
 HOSTILE = "../../../\x1b[2J\x1b]0;owned\x07[red]\u202eup"
 
@@ -79,9 +79,13 @@ def test_what_is_shown_cannot_style_or_steer(capsys: pytest.CaptureFixture[str])
     [("1GB", 0, ""), ("50kB", 2, "score.tokens: it takes 0.0 GB of memory or more")],
 )
 def test_a_limit_of_memory_can_be_set(
-    limit: str, code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     fill(tmp_path)
     monkeypatch.chdir(tmp_path)
     arguments = ["eval", "teacher", "run.yaml", "--set", f"memory_limit={limit}", "--set", "score.tokens=9000"]

@@ -1,12 +1,14 @@
 """layerpeel: makes language models shallower while keeping their quality. Peel one layer, heal, repeat."""
 
-from layerpeel.config import RunConfig
-from layerpeel.importance import score_layers
-from layerpeel.journal import Run
-from layerpeel.loop import peel
-from layerpeel.models import load_model
-from layerpeel.surgery import remove_layers
-from layerpeel.tasks import evaluate
-from layerpeel.training import distill
+from __future__ import annotations
+
+from layerpeel.config.run import RunConfig
+from layerpeel.importance.scoring import score_layers
+from layerpeel.model.loading import load_model
+from layerpeel.model.surgery import remove_layers
+from layerpeel.run.folder import Run
+from layerpeel.run.loop import peel
+from layerpeel.tasks.evaluation import evaluate
+from layerpeel.training.rounds import distill
 
 __all__ = ["Run", "RunConfig", "distill", "evaluate", "load_model", "peel", "remove_layers", "score_layers"]

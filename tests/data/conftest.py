@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from layerpeel.config import TextConfig
+from layerpeel.config.fields import TextConfig
 from tests.families import byte_tokenizer
 
 

@@ -7,13 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from layerpeel.config import DistillConfig, LossConfig, TextConfig
-from layerpeel.data import Rows
-from layerpeel.importance import ScoringInputs, make_metric
-from layerpeel.losses import LossSum
-from layerpeel.stack import Stack
-from layerpeel.student import Student, next_tokens, run_both
-from layerpeel.training import distill
+from layerpeel.config.distill import DistillConfig, LossConfig
+from layerpeel.config.fields import TextConfig
+from layerpeel.data.rows import Rows
+from layerpeel.importance.base import ScoringInputs
+from layerpeel.importance.metrics import make_metric
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.losses.loss_sum import LossSum
+from layerpeel.training.forward import next_tokens, run_both
+from layerpeel.training.rounds import distill
+from layerpeel.training.student import Student
 from tests.families import tiny_ids, tiny_model, tiny_tokenizer
 
 LENGTHS = [[3, 9, 6], [14, 2], [1, 1, 13]]
@@ -28,7 +31,7 @@ def packed_rows() -> Rows:
 def test_losses_and_gradients(family: str) -> None:
     student = Student(tiny_model(family))
     student.remove([3])
-    student.own(name for name in student.parameters() if student.layer_of(name) in (2, 4))
+    student.add_trained(name for name in student.parameters() if student.layer_of(name) in (2, 4))
     layer = student.layer(4).requires_grad_(True)
     losses = LossSum({name: LossConfig() for name in ("kl", "hidden_mse", "cross_entropy")})
     found = []
@@ -44,14 +47,14 @@ def test_losses_and_gradients(family: str) -> None:
 @pytest.mark.parametrize("name", ["teacher_kl", "block_influence"])
 def test_metrics(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def score(rows: Rows) -> list[float]:
-        stack = Stack(tiny_model("qwen2"))
-        found = make_metric(name).score(ScoringInputs(stack, stack, tiny_tokenizer(), [1, 3, 4], rows))
+        layerwise = LayerwiseModel(tiny_model("qwen2"))
+        found = make_metric(name).score(ScoringInputs(layerwise, layerwise, tiny_tokenizer(), [1, 3, 4], rows))
         return list(found.importance.values())
 
     apart = score(packed_rows().unpacked())
     assert score(packed_rows()) == pytest.approx(apart, rel=1e-4)
     assert score(Rows(packed_rows().input_ids, packed_rows().mask)) != pytest.approx(apart, rel=1e-2)  # as if joined
-    monkeypatch.setattr(Stack, "runs_packed", False)  # as in a recurrent model
+    monkeypatch.setattr(LayerwiseModel, "runs_packed", False)  # as in a recurrent model
     assert score(packed_rows()) == pytest.approx(apart, rel=1e-4)
 
 
@@ -60,16 +63,19 @@ def test_a_model_that_cannot_is_trained_on_one_document_a_row(
 ) -> None:
     def curve(packing: bool) -> list[dict[str, float]]:
         config = DistillConfig(
-            text=[make_source(["w5 w9 w7", "w8 w3", "w4"] * 9)], tokens_per_round=3 * 4 * 12, sequence_length=12,
-            batch_size=4, packing=packing,
-        )  # fmt: skip
+            text=[make_source(["w5 w9 w7", "w8 w3", "w4"] * 9)],
+            tokens_per_round=3 * 4 * 12,
+            sequence_length=12,
+            batch_size=4,
+            packing=packing,
+        )
         _, result = distill(tiny_model("llama"), tiny_tokenizer(), [2], config)
         return [{name: point[name] for name in ("loss", "tokens")} for point in result.curve]
 
     packed, unpacked = curve(True), curve(False)
     assert packed[0]["tokens"] > 2 * unpacked[0]["tokens"]
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(Stack, "runs_packed", False)
+    monkeypatch.setattr(LayerwiseModel, "runs_packed", False)
     assert curve(True) == unpacked
     assert "distill.packing: this model cannot keep documents of a row apart; one document a row" in " ".join(
         capsys.readouterr().err.split()

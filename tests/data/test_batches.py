@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from layerpeel.config import TextConfig
-from layerpeel.data import Rows, cycle_batches, labels_within, load_rows, positions_of
+from layerpeel.config.fields import TextConfig
+from layerpeel.data.batches import cycle_batches, load_rows
+from layerpeel.data.rows import Rows, labels_within, positions_of
 from layerpeel.errors import InputError
 
 MakeSource = Callable[..., TextConfig]

@@ -11,9 +11,9 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from layerpeel.config import TextConfig
-from layerpeel.data import load_rows, mix_documents, read_documents
-from layerpeel.data.documents import write_chat
+from layerpeel.config.fields import TextConfig
+from layerpeel.data.batches import load_rows
+from layerpeel.data.documents import mix_documents, read_documents, write_chat
 from layerpeel.errors import InputError
 
 MakeSource = Callable[..., TextConfig]
@@ -112,9 +112,7 @@ def test_mixing_is_fair_complete_and_repeatable(make_source: MakeSource) -> None
 
 
 def test_weights_hold_until_a_source_ends(make_source: MakeSource) -> None:
-    sources = [
-        make_source(["a"] * 2000, weight=6.0), make_source(["b"] * 2000, weight=3.0), make_source(["c"] * 100)
-    ]  # fmt: skip
+    sources = [make_source(["a"] * 2000, weight=6.0), make_source(["b"] * 2000, weight=3.0), make_source(["c"] * 100)]
     mixed = [str(text) for _, text in mix_documents(sources, seed=0)]
     end = max(place for place, text in enumerate(mixed) if text == "c")
     before, after = Counter(mixed[:end]), Counter(mixed[end + 1 : end + 901])

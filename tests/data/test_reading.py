@@ -12,8 +12,9 @@ from typing import Any
 import datasets
 import pytest
 
-from layerpeel.config import TextConfig
-from layerpeel.data import read_documents, read_rows
+from layerpeel.config.fields import TextConfig
+from layerpeel.data.documents import read_documents
+from layerpeel.data.reading import read_rows
 from layerpeel.errors import InputError
 
 

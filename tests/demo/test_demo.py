@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from layerpeel import evaluate, load_model, peel
-from layerpeel.config import load_config
-from layerpeel.demo import TEACHER, prepare_demo
+from layerpeel.config.reading import load_config
+from layerpeel.demo.preparing import TEACHER, prepare_demo
 from layerpeel.demo.world import COUNTS, Sentence, World, held_out, make_tokenizer, write_world
-from layerpeel.models import count_parameters
-from layerpeel.tasks import make_tasks
+from layerpeel.model.architecture import count_parameters
+from layerpeel.model.loading import load_model
+from layerpeel.run.loop import peel
+from layerpeel.tasks.evaluation import evaluate
+from layerpeel.tasks.registry import make_tasks
 
 
 def test_the_world_is_the_same_each_time(tmp_path: Path) -> None:
@@ -53,13 +55,25 @@ def test_sentences_and_facts_by_hand() -> None:
     a, b = world.words["a"], world.words["b"]
     sentence = Sentence(0, 1, 2, 3, 4, 5)
     assert world.say(sentence, "a").split() == [
-        a["colour"][1], a["creature"][0], a["verb"][2], a["colour"][4], a["creature"][3], a["in"][0], a["home"][5],
+        a["colour"][1],
+        a["creature"][0],
+        a["verb"][2],
+        a["colour"][4],
+        a["creature"][3],
+        a["in"][0],
+        a["home"][5],
         a["stop"][0],
-    ]  # fmt: skip
+    ]
     assert world.say(sentence, "b").split() == [
-        b["in"][0], b["home"][5], b["creature"][0], b["colour"][1], b["creature"][3], b["colour"][4], b["verb"][2],
+        b["in"][0],
+        b["home"][5],
+        b["creature"][0],
+        b["colour"][1],
+        b["creature"][3],
+        b["colour"][4],
+        b["verb"][2],
         b["stop"][0],
-    ]  # fmt: skip
+    ]
     bare = Sentence(0, None, 2, 3, None, None)
     assert world.say(bare, "a").split() == [a["creature"][0], a["verb"][2], a["creature"][3], a["stop"][0]]
     assert world.say(bare, "b").split() == [b["creature"][0], b["creature"][3], b["verb"][2], b["stop"][0]]
@@ -71,14 +85,22 @@ def test_questions_by_hand() -> None:
     friend = world.facts[7][3]
     example, values = world.question(7, (3, 0), "a", 0)
     assert example.prompt.split() == [
-        a["ask"][0], a["relation"][0], a["relation"][3], a["creature"][7], ":",
-    ]  # fmt: skip
+        a["ask"][0],
+        a["relation"][0],
+        a["relation"][3],
+        a["creature"][7],
+        ":",
+    ]
     assert example.target.strip() == a["colour"][world.facts[friend][0]] and len(values) == COUNTS["colour"]
     other, _ = world.question(7, (3, 0), "a", 1)
     assert other.target == example.target
     assert other.prompt.split() == [
-        a["creature"][7], a["relation"][3], a["relation"][0], a["ask"][0], ":",
-    ]  # fmt: skip
+        a["creature"][7],
+        a["relation"][3],
+        a["relation"][0],
+        a["ask"][0],
+        ":",
+    ]
     said, tested = world.questions(test=False), world.questions(test=True)
     assert len(set(said) | set(tested)) == len(said) + len(tested) == 24 * 12 * 2
     assert {(c, path) for c, path, _ in tested} <= {(c, path) for c, path, _ in said}

@@ -26,14 +26,16 @@ from typing import Any
 
 import torch
 
-from layerpeel import Run, RunConfig, peel
-from layerpeel.config import load_config, parse_config
-from layerpeel.demo import prepare_demo
+from layerpeel.config.reading import load_config, parse_config
+from layerpeel.config.run import RunConfig
+from layerpeel.demo.preparing import prepare_demo
 from layerpeel.errors import LayerpeelError
-from layerpeel.files import sha256_of
+from layerpeel.run.folder import Run
+from layerpeel.run.loop import peel
+from layerpeel.storage.files import sha256_of
 from tests.families import save_tiny
 
-TIMES = {"time", "seconds", "heal_seconds", "cached", "seal", "files", "process", "memory", "memory_halved"}
+TIMES = {"time", "seconds", "heal_seconds", "cached", "checksum", "files", "process", "memory", "memory_halved"}
 LIMIT = 300.0  # seconds that any run may take
 
 
@@ -41,14 +43,27 @@ def tiny_config(folder: Path) -> RunConfig:
     """Six layers to four, with a shortlist, a cache of the teacher's states and a last pass: about a second."""
     words = [" ".join(f"w{3 + (7 * line + word * word) % 60}" for word in range(30)) for line in range(40)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
-    return parse_config({
-        "teacher": str(save_tiny(folder / "teacher")), "output": str(folder / "whole"), "stop": {"target_layers": 4},
-        "score": {"decide": "task_quality", "shortlist": {"by": "teacher_kl", "keep": 2}, "tokens": 64},
-        "tasks": [{"kind": "perplexity", "data": str(folder / "text.jsonl"), "limit": 5}],
-        "distill": {"text": str(folder / "text.jsonl"), "tokens_per_round": 512, "sequence_length": 16, "batch_size": 4,
-                    "learning_rate": 1e-3, "save_every": 0, "fresh_text": False, "balance_losses": True,
-                    "last_pass": {"tokens": 192}},
-    }, "faults")  # fmt: skip
+    return parse_config(
+        {
+            "teacher": str(save_tiny(folder / "teacher")),
+            "output": str(folder / "whole"),
+            "stop": {"target_layers": 4},
+            "score": {"decide": "task_quality", "shortlist": {"by": "teacher_kl", "keep": 2}, "tokens": 64},
+            "tasks": [{"kind": "perplexity", "data": str(folder / "text.jsonl"), "limit": 5}],
+            "distill": {
+                "text": str(folder / "text.jsonl"),
+                "tokens_per_round": 512,
+                "sequence_length": 16,
+                "batch_size": 4,
+                "learning_rate": 1e-3,
+                "save_every": 0,
+                "fresh_text": False,
+                "balance_losses": True,
+                "last_pass": {"tokens": 192},
+            },
+        },
+        "faults",
+    )
 
 
 def demo_config(folder: Path) -> RunConfig:

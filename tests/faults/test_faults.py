@@ -19,9 +19,12 @@ def test_runs_that_are_killed_filled_up_and_damaged_end_as_if_they_were_not() ->
         pytest.skip("needs fork")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.faults", "--tiny", *SHORT],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
         env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.stdout, done.stderr[-3000:]
     said = json.loads(done.stdout)
     assert said["failures"] == [] and said["kills"]["kills"] == 5 and sum(said["flips"].values()) == 6

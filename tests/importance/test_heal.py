@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from layerpeel import distill, evaluate, load_model, peel
-from layerpeel.config import parse_config
-from layerpeel.tasks import make_tasks
+from layerpeel.config.reading import parse_config
+from layerpeel.model.loading import load_model
+from layerpeel.run.loop import peel
+from layerpeel.tasks.evaluation import evaluate
+from layerpeel.tasks.registry import make_tasks
+from layerpeel.training.rounds import distill
 from tests.families import save_tiny
 
 
@@ -17,14 +20,19 @@ def test_the_best_few_are_healed_before_the_choice(tmp_path: Path) -> None:
     words = [" ".join(f"w{3 + (7 * line + word * word) % 60}" for word in range(30)) for line in range(40)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
     settings = {
-        "teacher": str(save_tiny(tmp_path / "teacher")), "output": str(tmp_path / "run"), "stop": {"target_layers": 5},
+        "teacher": str(save_tiny(tmp_path / "teacher")),
+        "output": str(tmp_path / "run"),
+        "stop": {"target_layers": 5},
         "score": {"heal": {"keep": 3, "steps": 4}},
         "tasks": [{"kind": "perplexity", "data": str(tmp_path / "text.jsonl"), "limit": 5}],
         "distill": {
-            "text": str(tmp_path / "text.jsonl"), "tokens_per_round": 0, "sequence_length": 16, "batch_size": 4,
+            "text": str(tmp_path / "text.jsonl"),
+            "tokens_per_round": 0,
+            "sequence_length": 16,
+            "batch_size": 4,
             "learning_rate": 1e-2,
         },
-    }  # fmt: skip
+    }
     config = parse_config(settings, "test")
     run = peel(config)
     (event,) = run.rounds

@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerpeel.config import ScoreConfig, TaskConfig
-from layerpeel.data import Rows
+from layerpeel.config.run import TaskConfig
+from layerpeel.config.score import ScoreConfig
+from layerpeel.data.rows import Rows
 from layerpeel.errors import InputError
-from layerpeel.importance import METRICS, ScoringInputs, make_metric, score_layers
-from layerpeel.models import load_model
-from layerpeel.stack import Stack
-from layerpeel.surgery import remove_layers
-from layerpeel.tasks import evaluate, make_tasks
+from layerpeel.importance.base import ScoringInputs
+from layerpeel.importance.metrics import METRICS, make_metric
+from layerpeel.importance.scoring import score_layers
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.model.loading import load_model
+from layerpeel.model.surgery import remove_layers
+from layerpeel.tasks.evaluation import evaluate
+from layerpeel.tasks.registry import make_tasks
 from tests.families import tiny_ids, tiny_model, tiny_tokenizer
 
 MASK = torch.tensor([[True] * 17, [True] * 10 + [False] * 7, [True] * 4 + [False] * 13])
@@ -24,8 +28,8 @@ PLANTED = {1, 3, 4, 6, 8, 9, 11}
 
 
 def text_inputs(candidates: list[int]) -> ScoringInputs:
-    stack = Stack(tiny_model("qwen2"))
-    return ScoringInputs(stack, stack, tiny_tokenizer(), candidates, Rows(tiny_ids(), MASK))
+    layerwise = LayerwiseModel(tiny_model("qwen2"))
+    return ScoringInputs(layerwise, layerwise, tiny_tokenizer(), candidates, Rows(tiny_ids(), MASK))
 
 
 def test_teacher_kl_is_the_dense_formula_of_each_shorter_model() -> None:

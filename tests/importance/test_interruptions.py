@@ -14,13 +14,16 @@ import pytest
 import torch
 import yaml
 
-from layerpeel.config import ScoreConfig, TaskConfig
-from layerpeel.data import Rows
+from layerpeel.config.run import TaskConfig
+from layerpeel.config.score import ScoreConfig
+from layerpeel.data.rows import Rows
 from layerpeel.errors import RunError
-from layerpeel.importance import LayerScores, score_layers
-from layerpeel.stack import Stack
-from layerpeel.tasks import Task, make_tasks
-from layerpeel.tasks.store import AnswerStore
+from layerpeel.importance.scores import LayerScores
+from layerpeel.importance.scoring import score_layers
+from layerpeel.inference.answer_cache import AnswerCache
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.tasks.base import Task
+from layerpeel.tasks.registry import make_tasks
 from tests.families import save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
 TEXT = Rows(tiny_ids(12), torch.ones(12, 17, dtype=torch.bool))
@@ -33,33 +36,38 @@ def tasks(tmp_path: Path) -> list[Task]:
     rows = [{"text": text, "prompt": text[:12], "target": text[12:20]} for text in words]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = str(tmp_path / "rows.jsonl")
-    return make_tasks([
-        TaskConfig(kind="perplexity", data=data), TaskConfig(kind="generate", data=data, metric="copy"),
-    ])  # fmt: skip
+    return make_tasks(
+        [
+            TaskConfig(kind="perplexity", data=data),
+            TaskConfig(kind="generate", data=data, metric="copy"),
+        ]
+    )
 
 
-def scored(tasks: list[Task], stack: Stack | None = None, **options: Any) -> LayerScores:
-    store = options.pop("store", None)
+def scored(tasks: list[Task], layerwise: LayerwiseModel | None = None, **options: Any) -> LayerScores:
+    answer_cache = options.pop("answer_cache", None)
     config = ScoreConfig(**({"memory": 2**20} | options))  # so little that there are several batches
-    return score_layers(stack or small(), tiny_tokenizer(), config, tasks=tasks, text=TEXT, store=store)
+    return score_layers(
+        layerwise or small(), tiny_tokenizer(), config, tasks=tasks, text=TEXT, answer_cache=answer_cache
+    )
 
 
-def small() -> Stack:
+def small() -> LayerwiseModel:
     """A stack whose budget holds few tokens."""
-    return Stack(tiny_model("llama", hidden_size=128, head_dim=32))
+    return LayerwiseModel(tiny_model("llama", hidden_size=128, head_dim=32))
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[int]:
     """Counts walks over the layers; interrupts one."""
-    walk, walks = Stack.walk, []
+    walk, walks = LayerwiseModel.forward_with_skips, []
 
-    def counting(self: Stack, *args: Any, **options: Any) -> Any:
+    def counting(self: LayerwiseModel, *args: Any, **options: Any) -> Any:
         if len(walks) == stop_after:
             raise KeyboardInterrupt
         walks.append(1)
         return walk(self, *args, **options)
 
-    monkeypatch.setattr(Stack, "walk", counting)
+    monkeypatch.setattr(LayerwiseModel, "forward_with_skips", counting)
     return walks
 
 
@@ -67,8 +75,8 @@ def watched(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> l
 def test_an_interrupted_scoring_goes_on_where_it_was(
     tasks: list[Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str
 ) -> None:
-    def store() -> AnswerStore:
-        return AnswerStore(tmp_path / "kept/answers.jsonl", "this model")
+    def answer_cache() -> AnswerCache:
+        return AnswerCache(tmp_path / "kept/answers.jsonl", "this model")
 
     with monkeypatch.context() as patch:
         all_walks = watched(patch)
@@ -78,29 +86,29 @@ def test_an_interrupted_scoring_goes_on_where_it_was(
     stop = len(all_walks) - 2
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         watched(patch, stop_after=stop)
-        scored(tasks, decide=metric, store=store())
-    kept = len(store())
+        scored(tasks, decide=metric, answer_cache=answer_cache())
+    kept = len(answer_cache())
     assert kept
     with (tmp_path / "kept/answers.jsonl").open("a") as file:
         file.write('{"key": "torn by a cra')
     with monkeypatch.context() as patch:
         walks = watched(patch)
-        resumed = scored(tasks, decide=metric, store=store())
+        resumed = scored(tasks, decide=metric, answer_cache=answer_cache())
     assert resumed.importance == whole.importance and resumed.stderr == whole.stderr
     assert len(walks) <= len(all_walks) - kept + trying
     with monkeypatch.context() as patch:
         walks = watched(patch)
-        assert scored(tasks, decide=metric, store=store()).importance == whole.importance
+        assert scored(tasks, decide=metric, answer_cache=answer_cache()).importance == whole.importance
     assert len(walks) <= trying  # all is known
 
 
 def test_answers_of_another_model_are_dropped(tmp_path: Path) -> None:
-    store = AnswerStore(tmp_path / "a.jsonl", "one")
-    store.keep_value([1.5], "how much", [1, 2])
-    assert AnswerStore(tmp_path / "a.jsonl", "one").find_value("how much", [1, 2]) == [1.5]
-    assert AnswerStore(tmp_path / "a.jsonl", "one").find_value("how much", [1, 3]) is None
-    assert AnswerStore(tmp_path / "a.jsonl", "another").find_value("how much", [1, 2]) is None
-    assert len(AnswerStore(tmp_path / "a.jsonl", "one")) == 0
+    answer_cache = AnswerCache(tmp_path / "a.jsonl", "one")
+    answer_cache.keep_value([1.5], "how much", [1, 2])
+    assert AnswerCache(tmp_path / "a.jsonl", "one").find_value("how much", [1, 2]) == [1.5]
+    assert AnswerCache(tmp_path / "a.jsonl", "one").find_value("how much", [1, 3]) is None
+    assert AnswerCache(tmp_path / "a.jsonl", "another").find_value("how much", [1, 2]) is None
+    assert len(AnswerCache(tmp_path / "a.jsonl", "one")) == 0
 
 
 ERRORS: dict[str, Callable[[], Exception]] = {
@@ -109,18 +117,18 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 }
 
 
-def limited(most: int, error: Callable[[], Exception]) -> Stack:
+def limited(most: int, error: Callable[[], Exception]) -> LayerwiseModel:
     """A stack whose third layer has memory for so many tokens at a time."""
-    stack = small()
-    run = stack.layers[2].forward
+    layerwise = small()
+    run = layerwise.layers[2].forward
 
     def forward(hidden: torch.Tensor, *args: Any, **options: Any) -> Any:
         if hidden.shape[0] * hidden.shape[1] > most:
             raise error()
         return run(hidden, *args, **options)
 
-    stack.layers[2].forward = forward  # type: ignore[method-assign]
-    return stack
+    layerwise.layers[2].forward = forward  # type: ignore[method-assign]
+    return layerwise
 
 
 @pytest.mark.parametrize("metric", ["task_quality", "teacher_kl", "block_influence"])
@@ -158,11 +166,14 @@ def test_when_not_even_a_row_fits_it_says_so(tasks: list[Task]) -> None:
 
 def test_two_processes_give_the_numbers_of_one(tasks: list[Task], tmp_path: Path) -> None:
     config = {
-        "teacher": str(save_tiny(tmp_path / "teacher")), "output": str(tmp_path / "run"), "device": "cpu",
-        "stop": {"target_layers": 5}, "tasks": [task.model_dump(exclude_none=True) for task in tasks],
+        "teacher": str(save_tiny(tmp_path / "teacher")),
+        "output": str(tmp_path / "run"),
+        "device": "cpu",
+        "stop": {"target_layers": 5},
+        "tasks": [task.model_dump(exclude_none=True) for task in tasks],
         "score": {"shortlist": {"by": "teacher_kl", "keep": 3}, "race": {}, "tokens": 256},
         "distill": {"text": str(tmp_path / "rows.jsonl"), "tokens_per_round": 0, "sequence_length": 16},
-    }  # fmt: skip
+    }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     command = ["-m", "layerpeel", "score", str(tmp_path / "run.yaml"), "--json", "-o"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}

@@ -13,15 +13,21 @@ from typing import Any
 import pytest
 import torch
 
-from layerpeel.config import RaceConfig, ScoreConfig, TaskConfig
-from layerpeel.data import Rows
-from layerpeel.importance import LayerScores, ScoringInputs, make_metric, score_layers
+from layerpeel.config.run import TaskConfig
+from layerpeel.config.score import RaceConfig, ScoreConfig
+from layerpeel.data.rows import Rows
+from layerpeel.importance.base import ScoringInputs
+from layerpeel.importance.metrics import make_metric
+from layerpeel.importance.scores import LayerScores
+from layerpeel.importance.scoring import score_layers
 from layerpeel.importance.task_quality import _first, _next
-from layerpeel.models import load_model
-from layerpeel.stack import Stack
-from layerpeel.surgery import remove_layers
-from layerpeel.tasks import Evaluation, Task, TaskScore, make_tasks
-from layerpeel.tasks.base import LogLikelihood, Request
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.inference.requests import LogLikelihood, Request
+from layerpeel.model.loading import load_model
+from layerpeel.model.surgery import remove_layers
+from layerpeel.tasks.base import Task
+from layerpeel.tasks.registry import make_tasks
+from layerpeel.tasks.scores import Evaluation, TaskScore
 from tests.families import tiny_model, tiny_tokenizer
 
 
@@ -48,9 +54,9 @@ def scripted(right: list[list[float]], streams: list[int]) -> Scripted:
 
 
 def race_inputs(task: Task, candidates: list[int], **race: Any) -> ScoringInputs:
-    stack = Stack(tiny_model("llama"))
+    layerwise = LayerwiseModel(tiny_model("llama"))
     config = ScoreConfig(race=RaceConfig(**race))
-    return ScoringInputs(stack, stack, tiny_tokenizer(), candidates, tasks=[task], config=config)
+    return ScoringInputs(layerwise, layerwise, tiny_tokenizer(), candidates, tasks=[task], config=config)
 
 
 def paired_stderr(a: list[float], b: list[float], share: float = 0.0) -> float:
@@ -145,10 +151,12 @@ def test_the_order_of_layers_and_ties() -> None:
 
 def test_shortlist_and_race_find_the_seven_planted_layers_first(kit: Path) -> None:
     model, tokenizer = load_model(kit / "models/stories260K-planted12-hf")
-    tasks = make_tasks([
-        TaskConfig(kind="pairs", name="grammar", data=str(kit / "eval/zorro/irregular-verb.jsonl"), limit=64),
-        TaskConfig(kind="perplexity", data=str(kit / "eval/stories/stories_en.jsonl"), limit=18),
-    ])  # fmt: skip
+    tasks = make_tasks(
+        [
+            TaskConfig(kind="pairs", name="grammar", data=str(kit / "eval/zorro/irregular-verb.jsonl"), limit=64),
+            TaskConfig(kind="perplexity", data=str(kit / "eval/stories/stories_en.jsonl"), limit=18),
+        ]
+    )
     ids = torch.tensor(tokenizer.encode(Path(kit / "text/tinystories_2M.txt").read_text()[:1500])[:256])[None]
     config = ScoreConfig(
         protect={"first": 1, "last": 0}, race={"first_share": 0.25}, shortlist={"by": "teacher_kl", "keep": 8}

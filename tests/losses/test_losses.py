@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from layerpeel.config import LossConfig
+from layerpeel.config.distill import LossConfig
 from layerpeel.errors import InputError
-from layerpeel.losses import LOSSES, NO_LABEL, LossSum, StepOutputs
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.losses.base import NO_LABEL, StepOutputs
 from layerpeel.losses.logits import LogitLoss
-from layerpeel.stack import Stack
+from layerpeel.losses.loss_sum import LossSum
+from layerpeel.losses.registry import LOSSES
 from tests.families import tiny_model
 
 ON_LOGITS = [name for name, loss in LOSSES.items() if issubclass(loss, LogitLoss)]
@@ -41,10 +43,18 @@ def outputs(student: Tensor, teacher: Tensor, mask: Tensor, head: Any, **changes
     labels = (torch.arange(mask.numel()).view(mask.shape) % student.shape[-1]).where(mask, NO_LABEL)
     labels[:, -1] = NO_LABEL
     fields: dict[str, Any] = {
-        "student_final": student, "teacher_final": teacher, "student_hidden": {4: student},
-        "teacher_hidden": {4: teacher}, "mask": mask, "labels": labels, "student_head": head, "teacher_head": head,
-        "step_tokens": int(mask.sum()), "step_labels": int((labels >= 0).sum()), "micro_batches": 1,
-    }  # fmt: skip
+        "student_final": student,
+        "teacher_final": teacher,
+        "student_hidden": {4: student},
+        "teacher_hidden": {4: teacher},
+        "mask": mask,
+        "labels": labels,
+        "student_head": head,
+        "teacher_head": head,
+        "step_tokens": int(mask.sum()),
+        "step_labels": int((labels >= 0).sum()),
+        "micro_batches": 1,
+    }
     return StepOutputs(**(fields | changes))
 
 
@@ -102,9 +112,9 @@ def test_value_and_gradients_are_those_of_the_dense_formula(family: str, name: s
         head.weight.mul_(1.1)  # a head of the student's own
     mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
     student, final = torch.randn(2, 7, 32, requires_grad=True), torch.randn(2, 7, 32)
-    stack, options = Stack(model), {} if name == "cross_entropy" else {"temperature": 1.5}
-    stack.logit_rows_at_a_time = 2 * 3  # three positions of two models a chunk
-    step = outputs(student, final, mask, stack, teacher_head=Stack(teacher), micro_batches=4)
+    layerwise, options = LayerwiseModel(model), {} if name == "cross_entropy" else {"temperature": 1.5}
+    layerwise.logit_rows_at_a_time = 2 * 3  # three positions of two models a chunk
+    step = outputs(student, final, mask, layerwise, teacher_head=LayerwiseModel(teacher), micro_batches=4)
     loss_of(name, step, reduction=reduction, weight=2.0, **options).backward()
     value = loss_of(name, step, reduction=reduction, weight=2.0, **options).item()
     own = student.grad, head.weight.grad
@@ -122,7 +132,7 @@ def test_value_and_gradients_are_those_of_the_dense_formula(family: str, name: s
 
 
 def test_all_losses_in_one_sweep_are_the_sum_of_each() -> None:
-    head, mask = Stack(tiny_model("llama")), torch.ones(2, 5, dtype=torch.bool)
+    head, mask = LayerwiseModel(tiny_model("llama")), torch.ones(2, 5, dtype=torch.bool)
     student, teacher = torch.randn(2, 5, 32, requires_grad=True), torch.randn(2, 5, 32)
     step = outputs(student, teacher, mask, head)
     total, parts = LossSum({name: LossConfig(weight=0.5 + i) for i, name in enumerate(LOSSES)})(step)
@@ -159,9 +169,7 @@ def test_a_hidden_loss_at_every_repaired_layer_is_the_mean_over_them() -> None:
     student = {2: torch.tensor([[[1.0]]]), 5: torch.tensor([[[3.0]]])}
     teacher = {2: torch.tensor([[[2.0]]]), 5: torch.tensor([[[5.0]]])}
     final = torch.tensor([[[1.0, 0.0]]])
-    step = outputs(
-        final, final, torch.ones(1, 1).bool(), PlainHead(), student_hidden=student, teacher_hidden=teacher
-    )  # fmt: skip
+    step = outputs(final, final, torch.ones(1, 1).bool(), PlainHead(), student_hidden=student, teacher_hidden=teacher)
     assert loss_of("hidden_mse", step, layers="all", relative=False).item() == pytest.approx((1 + 4) / 2)
     assert loss_of("hidden_mse", step, layers="last", relative=False).item() == pytest.approx(4)
     assert LossSum({"hidden_mse": LossConfig(layers="all")}).hidden_layers([2, 5]) == [2, 5]
@@ -172,45 +180,56 @@ def test_a_hidden_loss_at_every_repaired_layer_is_the_mean_over_them() -> None:
 @pytest.mark.parametrize("name", LOSSES)
 class TestEveryLoss:
     def test_equal_states_cost_nothing_and_others_something(self, name: str) -> None:
-        head, mask = Stack(tiny_model("llama")), torch.ones(2, 5, dtype=torch.bool)
+        head, mask = LayerwiseModel(tiny_model("llama")), torch.ones(2, 5, dtype=torch.bool)
         one, other = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
         if name != "cross_entropy":  # which has no teacher to equal
             assert loss_of(name, outputs(one, one, mask, head)).item() == pytest.approx(0, abs=1e-6)
         assert loss_of(name, outputs(one, other, mask, head)).item() > 0.01
 
     def test_padding_does_not_count(self, name: str) -> None:
-        head, mask = Stack(tiny_model("llama")), torch.tensor([[True] * 3 + [False] * 2])
+        head, mask = LayerwiseModel(tiny_model("llama")), torch.tensor([[True] * 3 + [False] * 2])
         one, other = torch.randn(1, 5, 32), torch.randn(1, 5, 32)
         changed = one.clone()
         changed[:, 3:] += 7
         assert loss_of(name, outputs(one, other, mask, head)) == loss_of(name, outputs(changed, other, mask, head))
 
     def test_where_padding_stands_makes_no_difference(self, name: str) -> None:
-        head, (one, other) = Stack(tiny_model("llama")), torch.randn(2, 1, 3, 32)
+        head, (one, other) = LayerwiseModel(tiny_model("llama")), torch.randn(2, 1, 3, 32)
         whole = torch.ones(1, 3).bool()
         label = torch.tensor([[5, 6, NO_LABEL]])
         plain = outputs(one, other, whole, head, labels=label, step_labels=2)
         for left, right in ((2, 0), (0, 2), (1, 1)):
             pad = (0, 0, left, right)
             step = outputs(
-                functional.pad(one, pad), functional.pad(other, pad), functional.pad(whole, pad[2:]), head,
-                labels=functional.pad(label, pad[2:], value=NO_LABEL), step_labels=2,
-            )  # fmt: skip
+                functional.pad(one, pad),
+                functional.pad(other, pad),
+                functional.pad(whole, pad[2:]),
+                head,
+                labels=functional.pad(label, pad[2:], value=NO_LABEL),
+                step_labels=2,
+            )
             assert loss_of(name, step).item() == pytest.approx(loss_of(name, plain).item(), rel=1e-6)
 
     def test_a_batch_of_eight_is_eight_batches_of_one(self, name: str) -> None:
-        head, mask = Stack(tiny_model("llama")), torch.arange(6)[None] < torch.randint(1, 7, (8, 1))
+        head, mask = LayerwiseModel(tiny_model("llama")), torch.arange(6)[None] < torch.randint(1, 7, (8, 1))
         one, other = torch.randn(2, 8, 6, 32)
         whole = outputs(one, other, mask, head)
         alone = [
-            outputs(one[i : i + 1], other[i : i + 1], mask[i : i + 1], head, labels=whole.labels[i : i + 1],
-                    step_tokens=whole.step_tokens, step_labels=whole.step_labels)
+            outputs(
+                one[i : i + 1],
+                other[i : i + 1],
+                mask[i : i + 1],
+                head,
+                labels=whole.labels[i : i + 1],
+                step_tokens=whole.step_tokens,
+                step_labels=whole.step_labels,
+            )
             for i in range(8)
-        ]  # fmt: skip
+        ]
         assert sum(loss_of(name, step).item() for step in alone) == pytest.approx(loss_of(name, whole).item(), rel=1e-5)
 
     def test_the_gradient_points_downhill(self, name: str) -> None:
-        head, mask = Stack(tiny_model("llama")), torch.ones(2, 5, dtype=torch.bool)
+        head, mask = LayerwiseModel(tiny_model("llama")), torch.ones(2, 5, dtype=torch.bool)
         one, other = torch.randn(2, 5, 32, requires_grad=True), torch.randn(2, 5, 32)
         value = loss_of(name, outputs(one, other, mask, head))
         value.backward()
@@ -220,7 +239,7 @@ class TestEveryLoss:
         assert loss_of(name, outputs(stepped, other, mask, head)) < value
 
     def test_nothing_but_padding_harms_nothing(self, name: str) -> None:
-        head, mask = Stack(tiny_model("llama")), torch.zeros(1, 5, dtype=torch.bool)
+        head, mask = LayerwiseModel(tiny_model("llama")), torch.zeros(1, 5, dtype=torch.bool)
         one = torch.randn(1, 5, 32, requires_grad=True)
         value = loss_of(name, outputs(one, torch.randn(1, 5, 32), mask, head))
         value.backward()
@@ -229,7 +248,7 @@ class TestEveryLoss:
 
 def test_balanced_losses_weigh_the_same() -> None:
     losses = LossSum({"kl": LossConfig(), "hidden_mse": LossConfig(weight=3.0)}, balance=True)
-    head, mask = Stack(tiny_model("llama")), torch.ones(1, 4).bool()
+    head, mask = LayerwiseModel(tiny_model("llama")), torch.ones(1, 4).bool()
     step = outputs(torch.randn(1, 4, 32), torch.randn(1, 4, 32), mask, head)
     total, parts = losses(step)
     assert total.item() == pytest.approx(parts["kl"].item() + 3 * parts["hidden_mse"].item(), rel=1e-6)

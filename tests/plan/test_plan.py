@@ -11,30 +11,42 @@ from typing import Any
 import pytest
 import torch
 
-from layerpeel.config import DistillConfig, RunConfig, ScoreConfig, parse_config
-from layerpeel.importance import make_metric
+from layerpeel.config.distill import DistillConfig
+from layerpeel.config.reading import parse_config
+from layerpeel.config.run import RunConfig
+from layerpeel.config.score import ScoreConfig
+from layerpeel.importance.metrics import make_metric
 from layerpeel.importance.work import count_work
-from layerpeel.models import count_parameters, load_config_of
-from layerpeel.plan import Plan, Shape, Speed, plan_run
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.inference.requests import Generation, LogLikelihood, Request
+from layerpeel.model.architecture import count_parameters
+from layerpeel.model.loading import load_config_of
 from layerpeel.plan.memory import scoring_memory
-from layerpeel.plan.shape import empty_model, shape_of
-from layerpeel.stack import Stack
-from layerpeel.tasks.base import Generation, LogLikelihood, Request
+from layerpeel.plan.planning import Plan, plan_run
+from layerpeel.plan.shape import Shape, empty_model, shape_of
+from layerpeel.plan.speed import Speed
 from tests.families import save_tiny, tiny_model
 
 UNIT = Speed(1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # a second a token and layer
 ASKED: list[list[Request]] = [
-    [LogLikelihood((1, 2, 3), (4,)), LogLikelihood((1, 2, 3), (5,))], [Generation((1, 2), 6, ())] * 3,
-]  # fmt: skip
+    [LogLikelihood((1, 2, 3), (4,)), LogLikelihood((1, 2, 3), (5,))],
+    [Generation((1, 2), 6, ())] * 3,
+]
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    return parse_config({
-        "teacher": str(save_tiny(tmp_path / "teacher")), "output": "none", "stop": {"target_layers": 4},
-        "score": {"decide": "teacher_kl", "tokens": 100}, "tasks": [{"kind": "perplexity", "data": "none"}],
-        "distill": {"text": "none", "tokens_per_round": 320, "sequence_length": 16, "batch_size": 2},
-    }, "test")  # fmt: skip
+    return parse_config(
+        {
+            "teacher": str(save_tiny(tmp_path / "teacher")),
+            "output": "none",
+            "stop": {"target_layers": 4},
+            "score": {"decide": "teacher_kl", "tokens": 100},
+            "tasks": [{"kind": "perplexity", "data": "none"}],
+            "distill": {"text": "none", "tokens_per_round": 320, "sequence_length": 16, "batch_size": 2},
+        },
+        "test",
+    )
 
 
 def plan(config: RunConfig, speed: Speed = UNIT, **options: Any) -> Plan:
@@ -85,10 +97,10 @@ def test_weights_and_what_trains_by_hand(config: RunConfig) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
 def test_what_a_layer_keeps_is_what_it_keeps(family: str) -> None:
     model = tiny_model(family)
-    stack = Stack(model)
+    layerwise = LayerwiseModel(model)
     model.requires_grad_(False)
-    stack.layers[0].requires_grad_(True)
-    hidden, arguments = stack.begin(torch.zeros(3, 16, dtype=torch.long))
+    layerwise.layers[0].requires_grad_(True)
+    hidden, arguments = layerwise.begin(torch.zeros(3, 16, dtype=torch.long))
     known = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.Tensor] = {}
 
@@ -97,11 +109,11 @@ def test_what_a_layer_keeps_is_what_it_keeps(family: str) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = stack.layer(0, hidden.detach().requires_grad_(), arguments[0])
+        output = layerwise.layer(0, hidden.detach().requires_grad_(), arguments[0])
     real = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in known)
     shape = shape_of(empty_model(model.config, torch.float32), 3, 16)
     assert output.grad_fn is not None and shape.kept * 48 == pytest.approx(real, rel=0.1)
-    assert shape.parameters == count_parameters(model) and shape.layers == len(stack.layers)
+    assert shape.parameters == count_parameters(model) and shape.layers == len(layerwise.layers)
 
 
 def test_a_processor_by_its_figures() -> None:
@@ -135,8 +147,17 @@ def test_the_page_is_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_scoring_memory_by_hand() -> None:
-    shape = Shape(layers=4, width=8, vocabulary=100, parameters=1000, layer_parameters=200, head_parameters=800,
-                  itemsize=2, kept=10.0, cache=6)  # fmt: skip
+    shape = Shape(
+        layers=4,
+        width=8,
+        vocabulary=100,
+        parameters=1000,
+        layer_parameters=200,
+        head_parameters=800,
+        itemsize=2,
+        kept=10.0,
+        cache=6,
+    )
     texts: list[list[Request]] = [[Generation((1,) * 5, 7, ())] * 3]
     score, budget = ScoreConfig(decide="task_quality", tokens=50), 2**20
     parts = scoring_memory(shape, score, texts, 200, {"text": 0, "tasks": 3}, budget, "cuda")

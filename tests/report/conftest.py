@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from layerpeel import Run, peel
-from layerpeel.config import parse_config
+from layerpeel.config.reading import parse_config
+from layerpeel.run.folder import Run
+from layerpeel.run.loop import peel
 from tests.families import save_tiny
 
 HOSTILE = "</style><script>document.title='owned'</script>|`x`$\\frac$\u202e\x07<img src=x onerror=alert(1)>"
@@ -24,16 +25,28 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.jsonl").write_text(json.dumps({"text": "w5 w9 w7 w8 w4 w6 " * 12}) + "\n")
     rows = [{"prompt": f"w{5 + i} w9", "target": "w7 w8"} for i in range(4)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    peel(parse_config({
-        "teacher": str(folder / "teacher"), "output": str(folder / "run"), "stop": {"target_layers": 4},
-        "score": {"decide": "block_influence", "shortlist": {"by": "teacher_kl", "keep": 2}, "tokens": 64},
-        "tasks": [
-            {"kind": "perplexity", "name": "=ppl", "data": str(folder / "text.jsonl")},
-            {"kind": "generate", "name": HOSTILE, "data": str(folder / "rows.jsonl"), "metric": "copy"},
-        ],
-        "distill": {"text": str(folder / "text.jsonl"), "tokens_per_round": 128, "sequence_length": 16,
-                    "batch_size": 2, "last_pass": {"tokens": 96}},
-    }, "test"))  # fmt: skip
+    peel(
+        parse_config(
+            {
+                "teacher": str(folder / "teacher"),
+                "output": str(folder / "run"),
+                "stop": {"target_layers": 4},
+                "score": {"decide": "block_influence", "shortlist": {"by": "teacher_kl", "keep": 2}, "tokens": 64},
+                "tasks": [
+                    {"kind": "perplexity", "name": "=ppl", "data": str(folder / "text.jsonl")},
+                    {"kind": "generate", "name": HOSTILE, "data": str(folder / "rows.jsonl"), "metric": "copy"},
+                ],
+                "distill": {
+                    "text": str(folder / "text.jsonl"),
+                    "tokens_per_round": 128,
+                    "sequence_length": 16,
+                    "batch_size": 2,
+                    "last_pass": {"tokens": 96},
+                },
+            },
+            "test",
+        )
+    )
     return folder / "run"
 
 

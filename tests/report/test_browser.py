@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from layerpeel import Run
 from layerpeel.report.page import write_report
+from layerpeel.run.folder import Run
 
 pytestmark = pytest.mark.browser
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from layerpeel import Run
 from layerpeel.errors import InputError
 from layerpeel.report.listing import list_runs
+from layerpeel.run.folder import Run
 
 
 def test_states(run: Run, tmp_path: Path) -> None:

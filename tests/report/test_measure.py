@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerpeel import Run
 from layerpeel.report.measure import measurements, most_allocated, sample_prompts
 from layerpeel.report.page import write_report
+from layerpeel.run.folder import Run
 from tests.families import tiny_tokenizer
 from tests.report.conftest import HOSTILE
 

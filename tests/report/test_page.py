@@ -13,11 +13,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from layerpeel import Run
 from layerpeel.report import page as page_module
-from layerpeel.report.gather import aggregate_stderr, depth_rows, names_of
+from layerpeel.report.gather import depth_rows, names_of
 from layerpeel.report.page import watch, write_report
-from layerpeel.tasks.base import Evaluation, TaskScore
+from layerpeel.run.folder import Run
+from layerpeel.tasks.scores import Evaluation, TaskScore, aggregate_stderr
 from tests.report.conftest import HOSTILE
 
 VOID = {"meta", "link", "img", "wbr", "br", "input"}
@@ -65,8 +65,9 @@ def test_tables_hold_the_journals_values(run: Run) -> None:
     assert [row["=ppl"] for row in depths] == [event["evaluation"]["=ppl"]["value"] for event in events]
     importance = rows_of(folder, "importance")
     assert {(row["role"], row["metric"]) for row in importance} == {
-        ("decides", "block_influence"), ("shortlist", "teacher_kl"),
-    }  # fmt: skip
+        ("decides", "block_influence"),
+        ("shortlist", "teacher_kl"),
+    }
     for event in run.rounds:
         own = [row for row in importance if row["round"] == event["round"]]
         deciding = {str(row["layer"]): row["importance"] for row in own if row["role"] == "decides"}
@@ -122,10 +123,23 @@ def test_hostile_strings_stay_text(run: Run) -> None:
     samples = [{"source": HOSTILE, "prompt": HOSTILE, "texts": dict.fromkeys("012", HOSTILE)}]
     speed = {"ms_per_token": 1.0, "ms_per_token_least": 0.5, "ms_per_token_most": 9.0, "tokens_per_second": 2.0}
     speed["peak_memory"] = 3
-    (run.folder / "report/measurements.json").write_text(json.dumps({
-        "depths": dict.fromkeys("012", speed), "samples": samples, "machine": {"system": HOSTILE},
-        "setup": {"prompt_tokens": 1, "new_tokens": 1, "batch": 1, "repeats": 1, "device": HOSTILE, "dtype": "x"},
-    }))  # fmt: skip
+    (run.folder / "report/measurements.json").write_text(
+        json.dumps(
+            {
+                "depths": dict.fromkeys("012", speed),
+                "samples": samples,
+                "machine": {"system": HOSTILE},
+                "setup": {
+                    "prompt_tokens": 1,
+                    "new_tokens": 1,
+                    "batch": 1,
+                    "repeats": 1,
+                    "device": HOSTILE,
+                    "dtype": "x",
+                },
+            }
+        )
+    )
     text = write_report(run).read_text(encoding="utf-8")
     outline = Outline(text)
     assert [tag for tag, _ in outline.tags].count("script") == 1

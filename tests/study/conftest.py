@@ -20,10 +20,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"context": f"w{5 + i} w9", "choices": ["w7", "w8"], "answer": i % 2} for i in range(6)]
     (folder / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {
-        "teacher": "teacher", "output": "unused", "stop": {"target_layers": 5},
+        "teacher": "teacher",
+        "output": "unused",
+        "stop": {"target_layers": 5},
         "score": {"decide": "task_quality", "shortlist": {"by": "teacher_kl", "keep": 2}, "tokens": 32},
         "tasks": [{"kind": "choice", "data": "choice.jsonl"}, {"kind": "perplexity", "data": "text.jsonl"}],
         "distill": {"text": "text.jsonl", "sequence_length": 16, "batch_size": 2},
-    }  # fmt: skip
+    }
     (folder / "base.yaml").write_text(yaml.safe_dump(config))
     return folder / "base.yaml"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from layerpeel.report.figures import save
+from layerpeel.report.style import save
 from layerpeel.study import charts
 
 
@@ -34,12 +34,19 @@ FIGURES = {
     ),
     "layers": (
         lambda: charts.draw_layers(
-            rows(5, variant="a", metric="m", relative_depth=lambda i: i / 4, lost_ci=None, removed_in=0.0,
-                 lost=lambda i: [-0.02, 0, 0.01, 0.1, 0.5][i])
+            rows(
+                5,
+                variant="a",
+                metric="m",
+                relative_depth=lambda i: i / 4,
+                lost_ci=None,
+                removed_in=0.0,
+                lost=lambda i: [-0.02, 0, 0.01, 0.1, 0.5][i],
+            )
         ),
         ["−2", "−1", "0", "1", "10", "50"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -52,10 +59,15 @@ def test_logarithmic_axes_are_labelled_in_plain_numbers(name: str, tmp_path: Pat
 
 def test_lines_of_many_variants_differ_and_are_named_whole() -> None:
     names = [f"single pass block influence, untrained {i}" for i in range(12)]
-    made = [row | {"variant": name, "removed": removed, "parameters": 10 - removed}
-            for name in names for removed in range(2) for row in rows(1)]  # fmt: skip
+    made = [
+        row | {"variant": name, "removed": removed, "parameters": 10 - removed}
+        for name in names
+        for removed in range(2)
+        for row in rows(1)
+    ]
     figure: Figure = charts.draw_depths(made, dict.fromkeys(names, "1 seed"))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"{name} (1 seed)" for name in names]
-    looks = [(c.lines[0].get_color(), c.lines[0].get_marker(), c.lines[0].get_linestyle())
-             for c in figure.axes[0].containers]  # fmt: skip
+    looks = [
+        (c.lines[0].get_color(), c.lines[0].get_marker(), c.lines[0].get_linestyle()) for c in figure.axes[0].containers
+    ]
     assert len(set(looks)) == 12 and len({(colour, style) for colour, _, style in looks}) == 12

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from layerpeel.errors import InputError
-from layerpeel.journal import Run
 from layerpeel.report.tables import Cell, Table
-from layerpeel.study import run_study
+from layerpeel.run.folder import Run
 from layerpeel.study.rankings import Rankings, kendall_tau
 from layerpeel.study.results import interval
 from layerpeel.study.tables import markdown
+from layerpeel.study.writing import run_study
 
 
 def test_an_interval_is_that_of_students_t() -> None:

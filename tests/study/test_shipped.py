@@ -10,13 +10,18 @@ from typing import Any
 import pytest
 import yaml
 
-from layerpeel.study import Study, run_study
+from layerpeel.study.writing import Study, run_study
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
 SEVEN = {
-    "baseline", "loss-ablation", "single-pass-vs-iterative", "kl-scale", "dataset-sensitivity", "architectures",
+    "baseline",
+    "loss-ablation",
+    "single-pass-vs-iterative",
+    "kl-scale",
+    "dataset-sensitivity",
+    "architectures",
     "cost-benefit",
-}  # fmt: skip
+}
 
 
 def tiny(path: Path, base: Path, output: Path, *overrides: str) -> Study:

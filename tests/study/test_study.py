@@ -9,20 +9,27 @@ from typing import Any
 import pytest
 import yaml
 
-from layerpeel import Run
 from layerpeel.errors import InputError, RunError
 from layerpeel.report import gather
-from layerpeel.study import load_study, run_study
+from layerpeel.run.folder import Run
+from layerpeel.study.file import load_study
+from layerpeel.study.writing import run_study
 
 
 @pytest.fixture
 def study(base: Path, tmp_path: Path) -> Path:
     """Two variants, two seeds, one layer, no training."""
-    return write(tmp_path, {
-        "base": str(base), "output": str(tmp_path / "out"), "remove": 1,
-        "variants": {"by KL": {"score.decide": "teacher_kl", "score.shortlist": None}, "by tasks": {}},
-        "set": {"distill.tokens_per_round": 0}, "seeds": [0, 1],
-    })  # fmt: skip
+    return write(
+        tmp_path,
+        {
+            "base": str(base),
+            "output": str(tmp_path / "out"),
+            "remove": 1,
+            "variants": {"by KL": {"score.decide": "teacher_kl", "score.shortlist": None}, "by tasks": {}},
+            "set": {"distill.tokens_per_round": 0},
+            "seeds": [0, 1],
+        },
+    )
 
 
 def write(folder: Path, raw: dict[str, Any]) -> Path:
@@ -62,14 +69,17 @@ def test_a_teacher_is_measured_once_and_a_study_goes_on_where_it_stopped(
 
 
 def test_runs_that_score_alike_score_once(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layerpeel import loop
+    from layerpeel.run import loop
 
     scored, score = [], loop.score_candidates
     monkeypatch.setattr(loop, "score_candidates", lambda *a: scored.append(1) or score(*a))
     variants = {
-        "one": {}, "other losses": {"distill.losses": {"kl": {}}}, "every second": {"score.every": 2},
-        "other tokens": {"score.tokens": 16}, "healed": {"score.heal": {"keep": 2, "steps": 1}},
-    }  # fmt: skip
+        "one": {},
+        "other losses": {"distill.losses": {"kl": {}}},
+        "every second": {"score.every": 2},
+        "other tokens": {"score.tokens": 16},
+        "healed": {"score.heal": {"keep": 2, "steps": 1}},
+    }
     raw = yaml.safe_load(study.read_text()) | {"variants": variants, "seeds": [0]}
     raw["set"]["distill.tokens_per_round"] = 64
     run_study(write(tmp_path, raw))

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from layerpeel.config import TaskConfig
+from layerpeel.config.run import TaskConfig
 from layerpeel.errors import InputError
-from layerpeel.tasks import Task, TaskScore, make_tasks
-from layerpeel.tasks.base import Likelihood
+from layerpeel.inference.requests import Likelihood
+from layerpeel.tasks.base import Task
+from layerpeel.tasks.registry import make_tasks
+from layerpeel.tasks.scores import TaskScore
 from tests.families import byte_tokenizer
 
 MakeTask = Callable[..., Any]

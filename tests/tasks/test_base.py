@@ -10,8 +10,9 @@ import datasets
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from layerpeel.tasks import Evaluation, TaskScore
-from layerpeel.tasks.base import encode_pair, fill
+from layerpeel.inference.encoding import encode_pair
+from layerpeel.tasks.scores import Evaluation, TaskScore
+from layerpeel.tasks.templates import fill
 from tests.tasks.conftest import MakeTask, asked_of, said, task_of
 
 ROW = {"q": "Why?", "choices": ["x", "y"], "deep": {"text": ["a", "b"]}, "n": 3}
@@ -36,10 +37,13 @@ def test_templates(template: str, text: str) -> None:
         ("{question}", "here: no column 'question'", "columns there: q, choices, deep, n"),
         ("{choices[2]}", "here: column 'choices' has no '2'", "it holds \"['x', 'y']\""),
         ("{deep[label]}", "here: column 'deep' has no 'label'", "it holds \"{'text': ['a', 'b']}\""),
-        ("{q.upper}", "here: the template has '{q.upper}', but templates read columns and entries, not attributes",
-         "as in {question} or {choices[0]}"),
+        (
+            "{q.upper}",
+            "here: the template has '{q.upper}', but templates read columns and entries, not attributes",
+            "as in {question} or {choices[0]}",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_said_of_a_template(template: str, message: str, hint: str) -> None:
     assert said(lambda: fill(template, ROW, "here")) == (message, hint)
 

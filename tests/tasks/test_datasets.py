@@ -9,9 +9,9 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from layerpeel.config import load_config
-from layerpeel.losses import LossSum
-from layerpeel.tasks import make_tasks
+from layerpeel.config.reading import load_config
+from layerpeel.losses.loss_sum import LossSum
+from layerpeel.tasks.registry import make_tasks
 from tests.tasks.conftest import asked_of, score_of, task_of
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper-qwen2.5-3b.yaml"

@@ -11,11 +11,12 @@ import pytest
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from layerpeel.models import load_model
-from layerpeel.stack import Stack
-from layerpeel.surgery import remove_layers
-from layerpeel.tasks import Task
-from layerpeel.tasks.answering import Engine, score_tasks
+from layerpeel.inference.engine import Engine
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.model.loading import load_model
+from layerpeel.model.surgery import remove_layers
+from layerpeel.tasks.base import Task
+from layerpeel.tasks.evaluation import score_tasks
 from tests.families import save_tiny, tiny_tokenizer
 from tests.tasks.conftest import said, task_of
 
@@ -24,19 +25,42 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROWS = [{"q": f"w{5 + i} w{9 + i} w7", "a": f"w{4 + i}", "b": f"w{20 + i} w3", "gold": i % 2} for i in range(12)]
 KINDS: dict[str, dict[str, Any]] = {
-    "chosen": {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_target": "gold",
-               "doc_to_choice": "{{[a, b]}}", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]},
-    "shown": {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_target": "gold", "num_fewshot": 3,
-              "doc_to_choice": "{{[a, b]}}", "metric_list": [{"metric": "acc"}], "fewshot_split": "train"},
-    "continued": {"output_type": "loglikelihood", "doc_to_text": "{{q}}", "doc_to_target": "{{b}}",
-                  "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}]},
-    "rolled": {"output_type": "loglikelihood_rolling", "doc_to_text": "",
-               "doc_to_target": "{{(q + ' ' + a + ' ') * 20}}",
-               "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}]},
-    "written": {"output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{a}}",
-                "generation_kwargs": {"until": ["w8 "], "max_gen_toks": 6, "do_sample": False},
-                "metric_list": [{"metric": "exact_match"}]},
-}  # fmt: skip
+    "chosen": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "gold",
+        "doc_to_choice": "{{[a, b]}}",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "shown": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "gold",
+        "num_fewshot": 3,
+        "doc_to_choice": "{{[a, b]}}",
+        "metric_list": [{"metric": "acc"}],
+        "fewshot_split": "train",
+    },
+    "continued": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{b}}",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    },
+    "rolled": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{(q + ' ' + a + ' ') * 20}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+    "written": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"until": ["w8 "], "max_gen_toks": 6, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +81,11 @@ def folder(tmp_path: Path) -> Path:
     for name, kind in KINDS.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | common | kind))
     for name, weighted in (("both", True), ("halves", False)):
-        group = {"group": name, "task": ["chosen", "shown"],
-                 "aggregate_metric_list": [{"metric": "acc", "weight_by_size": weighted}]}  # fmt: skip
+        group = {
+            "group": name,
+            "task": ["chosen", "shown"],
+            "aggregate_metric_list": [{"metric": "acc", "weight_by_size": weighted}],
+        }
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(group))
     return tmp_path
 
@@ -76,14 +103,24 @@ def theirs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str
 
 def ours(model: PreTrainedModel, tokenizer: Any, task: Task, candidates: list[int]) -> list[Any]:
     task.check()
-    return [scores[task.name] for scores in score_tasks(Engine(Stack(model), tokenizer, candidates), [task])]
+    return [scores[task.name] for scores in score_tasks(Engine(LayerwiseModel(model), tokenizer, candidates), [task])]
 
 
-@pytest.mark.parametrize(("name", "metric"), [
-    ("chosen", "acc"), ("chosen", "acc_norm"), ("shown", "acc"), ("continued", "perplexity"), ("continued", "acc"),
-    ("rolled", "word_perplexity"), ("rolled", "bits_per_byte"), ("written", "exact_match"), ("both", "acc"),
-    ("halves", "acc"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [
+        ("chosen", "acc"),
+        ("chosen", "acc_norm"),
+        ("shown", "acc"),
+        ("continued", "perplexity"),
+        ("continued", "acc"),
+        ("rolled", "word_perplexity"),
+        ("rolled", "bits_per_byte"),
+        ("written", "exact_match"),
+        ("both", "acc"),
+        ("halves", "acc"),
+    ],
+)
 def test_every_kind_of_task_scores_as_the_harness_does(tiny: Any, folder: Path, name: str, metric: str) -> None:
     model, tokenizer = tiny
     task = task_of(kind="harness", name="t", task=name, include_path=str(folder), metric=metric)
@@ -134,9 +171,13 @@ def test_what_is_said_of_harness_tasks(folder: Path) -> None:
         and "absent.jsonl" in message
     )
     drawn = KINDS["written"] | {"generation_kwargs": {"until": ["w8"], "do_sample": True, "temperature": 1.0}}
-    (folder / "drawn.yaml").write_text(yaml.safe_dump(
-        {k: v for k, v in broken.items() if k.startswith(("dataset", "valid"))} | drawn | {
-            "task": "drawn", "dataset_kwargs": {"data_files": {"train": str(folder / "rows.jsonl")}}}))  # fmt: skip
+    (folder / "drawn.yaml").write_text(
+        yaml.safe_dump(
+            {k: v for k, v in broken.items() if k.startswith(("dataset", "valid"))}
+            | drawn
+            | {"task": "drawn", "dataset_kwargs": {"data_files": {"train": str(folder / "rows.jsonl")}}}
+        )
+    )
     assert (
         of(task=str(folder / "drawn.yaml"))[0]
         == f"task t: {folder / 'drawn.yaml'}: drawn draws samples; answers here are greedy"

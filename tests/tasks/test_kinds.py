@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from layerpeel.tasks.base import Generation, LogLikelihood
+from layerpeel.inference.requests import Generation, LogLikelihood
 from layerpeel.tasks.generate import text_score
 from tests.tasks.conftest import MakeTask, asked_of, said, score_of, task_of
 

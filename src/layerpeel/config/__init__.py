@@ -1,5 +1,9 @@
 """A run's config: what it holds, and how it is read."""
 
+from __future__ import annotations
+
+from layerpeel.config.distill import DistillConfig, LastPassConfig, LossConfig
+from layerpeel.config.fields import Section, TextConfig
 from layerpeel.config.reading import (
     describe,
     load_config,
@@ -9,21 +13,8 @@ from layerpeel.config.reading import (
     resolve_paths,
     sections_in,
 )
-from layerpeel.config.sections import (
-    DistillConfig,
-    HealConfig,
-    LastPassConfig,
-    LossConfig,
-    ProtectConfig,
-    RaceConfig,
-    RunConfig,
-    ScoreConfig,
-    Section,
-    ShortlistConfig,
-    StopConfig,
-    TaskConfig,
-    TextConfig,
-)
+from layerpeel.config.run import RunConfig, StopConfig, TaskConfig
+from layerpeel.config.score import HealConfig, ProtectConfig, RaceConfig, ScoreConfig, ShortlistConfig
 
 __all__ = [
     "DistillConfig",

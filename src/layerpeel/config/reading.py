@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from layerpeel.config.sections import RunConfig
+from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError, nearest, reason_of
 
 MOST_VALUES = 100_000  # in a config

@@ -1,7 +1,7 @@
 """Documents to rows of tokens, and rows to batches.
 
 Documents that share a row are kept apart: a token attends to its own document only, and positions begin at 0 in each.
-`positions_of` is all that a model needs for it (see `Stack.runs_packed`).
+`positions_of` is all that a model needs for it (see `LayerwiseModel.runs_packed`).
 
 Shapes: N rows, B batch, T tokens.
 """
@@ -14,104 +14,16 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.config import TextConfig
+from layerpeel.config.fields import TextConfig
 from layerpeel.data.documents import Document, mix_documents, write_chat
+from layerpeel.data.rows import Rows, TokenRow
 from layerpeel.errors import InputError
 
 DOCUMENTS_PER_CALL = 512
 # Rows that wait for documents that fit: more of them leave less room unused, and read further ahead.
 OPEN_ROWS = 64
-
-TokenRow = list[Tensor]  # the documents of a row, int32: lists of ints would take nine times the room
-
-
-class Rows:
-    """Rows of tokens, right-padded.
-
-    Attributes:
-        input_ids: [N, T] token ids.
-        mask: [N, T] of bool, True at real tokens.
-        document: [N, T], which document of its row a token belongs to: 0, 1, 2, ...; padding goes with the last.
-    """
-
-    def __init__(self, input_ids: Tensor, mask: Tensor, document: Tensor | None = None) -> None:
-        """One document a row, if `document` does not say otherwise."""
-        self.input_ids, self.mask = input_ids, mask
-        self.document = torch.zeros(1, 1).int().expand(input_ids.shape) if document is None else document
-
-    @classmethod
-    def of(cls, rows: Sequence[TokenRow], length: int, padding: int) -> Rows:
-        """Rows of documents; `length` tokens hold all documents of any row."""
-        input_ids = torch.full((len(rows), length), padding, dtype=torch.int32)
-        mask = torch.zeros(len(rows), length, dtype=torch.bool)
-        document = torch.zeros(len(rows), length, dtype=torch.int32)
-        for index, row in enumerate(rows):
-            start = 0
-            for number, ids in enumerate(row):
-                input_ids[index, start : start + len(ids)] = ids
-                document[index, start:] = number
-                start += len(ids)
-            mask[index, :start] = True
-        return cls(input_ids, mask, document)
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def take(self, indices: Tensor) -> dict[str, Tensor]:
-        """A batch of rows: `input_ids`, `attention_mask` and `document`, each [B, T] of int64."""
-        return {
-            "input_ids": self.input_ids[indices].long(),
-            "attention_mask": self.mask[indices].long(),
-            "document": self.document[indices].long(),
-        }
-
-    def unpacked(self) -> Rows:
-        """The same documents, each in a row of its own."""
-        rows = [
-            [ids[mask & (document == number)]]
-            for ids, mask, document in zip(self.input_ids, self.mask, self.document, strict=True)
-            for number in document.unique()
-        ]
-        return Rows.of(rows, self.input_ids.shape[1], 0)
-
-
-def positions_of(document: Tensor | None) -> Tensor | None:
-    """The place of each token in its document, counted from 0: what keeps documents of one row apart.
-
-    Models that build their masks from positions let no token attend across a place where they begin again. Such a mask
-    is dense, [B, T, T], so kernels that need none (flash attention's causal one) are not used; hence None where
-    there is nothing to keep apart.
-
-    Args:
-        document: [B, T], as in `Rows`.
-
-    Returns:
-        [B, T] of int64; None if no row holds more than one document.
-    """
-    if document is None or bool((document == document[:, :1]).all()):
-        return None
-    place = torch.arange(document.shape[1], device=document.device).expand_as(document)
-    begins = functional.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)
-    return place - torch.where(begins, place, 0).cummax(dim=1).values
-
-
-def labels_within(document: Tensor, mask: Tensor) -> Tensor:
-    """Where the next token is a real one of the same document, so that it can be a label (cross-entropy).
-
-    A distillation loss needs no such mask: it compares two distributions given the same context, also at the last
-    token of a document.
-
-    Args:
-        document: [B, T], as in `Rows`.
-        mask: [B, T] of bool, True at real tokens.
-
-    Returns:
-        [B, T] of bool; False at the last token of each row.
-    """
-    return functional.pad((document[:, 1:] == document[:, :-1]) & mask[:, 1:], (0, 1))
 
 
 def load_rows(

@@ -8,12 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.config import TextConfig
+from layerpeel.config.fields import TextConfig
 from layerpeel.data.reading import Row, column_of, read_rows, text_of
 from layerpeel.errors import InputError
 
 Messages = list[dict[str, Any]]
 Document = str | Messages  # a text, or a chat
+
 
 TEXT, MESSAGES = "text", "messages"  # the columns that are looked for where none is named
 

@@ -20,6 +20,7 @@ from layerpeel.errors import InputError
 
 Row = dict[str, Any]
 
+
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 TABLES = {".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 READABLE = (".txt", ".jsonl", *TABLES)

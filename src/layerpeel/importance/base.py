@@ -15,15 +15,16 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.budget import Budget
-from layerpeel.config import ScoreConfig
-from layerpeel.data import Rows, positions_of
-from layerpeel.interrupts import stop_if_asked
-from layerpeel.progress import progress
-from layerpeel.stack import Stack
-from layerpeel.tasks import Task
-from layerpeel.tasks.base import Evaluation, Request
-from layerpeel.tasks.store import AnswerStore
+from layerpeel.config.score import ScoreConfig
+from layerpeel.data.rows import Rows, positions_of
+from layerpeel.inference.answer_cache import AnswerCache
+from layerpeel.inference.budget import Budget
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.inference.requests import Request
+from layerpeel.processes.interrupts import stop_if_asked
+from layerpeel.processes.progress import progress
+from layerpeel.tasks.base import Task
+from layerpeel.tasks.scores import Evaluation
 
 
 @dataclass
@@ -43,8 +44,8 @@ class ScoringInputs:
         store: answers of a scoring that was interrupted.
     """
 
-    student: Stack
-    teacher: Stack
+    student: LayerwiseModel
+    teacher: LayerwiseModel
     tokenizer: PreTrainedTokenizerBase
     candidates: Sequence[int]
     text: Rows | None = None
@@ -52,7 +53,7 @@ class ScoringInputs:
     reference: Evaluation | None = None
     aggregate: str = "mean"
     config: ScoreConfig = field(default_factory=ScoreConfig)
-    store: AnswerStore | None = None
+    answer_cache: AnswerCache | None = None
 
     def among(self, candidates: Sequence[int]) -> ScoringInputs:
         """The same with other candidates: what is left of the budget, and samples that have been made, stay."""
@@ -72,7 +73,7 @@ class ScoringInputs:
 
 
 @dataclass
-class Findings:
+class MetricResult:
     """What a metric found, by position.
 
     Attributes:
@@ -95,17 +96,17 @@ class Metric(ABC):
     skips: bool = True
 
     @abstractmethod
-    def score(self, inputs: ScoringInputs) -> Findings:
+    def score(self, inputs: ScoringInputs) -> MetricResult:
         """Scores each candidate position."""
 
 
-def _kept(store: AnswerStore | None, asked: tuple[Any, ...], measure: Callable[[], Tensor]) -> Tensor:
+def _kept(answer_cache: AnswerCache | None, asked: tuple[Any, ...], measure: Callable[[], Tensor]) -> Tensor:
     """What `measure` gives, or gave before the scoring was interrupted."""
-    if store is not None and (found := store.find_value(*asked)):
+    if answer_cache is not None and (found := answer_cache.find_value(*asked)):
         return torch.tensor(found, dtype=torch.float64)
     part = measure().double().cpu()
-    if store is not None:
-        store.keep_value(part.tolist(), *asked)
+    if answer_cache is not None:
+        answer_cache.keep_value(part.tolist(), *asked)
     return part
 
 
@@ -139,9 +140,10 @@ def mean_over_text(
             positions = positions_of(here["document"])
             try:
                 part = _kept(
-                    inputs.store, asked,
+                    inputs.answer_cache,
+                    asked,
                     lambda: measure(here["input_ids"], here["attention_mask"].bool(), positions),  # noqa: B023
-                )  # fmt: skip
+                )
             except Exception as error:
                 inputs.budget.shrink(error, inputs.student, streams, width)
                 continue

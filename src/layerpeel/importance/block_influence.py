@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from layerpeel.importance.base import Findings, Metric, ScoringInputs, mean_over_text
+from layerpeel.importance.base import Metric, MetricResult, ScoringInputs, mean_over_text
 
 
 class BlockInfluence(Metric):
@@ -15,16 +15,16 @@ class BlockInfluence(Metric):
     needs = frozenset({"text"})
     skips = False
 
-    def score(self, inputs: ScoringInputs) -> Findings:
+    def score(self, inputs: ScoringInputs) -> MetricResult:
         def measure(input_ids: Tensor, mask: Tensor, positions: Tensor | None) -> Tensor:
             turned = torch.zeros(len(inputs.student.layers), dtype=torch.float64)
 
-            def watch(position: int, before: Tensor, after: Tensor) -> None:
+            def hook(position: int, before: Tensor, after: Tensor) -> None:
                 cosine = functional.cosine_similarity(before[mask].float(), after[mask].float(), dim=-1)
                 turned[position] = (1 - cosine).double().sum().cpu()
 
-            inputs.student.walk(input_ids, watch=watch, positions=positions)
+            inputs.student.forward_with_skips(input_ids, hook=hook, positions=positions)
             return turned
 
         means = mean_over_text(inputs, 1, measure, "scoring by block_influence")
-        return Findings({position: means[position] for position in inputs.candidates})
+        return MetricResult({position: means[position] for position in inputs.candidates})

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from layerpeel.budget import bytes_of_token
 from layerpeel.importance.base import ScoringInputs
 from layerpeel.importance.metrics import make_metric
 from layerpeel.importance.work import work_of
-from layerpeel.stack import Stack
+from layerpeel.inference.budget import bytes_of_token
+from layerpeel.inference.layerwise import LayerwiseModel
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,18 @@ def estimate(inputs: ScoringInputs) -> list[Estimate]:
 
 
 @torch.no_grad()
-def _time_a_token(stack: Stack) -> tuple[float, float]:
+def _time_a_token(layerwise: LayerwiseModel) -> tuple[float, float]:
     """Seconds for a token in a layer, and in the head."""
-    rows = min(256, stack.logit_rows())
-    hidden, arguments = stack.begin(torch.zeros(4, 128, dtype=torch.long))
+    rows = min(256, layerwise.logit_rows())
+    hidden, arguments = layerwise.begin(torch.zeros(4, 128, dtype=torch.long))
     few = hidden.flatten(0, 1)[:rows]
     times: list[tuple[float, float]] = []
-    with stack.resident(0):
+    with layerwise.weights_loaded(0):
         for _ in range(3):
             started = time.perf_counter()
-            stack.layer(0, hidden, arguments[0])
+            layerwise.layer(0, hidden, arguments[0])
             between = time.perf_counter()
-            stack.logits(few).logsumexp(-1).sum().item()
+            layerwise.logits(few).logsumexp(-1).sum().item()
             times.append((between - started, time.perf_counter() - between))
     layers, heads = zip(*times, strict=True)
     return min(layers) / 512, min(heads) / rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerpeel.config import ScoreConfig
+from layerpeel.config.score import ScoreConfig
 from layerpeel.errors import InputError, reason_of, resolve_class
 from layerpeel.importance.base import Metric
 from layerpeel.importance.block_influence import BlockInfluence

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerpeel.tasks.base import Evaluation
+from layerpeel.tasks.scores import Evaluation
 
 
 @dataclass

@@ -7,13 +7,16 @@ import random
 from collections.abc import Sequence
 from statistics import NormalDist
 
-from layerpeel.config import RaceConfig
-from layerpeel.importance.base import Findings, Metric, ScoringInputs
-from layerpeel.tasks.answering import Engine, answer_samples, len_of
-from layerpeel.tasks.base import Answer, Evaluation
+from layerpeel.config.score import RaceConfig
+from layerpeel.importance.base import Metric, MetricResult, ScoringInputs
+from layerpeel.inference.engine import Engine
+from layerpeel.inference.requests import Answer, len_of
+from layerpeel.tasks.evaluation import answer_samples
+from layerpeel.tasks.scores import Evaluation
 
 LEAST_SAMPLES = 16
 GROWTH = 1.5  # of the tokens, from one comparison in a race to the next
+
 
 Answered = dict[str, dict[int, list[Answer]]]  # by task and sample
 Counts = dict[str, int]  # of samples, by task
@@ -30,16 +33,18 @@ class TaskQuality(Metric):
 
     needs = frozenset({"tasks"})
 
-    def score(self, inputs: ScoringInputs) -> Findings:
+    def score(self, inputs: ScoringInputs) -> MetricResult:
         samples = inputs.samples
         orders = {name: _order(len(own), name) for name, own in samples.items()}
         whole = {name: len(own) for name, own in samples.items()}
         alive = list(inputs.candidates)
         answered: dict[int | None, Answered] = {stream: {name: {} for name in samples} for stream in (None, *alive)}
-        findings = Findings({})
+        findings = MetricResult({})
         taken, wanted = dict.fromkeys(samples, 0), _first(inputs.config.race, whole)
         while True:
-            engine = Engine(inputs.student, inputs.tokenizer, alive, budget=inputs.budget, store=inputs.store)
+            engine = Engine(
+                inputs.student, inputs.tokenizer, alive, budget=inputs.budget, answer_cache=inputs.answer_cache
+            )
             for task in inputs.tasks:
                 own = samples[task.name]
                 if new := sorted(orders[task.name][taken[task.name] : wanted[task.name]]):
@@ -61,7 +66,7 @@ class TaskQuality(Metric):
             wanted = _next(inputs, [evaluations[position] for position in alive], taken)
 
 
-def _record(findings: Findings, inputs: ScoringInputs, evaluations: dict[int | None, Evaluation]) -> None:
+def _record(findings: MetricResult, inputs: ScoringInputs, evaluations: dict[int | None, Evaluation]) -> None:
     """The importance of each candidate that was evaluated, with its paired error."""
     whole = evaluations[None]
     reference = inputs.reference or whole
@@ -74,7 +79,7 @@ def _record(findings: Findings, inputs: ScoringInputs, evaluations: dict[int | N
 
 
 def _survivors(
-    findings: Findings,
+    findings: MetricResult,
     inputs: ScoringInputs,
     evaluations: dict[int | None, Evaluation],
     alive: list[int],

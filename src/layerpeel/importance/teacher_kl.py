@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from layerpeel.importance.base import Findings, Metric, ScoringInputs, mean_over_text
-from layerpeel.stack import Stack
+from layerpeel.importance.base import Metric, MetricResult, ScoringInputs, mean_over_text
+from layerpeel.inference.layerwise import LayerwiseModel
 
 
 class TeacherKL(Metric):
@@ -19,18 +19,18 @@ class TeacherKL(Metric):
     needs = frozenset({"text"})
 
     @torch.no_grad()
-    def score(self, inputs: ScoringInputs) -> Findings:
+    def score(self, inputs: ScoringInputs) -> MetricResult:
         def measure(input_ids: Tensor, mask: Tensor, positions: Tensor | None) -> Tensor:
-            streams = inputs.student.walk(input_ids, inputs.candidates, positions=positions)[:, mask]
+            streams = inputs.student.forward_with_skips(input_ids, inputs.candidates, positions=positions)[:, mask]
             alone = inputs.teacher is inputs.student
-            target = streams[0] if alone else inputs.teacher.walk(input_ids, positions=positions)[0][mask]
+            target = streams[0] if alone else inputs.teacher.forward_with_skips(input_ids, positions=positions)[0][mask]
             return _divergence(inputs.teacher, target, inputs.student, streams)
 
         own, *skipped = mean_over_text(inputs, 1 + len(inputs.candidates), measure, "scoring by teacher_kl")
-        return Findings({position: mean - own for position, mean in zip(inputs.candidates, skipped, strict=True)})
+        return MetricResult({position: mean - own for position, mean in zip(inputs.candidates, skipped, strict=True)})
 
 
-def _divergence(teacher: Stack, target: Tensor, student: Stack, streams: Tensor) -> Tensor:
+def _divergence(teacher: LayerwiseModel, target: Tensor, student: LayerwiseModel, streams: Tensor) -> Tensor:
     """Sum over N positions of the KL of [S, N, D] hidden states to [N, D] of the teacher's: [S]."""
     total = torch.zeros(len(streams), dtype=torch.float64, device=streams.device)
     rows = teacher.logit_rows(streams=3)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layerpeel.importance.base import Metric, ScoringInputs
-from layerpeel.tasks.base import Generation, LogLikelihood, Request
+from layerpeel.inference.requests import Generation, LogLikelihood, Request
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,10 @@ def work_of(metric: Metric, inputs: ScoringInputs, candidates: Sequence[int]) ->
     """Counts what a metric asks of a student with some candidates."""
     samples = inputs.samples.values() if "tasks" in metric.needs else ()
     return count_work(
-        metric, len(inputs.student.layers), candidates, int(inputs.text.mask.sum()) if inputs.text else 0,
+        metric,
+        len(inputs.student.layers),
+        candidates,
+        int(inputs.text.mask.sum()) if inputs.text else 0,
         [request for task in samples for own in task for request in own],
         0 if inputs.teacher is inputs.student else len(inputs.teacher.layers),
-    )  # fmt: skip
+    )

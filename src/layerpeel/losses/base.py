@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from layerpeel.stack import Stack
+from layerpeel.inference.layerwise import LayerwiseModel
 
 NO_LABEL = -100
 
@@ -35,8 +35,8 @@ class StepOutputs:
     teacher_hidden: Mapping[int, Tensor]
     mask: Tensor
     labels: Tensor
-    student_head: Stack
-    teacher_head: Stack
+    student_head: LayerwiseModel
+    teacher_head: LayerwiseModel
     step_tokens: int
     step_labels: int
     micro_batches: int

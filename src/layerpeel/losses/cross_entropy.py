@@ -20,9 +20,9 @@ class CrossEntropy(LogitLoss):
         target = labels.clamp_min(0)[:, None]
         logs = student.log_softmax(-1)
         value = -(logs.gather(-1, target)[:, 0] * known).sum()
-        slope = logs.exp_()
-        slope.scatter_add_(-1, target, slope.new_full(target.shape, -1.0))
-        return value, slope.mul_(known[:, None])
+        grad_logits = logs.exp_()
+        grad_logits.scatter_add_(-1, target, grad_logits.new_full(target.shape, -1.0))
+        return value, grad_logits.mul_(known[:, None])
 
     def step_count(self, outputs: StepOutputs) -> int:
         return outputs.step_labels

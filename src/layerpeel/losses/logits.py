@@ -16,8 +16,8 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from layerpeel.head import Heads
 from layerpeel.losses.base import Loss, StepOutputs
+from layerpeel.losses.head import Heads
 
 BYTES_IN_CACHE = 4 * 2**20  # of one of the tensors that a loss makes of some rows of logits
 
@@ -74,8 +74,8 @@ class Divergence(LogitLoss):
         t = self.temperature
         if t != 1:
             student, teacher = student / t, teacher / t
-        value, slope = self.between(student.log_softmax(-1), teacher.log_softmax(-1))
-        return value * t**2, slope.mul_(t)
+        value, grad_logits = self.between(student.log_softmax(-1), teacher.log_softmax(-1))
+        return value * t**2, grad_logits.mul_(t)
 
 
 def sweep(losses: Sequence[LogitLoss], weights: Sequence[float], outputs: StepOutputs) -> tuple[Tensor, Tensor]:
@@ -90,17 +90,30 @@ def sweep(losses: Sequence[LogitLoss], weights: Sequence[float], outputs: StepOu
     trained = {name: parameter for name, parameter in head.named_parameters() if parameter.requires_grad}
     mask = outputs.mask
     return _Sweep.apply(  # type: ignore[no-untyped-call, no-any-return]
-        losses, weights, outputs, outputs.labels[mask], outputs.teacher_final[mask], list(trained),
-        outputs.student_final[mask], *trained.values(),
-    )  # fmt: skip
+        losses,
+        weights,
+        outputs,
+        outputs.labels[mask],
+        outputs.teacher_final[mask],
+        list(trained),
+        outputs.student_final[mask],
+        *trained.values(),
+    )
 
 
 class _Sweep(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, losses: Sequence[LogitLoss], weights: Sequence[float], outputs: StepOutputs, labels: Tensor,
-        teacher: Tensor, trained: list[str], student: Tensor, *_: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        losses: Sequence[LogitLoss],
+        weights: Sequence[float],
+        outputs: StepOutputs,
+        labels: Tensor,
+        teacher: Tensor,
+        trained: list[str],
+        student: Tensor,
+        *_: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         shares = torch.tensor([loss.share(outputs) for loss in losses], device=student.device)
         weighted = torch.tensor(weights, device=student.device)
         factors = (shares * weighted).tolist()
@@ -116,7 +129,9 @@ class _Sweep(torch.autograd.Function):
                 read = own[:0] if target is None else target[few]
                 measured = [loss.measure(own[few], read, labels[chunk][few]) for loss in losses]
                 parts += torch.stack([value for value, _ in measured]) * shares
-                own[few] = sum(slope.mul_(factor) for (_, slope), factor in zip(measured, factors, strict=True))
+                own[few] = sum(
+                    grad_logits.mul_(factor) for (_, grad_logits), factor in zip(measured, factors, strict=True)
+                )
             if gradient is not None:
                 gradient[chunk] = heads.backward(own)
         ctx.gradients = [gradient, *(heads.gradients[name] for name in trained)]

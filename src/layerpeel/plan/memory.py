@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 
-from layerpeel.budget import bytes_of_token
-from layerpeel.config import DistillConfig, ScoreConfig
+from layerpeel.config.distill import DistillConfig
+from layerpeel.config.score import ScoreConfig
+from layerpeel.inference.budget import bytes_of_token
+from layerpeel.inference.layerwise import logit_rows_at_a_time, tokens_per_call
+from layerpeel.inference.requests import Generation, LogLikelihood, Request
 from layerpeel.losses.logits import BYTES_IN_CACHE
 from layerpeel.plan.shape import Shape
-from layerpeel.stack import logit_rows_at_a_time, tokens_per_call
-from layerpeel.tasks.base import Generation, LogLikelihood, Request
 
 STATES = 12  # hidden states [B, T, D] in fp32: final ones of both models, those compared, their copies and gradients
 LOGIT_TENSORS = 5  # of the size of a chunk of logits, in fp32, that a divergence makes of them
@@ -75,9 +76,14 @@ def logit_bytes(shape: Shape, device: str) -> float:
 
 
 def scoring_memory(
-    shape: Shape, score: ScoreConfig, requests: Sequence[Sequence[Request]], trained: int, streams: Mapping[str, int],
-    budget: int, device: str,
-) -> dict[str, float]:  # fmt: skip
+    shape: Shape,
+    score: ScoreConfig,
+    requests: Sequence[Sequence[Request]],
+    trained: int,
+    streams: Mapping[str, int],
+    budget: int,
+    device: str,
+) -> dict[str, float]:
     """While the student is scored.
 
     Args:

@@ -14,13 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from layerpeel.architecture import find_architecture, text_config
-from layerpeel.calls import replaced_forward
-from layerpeel.expressible import rewrite_config
-from layerpeel.models import count_parameters
-from layerpeel.stack import Stack
-from layerpeel.student import Student
-from layerpeel.surgery import Depth
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.model.architecture import count_parameters, find_architecture
+from layerpeel.model.config_fields import rewrite_config, text_config
+from layerpeel.model.layer_inputs import replaced_forward
+from layerpeel.model.surgery import KeptLayers
+from layerpeel.training.student import Student
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,13 @@ class Outline(Student):
         """Takes the layers out of the model."""
         architecture = find_architecture(model)
         layers = architecture.layers
-        self.model, self.owned = model, set()
-        self.depth = Depth.full(len(layers)).without(removed)
-        architecture.set_layers([layers[layer] for layer in self.depth.kept])
-        self.stack = Stack.__new__(Stack)  # a stack that is made as usual tries how the model calls its layers
-        self.stack.model, self.stack.architecture = model, architecture
+        self.model, self.trained = model, set()
+        self.kept_layers = KeptLayers.full(len(layers)).without(removed)
+        architecture.set_layers([layers[layer] for layer in self.kept_layers.kept])
+        self.layerwise = LayerwiseModel.__new__(
+            LayerwiseModel
+        )  # a stack that is made as usual tries how the model calls its layers
+        self.layerwise.model, self.layerwise.architecture = model, architecture
 
 
 def shape_of(model: PreTrainedModel, rows: int, length: int) -> Shape:
@@ -80,13 +81,16 @@ def shape_of(model: PreTrainedModel, rows: int, length: int) -> Shape:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(
-        layers=len(layers), width=config.hidden_size, vocabulary=model.get_output_embeddings().weight.shape[0],
+        layers=len(layers),
+        width=config.hidden_size,
+        vocabulary=model.get_output_embeddings().weight.shape[0],
         parameters=count_parameters(model),
         layer_parameters=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
         head_parameters=sum(p.numel() for p in model.get_output_embeddings().parameters()),
-        itemsize=model.dtype.itemsize, kept=_kept_bytes(model.config, model.dtype, rows, length) / (rows * length),
+        itemsize=model.dtype.itemsize,
+        kept=_kept_bytes(model.config, model.dtype, rows, length) / (rows * length),
         cache=2 * heads * size * model.dtype.itemsize,
-    )  # fmt: skip
+    )
 
 
 def _kept_bytes(config: PretrainedConfig, dtype: torch.dtype, rows: int, length: int) -> int:

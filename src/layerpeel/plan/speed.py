@@ -11,13 +11,13 @@ from statistics import median
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from layerpeel.architecture import text_config
-from layerpeel.config import DistillConfig
-from layerpeel.expressible import rewrite_config
-from layerpeel.losses import LossSum, StepOutputs
-from layerpeel.models import pick_device
+from layerpeel.config.distill import DistillConfig
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.losses.base import StepOutputs
+from layerpeel.losses.loss_sum import LossSum
+from layerpeel.model.config_fields import rewrite_config, text_config
+from layerpeel.model.devices import pick_device
 from layerpeel.plan.shape import Shape
-from layerpeel.stack import Stack
 
 NEW = 6  # tokens that are generated for a time
 REPEATS, LEAST_SECONDS = 5, 0.5  # of what is timed, at least
@@ -55,9 +55,14 @@ class Speed:
         """
         layer, head = 2 * shape.layer_parameters / flops, 2 * shape.head_parameters / flops
         return cls(
-            layer=layer, trained_layer=3 * layer, head=head, head_loss=3 * head,
-            decode_call=shape.layer_parameters * shape.itemsize / bandwidth, decode_row=layer, update=28 / bandwidth,
-        )  # fmt: skip
+            layer=layer,
+            trained_layer=3 * layer,
+            head=head,
+            head_loss=3 * head,
+            decode_call=shape.layer_parameters * shape.itemsize / bandwidth,
+            decode_row=layer,
+            update=28 / bandwidth,
+        )
 
     @classmethod
     def measure(cls, config: PretrainedConfig, distill: DistillConfig, dtype: torch.dtype, device: str) -> Speed:
@@ -66,37 +71,45 @@ class Speed:
         # As in a run: until glibc has seen a large tensor go, it gives all back at once, and layers are slower by half.
         torch.empty(MOST_KEPT_BY_MALLOC, dtype=torch.uint8)
         one, two = (_random_model(config, layers, dtype).to(target) for layers in (1, 2))
-        stack = Stack(one)
+        layerwise = LayerwiseModel(one)
         rows, length = distill.batch_size, distill.sequence_length
-        ids = torch.randint(0, stack.vocab_size, (rows, length), device=target)
+        ids = torch.randint(0, layerwise.vocab_size, (rows, length), device=target)
         packed = torch.arange(length).remainder(max(1, length // 2)).expand(rows, -1)
-        hidden, arguments = stack.begin(ids, packed if distill.packing and stack.runs_packed else None)
+        hidden, arguments = layerwise.begin(ids, packed if distill.packing and layerwise.runs_packed else None)
         mask = torch.ones_like(ids, dtype=torch.bool)
         tokens = ids.numel()
-        trained = list(stack.layers[0].parameters())
-        few = hidden.flatten(0, 1)[: stack.logit_rows()].detach()
+        trained = list(layerwise.layers[0].parameters())
+        few = hidden.flatten(0, 1)[: layerwise.logit_rows()].detach()
 
         def forward() -> None:
             with torch.no_grad():
-                stack.layer(0, hidden.detach(), arguments[0])
+                layerwise.layer(0, hidden.detach(), arguments[0])
 
         def both_ways() -> None:
             with torch.autocast(target.type, dtype, enabled=dtype is not torch.float32):
-                stack.layer(0, hidden.detach().requires_grad_(), arguments[0]).float().square().mean().backward()
+                layerwise.layer(0, hidden.detach().requires_grad_(), arguments[0]).float().square().mean().backward()
 
         def head() -> None:
             with torch.no_grad():
-                stack.logits(few).logsumexp(-1).sum()
+                layerwise.logits(few).logsumexp(-1).sum()
 
         losses = LossSum(distill.losses)
 
         def head_loss() -> None:
             final = hidden.detach().requires_grad_()
             outputs = StepOutputs(
-                student_final=final, teacher_final=hidden.detach(), student_hidden={0: final},
-                teacher_hidden={0: hidden.detach()}, mask=mask, labels=ids, student_head=stack, teacher_head=stack,
-                step_tokens=tokens, step_labels=tokens, micro_batches=1,
-            )  # fmt: skip
+                student_final=final,
+                teacher_final=hidden.detach(),
+                student_hidden={0: final},
+                teacher_hidden={0: hidden.detach()},
+                mask=mask,
+                labels=ids,
+                student_head=layerwise,
+                teacher_head=layerwise,
+                step_tokens=tokens,
+                step_labels=tokens,
+                micro_batches=1,
+            )
             losses(outputs)[0].backward()
 
         layer, head_time, loss_time = (_seconds(work, target) for work in (forward, head, head_loss))
@@ -111,10 +124,14 @@ class Speed:
             parameter.data = parameter.data.to(dtype)
         call, row = _decode_times(one, two, target)
         return cls(
-            layer / tokens, trained_layer / tokens, head_time / len(few), loss_time / tokens,
-            call, max(row, layer / tokens),  # a small difference of large ones: not less than in a batch
+            layer / tokens,
+            trained_layer / tokens,
+            head_time / len(few),
+            loss_time / tokens,
+            call,
+            max(row, layer / tokens),  # a small difference of large ones: not less than in a batch
             update / sum(parameter.numel() for parameter in trained),
-        )  # fmt: skip
+        )
 
 
 def _random_model(config: PretrainedConfig, layers: int, dtype: torch.dtype) -> PreTrainedModel:
@@ -132,10 +149,12 @@ def _decode_times(one: PreTrainedModel, two: PreTrainedModel, device: torch.devi
 
         def generate(new: int) -> None:
             model.generate(
-                ids, attention_mask=torch.ones_like(ids),
-                generation_config=GenerationConfig(do_sample=False, min_new_tokens=new, max_new_tokens=new,
-                                                   pad_token_id=0, eos_token_id=None),
-            )  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=GenerationConfig(
+                    do_sample=False, min_new_tokens=new, max_new_tokens=new, pad_token_id=0, eos_token_id=None
+                ),
+            )
 
         return (_seconds(lambda: generate(2 + NEW), device) - _seconds(lambda: generate(2), device)) / NEW
 

@@ -1,1 +1,1 @@
-"""What a run or a scoring found, as a page, pictures, tables and model cards."""
+"""The report of a run."""

@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 import math
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator
 
-from layerpeel.importance import LayerScores
-from layerpeel.report.text import count, one_line
+from layerpeel.importance.scores import LayerScores
+from layerpeel.processes.text import count, one_line
+from layerpeel.report.style import COLOURS, INK, MARKERS, canvas, plain_numbers
 
-INK, PAPER = "#1f2937", "#ffffff"  # the page puts its own in their place
-COLOURS = ("#2f7de1", "#d9651a", "#1a9a6c", "#b4509e", "#94851c", "#7a78d6", "#6f7a87")  # seen on light and dark
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one more than colours, so that pairs repeat late
 ROUNDS = LinearSegmentedColormap.from_list("rounds", ["#2f7de1", "#9b6bd0", "#d9651a"])
-STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text
-    "text.parse_math": False,  # a $ in a name is a $
-    "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "legend.labelcolor": INK, "legend.frameon": False, "hatch.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-    "grid.color": INK, "grid.alpha": 0.15, "grid.linewidth": 0.6,
-    "font.size": 11, "axes.titlesize": "medium", "axes.titlelocation": "left",
-    "legend.fontsize": "small", "errorbar.capsize": 2.5,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,53 +40,23 @@ class Line:
     parameters: Sequence[int]
 
 
-@contextmanager
-def canvas(width: float = 6.2, height: float = 3.9, **layout: Any) -> Iterator[tuple[Figure, Any]]:
-    """A figure and its axes, in our style."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
-        yield figure, figure.subplots(**layout)
-
-
-def save(figure: Figure, path: Path) -> str:
-    """Writes PATH.png and PATH.svg; gives the SVG to be put into a page."""
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": path.name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the page's fonts have more
-        figure.savefig(path.with_suffix(".png"), dpi=150)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    return inline(path.with_suffix(".svg").read_text(encoding="utf-8"), path.name)
-
-
-def inline(svg: str, name: str) -> str:
-    """An SVG of matplotlib's as part of a page: it scales, takes the page's colours, and shares no id with another."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    width = float(re.search(r'width="([\d.]+)pt"', svg)[1])  # type: ignore[index]
-    bounds = f'style="width: {1.45 * width:.0f}px; min-width: {0.79 * width:.0f}px" aria-hidden="true"'
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf"\1 {bounds}", svg, count=1)  # text stays of one, legible size
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    return svg.replace(INK, "currentColor").replace(f"fill: {PAPER}", "fill: none")
-
-
-def plain_numbers(axis: Axis) -> None:
-    """Labels a logarithmic axis in plain numbers: its own labels are formulas, which our style does not set."""
-    axis.set_major_formatter(
-        lambda value, _: count(value) if abs(value) >= 10_000 else f"{value:g}".replace("-", "\N{MINUS SIGN}")
-    )
-    axis.set_minor_formatter(NullFormatter())
-
-
 def draw_quality(lines: Sequence[Line], ylabel: str, floor: float | None = None) -> Figure:
     """Quality against layers removed, a line a run, with the first run's parameters above (the paper's figure)."""
     with canvas(height=3.7 + 0.22 * len(lines)) as (figure, axes):
         dashes = [place // len(COLOURS) % 2 for place in range(len(lines))]  # where colours come again
         for line, colour, marker, dashed in zip(lines, cycle(COLOURS), cycle(MARKERS), dashes, strict=False):
             axes.errorbar(
-                line.removed, line.aggregate, yerr=line.stderr, color=colour, marker=marker, markersize=4.5,
-                linestyle="--" if dashed else "-", linewidth=1.6, elinewidth=0.9,
+                line.removed,
+                line.aggregate,
+                yerr=line.stderr,
+                color=colour,
+                marker=marker,
+                markersize=4.5,
+                linestyle="--" if dashed else "-",
+                linewidth=1.6,
+                elinewidth=0.9,
                 label=f"{one_line(line.name, 44)} ({one_line(line.method, 44)})",
-            )  # fmt: skip
+            )
         if floor is not None:
             axes.axhline(floor, color=INK, linewidth=0.8, linestyle=":", label="quality floor")
         first = lines[0]
@@ -150,12 +103,26 @@ def draw_heat(rows: Sequence[Mapping[str, Any]], removed: Sequence[int], total: 
         known = grid[np.isfinite(grid)]
         low, high = (float(known.min()), float(np.quantile(known, 0.95))) if known.size else (0.0, 1.0)
         mesh = axes.pcolormesh(
-            np.arange(total + 1) - 0.5, np.arange(len(removed) + 1) + 0.5, np.ma.masked_invalid(grid), cmap="viridis",
-            vmin=low, vmax=max(high, low + 1e-12), edgecolors=INK, linewidth=0.3,
-        )  # fmt: skip
+            np.arange(total + 1) - 0.5,
+            np.arange(len(removed) + 1) + 0.5,
+            np.ma.masked_invalid(grid),
+            cmap="viridis",
+            vmin=low,
+            vmax=max(high, low + 1e-12),
+            edgecolors=INK,
+            linewidth=0.3,
+        )
         for number, layer in enumerate(removed, start=1):
-            axes.text(layer, number, "×", ha="center", va="center", color="#fefefe", fontweight="bold",
-                      bbox={"boxstyle": "circle,pad=0.12", "facecolor": "#b91c1c", "edgecolor": "none"})  # fmt: skip
+            axes.text(
+                layer,
+                number,
+                "×",
+                ha="center",
+                va="center",
+                color="#fefefe",
+                fontweight="bold",
+                bbox={"boxstyle": "circle,pad=0.12", "facecolor": "#b91c1c", "edgecolor": "none"},
+            )
             for gone in removed[: number - 1]:
                 axes.text(gone, number, "–", ha="center", va="center", color=INK, alpha=0.6)
         clipped = bool(known.size) and high < known.max()

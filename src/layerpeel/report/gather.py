@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from layerpeel.config import RunConfig
+from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError
-from layerpeel.journal import Run
-from layerpeel.models import stored_dtype
-from layerpeel.surgery import Depth
-from layerpeel.tasks.base import Evaluation
+from layerpeel.model.checkpoint import stored_dtype
+from layerpeel.run.folder import Run
+from layerpeel.tasks.scores import Evaluation, aggregate_stderr
 
 REASONS = {
     "target_layers": "the target depth was reached",
@@ -22,6 +20,7 @@ REASONS = {
     "min_quality": "the next removal went below the quality floor",
     "no_candidates": "no layer was left that may go",
 }
+
 
 Row = dict[str, Any]
 
@@ -64,12 +63,6 @@ def _depth_row(run: Run, event: dict[str, Any], bytes_each: float | None) -> Row
         "kept_quality": event["kept_quality"],
         "tasks": event["evaluation"],
     }
-
-
-def aggregate_stderr(evaluation: Evaluation, reference: Evaluation, how: str) -> float:
-    """The standard error of an aggregate, from those of its tasks; the teacher's scores are taken as exact."""
-    exact = Evaluation({name: replace(score, stderr=0.0) for name, score in reference.scores.items()})
-    return evaluation.difference_stderr(exact, reference, how)
 
 
 def bytes_per_parameter(run: Run) -> float | None:
@@ -137,16 +130,18 @@ def removal_rows(run: Run) -> list[Row]:
     rows = []
     for event in run.rounds:
         scores, layer = event["scores"], str(event["removed"])
-        rows.append({
-            "round": event["round"],
-            "removed": event["removed"],
-            "metric": scores["metric"],
-            "importance": scores["importance"].get(layer),
-            "stderr": scores.get("stderr", {}).get(layer),
-            "candidates": len(scores.get("cheap", scores)["importance"]),
-            "scored": len(scores["importance"]),
-            "cheap_chooses_same": scores.get("cheap_chooses_same"),
-        })  # fmt: skip
+        rows.append(
+            {
+                "round": event["round"],
+                "removed": event["removed"],
+                "metric": scores["metric"],
+                "importance": scores["importance"].get(layer),
+                "stderr": scores.get("stderr", {}).get(layer),
+                "candidates": len(scores.get("cheap", scores)["importance"]),
+                "scored": len(scores["importance"]),
+                "cheap_chooses_same": scores.get("cheap_chooses_same"),
+            }
+        )
     return rows
 
 
@@ -157,17 +152,19 @@ def cost_rows(run: Run) -> list[Row]:
     rows, before = [], run.teacher["aggregate"]
     for event in run.rounds:
         scores, training = event["scores"], event["training"]
-        rows.append({
-            "round": event["round"],
-            "removed": event["removed"],
-            "scoring_seconds": scores["seconds"] + scores.get("cheap", {}).get("seconds", 0.0),
-            "healing_seconds": scores.get("heal_seconds", 0.0),
-            "training_seconds": training["seconds"],
-            "training_tokens": training["tokens"],
-            "first_loss": training.get("first_loss"),
-            "last_loss": training.get("last_loss"),
-            "aggregate_lost": before - event["aggregate"],
-        })  # fmt: skip
+        rows.append(
+            {
+                "round": event["round"],
+                "removed": event["removed"],
+                "scoring_seconds": scores["seconds"] + scores.get("cheap", {}).get("seconds", 0.0),
+                "healing_seconds": scores.get("heal_seconds", 0.0),
+                "training_seconds": training["seconds"],
+                "training_tokens": training["tokens"],
+                "first_loss": training.get("first_loss"),
+                "last_loss": training.get("last_loss"),
+                "aggregate_lost": before - event["aggregate"],
+            }
+        )
         before = event["aggregate"]
     return rows
 
@@ -186,12 +183,6 @@ def training_curves(run: Run) -> dict[int, list[dict[str, float]]]:
         if curve := run.curve(event):
             curves[event["round"]] = curve
     return curves
-
-
-def removed_layers(run: Run, number: int) -> tuple[int, ...]:
-    """The teacher layers that a round's student no longer has."""
-    assert run.teacher
-    return Depth(tuple(run.rounds[number - 1]["kept"]), run.teacher["layers"]).removed if number else ()
 
 
 def state_of(run: Run) -> tuple[str, str]:

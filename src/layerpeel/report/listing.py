@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from layerpeel.errors import InputError, LayerpeelError
-from layerpeel.journal import Run
 from layerpeel.report.gather import result_round, state_of
+from layerpeel.run.folder import Run
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:

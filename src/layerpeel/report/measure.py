@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from layerpeel.config import RunConfig
-from layerpeel.data import load_rows
+from layerpeel.config.run import RunConfig
+from layerpeel.data.batches import load_rows
 from layerpeel.errors import LayerpeelError
-from layerpeel.files import write_whole
-from layerpeel.journal import Run, describe_machine
-from layerpeel.models import load_teacher
-from layerpeel.progress import console, plain, progress, shown
-from layerpeel.stack import Stack
-from layerpeel.student import Student
-from layerpeel.tasks import make_tasks
-from layerpeel.tasks.answering import Engine
-from layerpeel.tasks.base import Generation, Request
+from layerpeel.inference.engine import Engine
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.inference.requests import Generation, Request
+from layerpeel.model.loading import load_teacher
+from layerpeel.processes.progress import console, plain, progress, shown
+from layerpeel.run.folder import Run, describe_machine
+from layerpeel.storage.files import write_whole
 from layerpeel.tasks.generate import Generate
+from layerpeel.tasks.registry import make_tasks
+from layerpeel.training.student import Student
 
 PROMPT, NEW, BATCH = 64, 32, 8  # tokens, tokens, rows
 REPEATS = 5
@@ -101,16 +101,25 @@ def measure_run(run: Run) -> dict[str, Any]:
                 times[number].append((_seconds(model, 1), _seconds(model, BATCH)))
                 advance(note=f"{len(run.rounds) - number} layers")
     return {
-        "setup": {"prompt_tokens": PROMPT, "new_tokens": NEW, "batch": BATCH, "repeats": REPEATS,
-                  "device": str(teacher.device), "dtype": str(teacher.dtype).removeprefix("torch.")},
+        "setup": {
+            "prompt_tokens": PROMPT,
+            "new_tokens": NEW,
+            "batch": BATCH,
+            "repeats": REPEATS,
+            "device": str(teacher.device),
+            "dtype": str(teacher.dtype).removeprefix("torch."),
+        },
         "machine": describe_machine(),
         "depths": {str(number): _medians(times[number]) | {"peak_memory": peaks[number]} for number in numbers},
         "samples": [
-            {"source": source, "prompt": tokenizer.decode(request.prompt, skip_special_tokens=True),
-             "texts": {str(number): texts[number][index] for number in numbers}}
+            {
+                "source": source,
+                "prompt": tokenizer.decode(request.prompt, skip_special_tokens=True),
+                "texts": {str(number): texts[number][index] for number in numbers},
+            }
             for index, (source, request) in enumerate(prompts)
         ],
-    }  # fmt: skip
+    }
 
 
 def _medians(times: Sequence[tuple[float, float]]) -> dict[str, float]:
@@ -214,5 +223,5 @@ def _cut(request: Request) -> Generation:
 def _answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tuple[str, Generation]]
 ) -> list[str]:
-    engine = Engine(Stack(model), tokenizer)
+    engine = Engine(LayerwiseModel(model), tokenizer)
     return [plain(engine.answer([request], "samples")[0][0]) for _, request in prompts]

@@ -14,14 +14,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from layerpeel.files import write_whole
-from layerpeel.journal import Run
-from layerpeel.progress import console, plain, shown
-from layerpeel.report import figures, gather, tables
-from layerpeel.report.card import teacher_name
+from layerpeel.processes.progress import console, plain, shown
+from layerpeel.processes.text import count, duration, moment, number, one_line, percent, size
+from layerpeel.report import figures, gather, style, tables
 from layerpeel.report.measure import measurements
 from layerpeel.report.tables import Table
-from layerpeel.report.text import count, duration, moment, number, one_line, percent, size
+from layerpeel.run.card import teacher_name
+from layerpeel.run.folder import Run
+from layerpeel.storage.files import write_whole
 
 HERE = Path(__file__).parent
 WATCH_SECONDS = 5
@@ -89,15 +89,24 @@ def _with_speed(depths: list[dict[str, Any]], measured: dict[str, Any] | None) -
 
 def _files(run: Run, runs: dict[str, Run], depths: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     quality = [
-        {"run": name, "removed": row["round"], **{key: row[key] for key in ("last_pass", "layers", "parameters",
-         "aggregate", "aggregate_stderr", "kept_quality")}}
+        {
+            "run": name,
+            "removed": row["round"],
+            **{
+                key: row[key]
+                for key in ("last_pass", "layers", "parameters", "aggregate", "aggregate_stderr", "kept_quality")
+            },
+        }
         for name, each in runs.items()
         for row in gather.depth_rows(each)
-    ]  # fmt: skip
+    ]
     return {
-        "depths": tables.flat(depths), "quality": quality, "importance": gather.importance_rows(run),
-        "removals": gather.removal_rows(run), "costs": gather.cost_rows(run),
-    }  # fmt: skip
+        "depths": tables.flat(depths),
+        "quality": quality,
+        "importance": gather.importance_rows(run),
+        "removals": gather.removal_rows(run),
+        "costs": gather.cost_rows(run),
+    }
 
 
 def _pictures(run: Run, runs: dict[str, Run], depths: list[dict[str, Any]], folder: Path) -> dict[str, Picture]:
@@ -112,7 +121,7 @@ def _pictures(run: Run, runs: dict[str, Run], depths: list[dict[str, Any]], fold
             note = "Mean loss of each stretch of a round, and its parts without their weights."
             drawn.append(("training", "Training, by round", note, figures.draw_training(curves), None))
     return {
-        name: Picture(name, title, note, Markup(figures.save(figure, folder / name)), table)
+        name: Picture(name, title, note, Markup(style.save(figure, folder / name)), table)
         for name, title, note, figure, table in drawn
     }
 
@@ -126,21 +135,32 @@ def _quality(run: Run, runs: dict[str, Run]) -> Drawn:
         depths = gather.depth_rows(each)
         if not depths:
             continue
-        lines.append(figures.Line(
-            name, gather.method_of(each.config), *([row[key] for row in depths]
-            for key in ("round", "aggregate", "aggregate_stderr", "parameters")),
-        ))  # fmt: skip
+        lines.append(
+            figures.Line(
+                name,
+                gather.method_of(each.config),
+                *([row[key] for row in depths] for key in ("round", "aggregate", "aggregate_stderr", "parameters")),
+            )
+        )
         rows += [row | {"run": name} for row in depths]
     floor = run.config.stop.min_quality
     assert run.teacher
     figure = figures.draw_quality(
         lines, f"aggregate ({run.config.aggregate})", floor and floor * run.teacher["aggregate"]
     )
-    table = tables.simple_table("Quality by run and depth", rows, {
-        "run": ("run", one_line), "round": ("layers removed", str), "layers": ("layers", str),
-        "parameters": ("parameters", count), "aggregate": ("aggregate", number),
-        "aggregate_stderr": ("± stderr", number), "kept_quality": ("% kept", percent),
-    })  # fmt: skip
+    table = tables.simple_table(
+        "Quality by run and depth",
+        rows,
+        {
+            "run": ("run", one_line),
+            "round": ("layers removed", str),
+            "layers": ("layers", str),
+            "parameters": ("parameters", count),
+            "aggregate": ("aggregate", number),
+            "aggregate_stderr": ("± stderr", number),
+            "kept_quality": ("% kept", percent),
+        },
+    )
     note = (
         "Aggregate of the tasks at each depth; bars are one standard error. The upper axis gives parameters; a step "
         "straight up or down at the end is a last pass of training."
@@ -150,8 +170,10 @@ def _quality(run: Run, runs: dict[str, Run]) -> Drawn:
 
 def _tasks(run: Run) -> Drawn:
     shares = gather.task_kept(run)
-    rows = [{"removed": index} | {name: values[index] for name, values in shares.items()}
-            for index in range(len(run.rounds) + 1)]  # fmt: skip
+    rows = [
+        {"removed": index} | {name: values[index] for name, values in shares.items()}
+        for index in range(len(run.rounds) + 1)
+    ]
     columns: Any = {"removed": ("layers removed", str)} | {name: (one_line(name, 40), percent) for name in shares}
     table = tables.simple_table("Each task's score as % of the teacher's", rows, columns)
     note = "Which skills go first: each task's score as a share of the teacher's (for perplexity, the inverse)."
@@ -196,19 +218,31 @@ def _facts(
     row = gather.result_row(depths, run) if depths else None
     speed = bool(measured and "depths" in measured)
     return {
-        "name": next(iter(runs)), "others": list(runs)[1:], "state": state, "state_note": note,
-        "result": gather.result_round(run), "last_pass": gather.last_pass(run),
-        "first": depths[0] if depths else None, "last": None if row is None else depths[row],
+        "name": next(iter(runs)),
+        "others": list(runs)[1:],
+        "state": state,
+        "state_note": note,
+        "result": gather.result_round(run),
+        "last_pass": gather.last_pass(run),
+        "first": depths[0] if depths else None,
+        "last": None if row is None else depths[row],
         "before": depths[gather.result_round(run)] if depths else None,
         "depths": tables.depth_table(depths, row, measured=speed) if depths else None,
         "removals": tables.simple_table("Layers removed, in order", gather.removal_rows(run), tables.REMOVALS),
-        "seconds": gather.seconds_of(run), "measured": measured, "speed": speed,
+        "seconds": gather.seconds_of(run),
+        "measured": measured,
+        "speed": speed,
         "findings": [event for event in run.events if event["event"] == "finding"],
-        "versions": start.get("versions", {}), "machine": start.get("machine", {}),
-        "started": start.get("time"), "ended": run.events[-1]["time"] if run.events else None,
-        "config": run.config_text, "method": gather.method_of(run.config),
-        "teacher": teacher_name(run.config.teacher), "hashes": gather.hashes(run), "command": gather.command_of(run),
-    }  # fmt: skip
+        "versions": start.get("versions", {}),
+        "machine": start.get("machine", {}),
+        "started": start.get("time"),
+        "ended": run.events[-1]["time"] if run.events else None,
+        "config": run.config_text,
+        "method": gather.method_of(run.config),
+        "teacher": teacher_name(run.config.teacher),
+        "hashes": gather.hashes(run),
+        "command": gather.command_of(run),
+    }
 
 
 def render(template: str, facts: dict[str, Any]) -> str:
@@ -217,9 +251,16 @@ def render(template: str, facts: dict[str, Any]) -> str:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "plain": plain, "line": one_line, "number": number, "percent": percent, "count": count, "size": size,
-        "duration": duration, "moment": moment, "breakable": lambda text: escape(text).replace("_", Markup("_<wbr>")),
-    }  # fmt: skip
+        "plain": plain,
+        "line": one_line,
+        "number": number,
+        "percent": percent,
+        "count": count,
+        "size": size,
+        "duration": duration,
+        "moment": moment,
+        "breakable": lambda text: escape(text).replace("_", Markup("_<wbr>")),
+    }
     script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     own = {"script": Markup(script), "script_hash": digest, "style": Markup((HERE / "page.css").read_text("utf-8"))}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layerpeel.report.text import count, duration, number, one_line, percent, size
+from layerpeel.processes.text import count, duration, number, one_line, percent, size
 
 Row = dict[str, Any]
 
@@ -99,11 +99,14 @@ def _depth_cells(row: Row, tasks: Sequence[str], *, sizes: bool, measured: bool)
     ]
     if measured:
         cells += [
-            Cell(f"{number(row['ms_per_token'], 2)} ({number(row['ms_per_token_least'], 2)}–"
-                 f"{number(row['ms_per_token_most'], 2)})", row["ms_per_token"]),
+            Cell(
+                f"{number(row['ms_per_token'], 2)} ({number(row['ms_per_token_least'], 2)}–"
+                f"{number(row['ms_per_token_most'], 2)})",
+                row["ms_per_token"],
+            ),
             Cell(f"{row['tokens_per_second']:,.0f}", row["tokens_per_second"]),
             Cell(size(row["peak_memory"]), row["peak_memory"]),
-        ]  # fmt: skip
+        ]
     return [*cells, *(_with_error(row["tasks"][task]["value"], row["tasks"][task]["stderr"]) for task in tasks)]
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import SymmetricalLogLocator
 
-from layerpeel.report.figures import COLOURS, INK, MARKERS, Line, canvas, draw_quality, plain_numbers
-from layerpeel.report.text import number, one_line
+from layerpeel.processes.text import number, one_line
+from layerpeel.report.figures import Line, draw_quality
+from layerpeel.report.style import COLOURS, INK, MARKERS, canvas, plain_numbers
 
 Row = Mapping[str, Any]
 LABEL = "aggregate, mean\nand 95 % interval over seeds"
@@ -76,14 +77,21 @@ def draw_costs(rows: Sequence[Row], teacher: float) -> Figure:
     """Quality against the time and the layer calls of scoring, a point a variant."""
     with canvas(9.5, 4.0 + 0.2 * len(rows), ncols=2, sharey=True) as (figure, panels):
         for axes, key, label in zip(
-            panels, ("scoring_seconds", "layer_tokens"), ("seconds of scoring", "tokens through a layer in scoring"),
+            panels,
+            ("scoring_seconds", "layer_tokens"),
+            ("seconds of scoring", "tokens through a layer in scoring"),
             strict=True,
-        ):  # fmt: skip
+        ):
             for row, colour, marker in zip(rows, cycle(COLOURS), cycle(MARKERS), strict=False):
                 axes.errorbar(
-                    row[key], row["aggregate"], yerr=row["aggregate_ci"] or 0.0, color=colour, marker=marker,
-                    linestyle="none", label=one_line(row["variant"], 44),
-                )  # fmt: skip
+                    row[key],
+                    row["aggregate"],
+                    yerr=row["aggregate_ci"] or 0.0,
+                    color=colour,
+                    marker=marker,
+                    linestyle="none",
+                    label=one_line(row["variant"], 44),
+                )
             axes.axhline(teacher, color=INK, linewidth=0.8, linestyle=":", label="teacher")
             if min(row[key] for row in rows) > 0:
                 axes.set_xscale("log")
@@ -108,14 +116,23 @@ def draw_layers(rows: Sequence[Row]) -> Figure:
             depths, lost = [row["relative_depth"] for row in own], [100 * row["lost"] for row in own]
             errors = [100 * (row["lost_ci"] or 0.0) for row in own]
             axes.errorbar(
-                depths, lost, yerr=errors, color=colour, marker=marker, markersize=4,
+                depths,
+                lost,
+                yerr=errors,
+                color=colour,
+                marker=marker,
+                markersize=4,
                 label=f"{one_line(variant, 30)} ({one_line(own[0]['metric'], 30)})",
-            )  # fmt: skip
+            )
             gone = [place for place, row in enumerate(own) if row["removed_in"] > 0.5]
             axes.scatter(
-                [depths[i] for i in gone], [lost[i] for i in gone], s=110, facecolors="none", edgecolors=colour,
+                [depths[i] for i in gone],
+                [lost[i] for i in gone],
+                s=110,
+                facecolors="none",
+                edgecolors=colour,
                 label=f"removed from {one_line(variant, 30)}",
-            )  # fmt: skip
+            )
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set(
             xlabel="relative depth (0 first layer, 1 last)", ylabel="lost when skipped,\n% of the teacher's aggregate"
@@ -133,8 +150,15 @@ def draw_matrix(names: Sequence[str], matrix: Sequence[Sequence[float | None]]) 
         mesh = axes.imshow(grid, cmap="RdBu", vmin=-1, vmax=1)
         for (row, column), value in np.ndenumerate(grid):
             shown = "–" if np.isnan(value) else number(value, 2)
-            axes.text(column, row, shown, ha="center", va="center", fontsize=8,
-                      color="#ffffff" if abs(value) > 0.6 else "#111827")  # fmt: skip
+            axes.text(
+                column,
+                row,
+                shown,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="#ffffff" if abs(value) > 0.6 else "#111827",
+            )
         labels = [one_line(name, 24) for name in names]
         axes.set_xticks(range(len(names)), labels, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), labels)

@@ -13,21 +13,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from layerpeel.architecture import text_config
-from layerpeel.config import (
-    RunConfig,
-    Section,
-    StopConfig,
-    describe,
-    load_config,
-    override,
-    parse_config,
-    read_file,
-    resolve_paths,
-)
-from layerpeel.demo import prepare_demo
+from layerpeel.config.fields import Section
+from layerpeel.config.reading import describe, load_config, override, parse_config, read_file, resolve_paths
+from layerpeel.config.run import RunConfig, StopConfig
+from layerpeel.demo.preparing import prepare_demo
 from layerpeel.errors import InputError
-from layerpeel.models import load_config_of
+from layerpeel.model.config_fields import text_config
+from layerpeel.model.loading import load_config_of
 
 
 class StudyConfig(Section):

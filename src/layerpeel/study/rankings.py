@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from layerpeel.errors import InputError
-from layerpeel.journal import Run
+from layerpeel.run.folder import Run
 from layerpeel.study.results import pooled
-from layerpeel.tasks.base import Evaluation
+from layerpeel.tasks.scores import Evaluation
 
 Row = dict[str, Any]
 ALL = "all tasks"
@@ -22,9 +22,7 @@ FIRST = 3  # picks that are compared
 
 def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Kendall's tau-b, of which ties are no part (Biometrika 33:239, 1945); None where one side is all ties."""
-    signs = [
-        ((x > y) - (x < y), (u > v) - (u < v)) for (x, u), (y, v) in combinations(zip(a, b, strict=True), 2)
-    ]  # fmt: skip
+    signs = [((x > y) - (x < y), (u > v) - (u < v)) for (x, u), (y, v) in combinations(zip(a, b, strict=True), 2)]
     decided = [sum(left != 0 for left, _ in signs), sum(right != 0 for _, right in signs)]
     return sum(left * right for left, right in signs) / math.sqrt(decided[0] * decided[1]) if all(decided) else None
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from layerpeel.journal import Run
 from layerpeel.report import gather
+from layerpeel.run.folder import Run
 from layerpeel.study.file import Job
 
 Row = dict[str, Any]
@@ -49,12 +49,17 @@ def result_rows(jobs: Sequence[Job], groups: dict[str, list[Run]]) -> list[Row]:
     for variant, runs in groups.items():
         ends = [_end(run) for run in runs]
         orders = [[event["removed"] for event in run.rounds[: gather.result_round(run)]] for run in runs]
-        rows.append({
-            "variant": variant, **values[variant], "runs": len(runs), "removed": fmean(len(order) for order in orders),
-            **_quality(ends),
-            "removed_layers": " / ".join(dict.fromkeys(" ".join(map(str, order)) for order in orders)),
-            **{key: fmean(_costs(run)[key] for run in runs) for key in _costs(runs[0])},
-        })  # fmt: skip
+        rows.append(
+            {
+                "variant": variant,
+                **values[variant],
+                "runs": len(runs),
+                "removed": fmean(len(order) for order in orders),
+                **_quality(ends),
+                "removed_layers": " / ".join(dict.fromkeys(" ".join(map(str, order)) for order in orders)),
+                **{key: fmean(_costs(run)[key] for run in runs) for key in _costs(runs[0])},
+            }
+        )
     return rows
 
 
@@ -104,11 +109,18 @@ def layer_rows(groups: dict[str, list[Run]]) -> list[Row]:
         for layer in sorted(map(int, set.intersection(*(set(scores["importance"]) for scores in first)))):
             lost = [scores["importance"][str(layer)] / teacher["aggregate"] for scores in first]
             went = [event["round"] for run in runs for event in run.rounds if event["removed"] == layer]
-            rows.append({
-                "variant": variant, "layer": layer, "relative_depth": layer / (teacher["layers"] - 1),
-                "metric": first[0]["metric"], "lost": fmean(lost), "lost_ci": interval(lost),
-                "removed_in": len(went) / len(runs), "round": fmean(went) if went else None,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "variant": variant,
+                    "layer": layer,
+                    "relative_depth": layer / (teacher["layers"] - 1),
+                    "metric": first[0]["metric"],
+                    "lost": fmean(lost),
+                    "lost_ci": interval(lost),
+                    "removed_in": len(went) / len(runs),
+                    "round": fmean(went) if went else None,
+                }
+            )
     return rows
 
 

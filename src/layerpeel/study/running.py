@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from layerpeel.config import RunConfig
+from layerpeel.config.run import RunConfig
 from layerpeel.errors import RunError
-from layerpeel.journal import Run
-from layerpeel.loop import peel
-from layerpeel.models import load_teacher
-from layerpeel.preflight import check_run
-from layerpeel.progress import console
-from layerpeel.student import Student
+from layerpeel.model.loading import load_teacher
+from layerpeel.processes.progress import console
+from layerpeel.run.folder import Run
+from layerpeel.run.loop import peel
+from layerpeel.run.preflight import check_run
 from layerpeel.study.file import Job
-from layerpeel.tasks import evaluate, make_tasks
+from layerpeel.tasks.evaluation import evaluate
+from layerpeel.tasks.registry import make_tasks
+from layerpeel.training.student import Student
 
 SHARED = ("teacher", "tasks", "aggregate", "device", "dtype", "trust_remote_code")  # what a teacher's scores depend on
 
@@ -86,7 +87,7 @@ def _share_teachers(configs: Sequence[RunConfig]) -> None:
             elif not run.teacher:
                 _measure(run, config)
             assert run.teacher
-            own = ("event", "time", "seal")  # of the event, not of the teacher
+            own = ("event", "time", "checksum")  # of the event, not of the teacher
             measured[key] = {name: value for name, value in run.teacher.items() if name not in own}
 
 
@@ -118,9 +119,13 @@ def _spawn(job: Job, processes: int) -> int:
     command = [sys.executable, "-m", "layerpeel", "run", str(folder / "config.yaml"), "--no-report"]
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            check=False,
             env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
-        )  # fmt: skip
+        )
     code = 0 if done.returncode == 3 else done.returncode  # a quality floor is an end like others
     console.print(f"{job.variant}, seed {job.config.seed}: {'failed' if code else 'done'}", markup=False)
     return code

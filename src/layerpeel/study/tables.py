@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from layerpeel.processes.text import count, duration, number, one_line, percent
 from layerpeel.report.tables import Table, simple_table
-from layerpeel.report.text import count, duration, number, one_line, percent
 
 Row = dict[str, Any]
 
@@ -35,31 +35,55 @@ def _with_interval(rows: Sequence[Row], write: Callable[[Any], str], *keys: str)
 
 def result_table(rows: Sequence[Row]) -> Table:
     shown = _with_interval(_with_interval(rows, number, "aggregate"), percent, "kept_quality")
-    return simple_table("What each variant ended with; ± is the 95 % confidence interval over seeds", shown, {
-        "variant": ("variant", one_line), "runs": ("seeds", str), "layers": ("layers", _round),
-        "removed_layers": ("layers removed, in order", lambda text: one_line(text, 60)),
-        "aggregate": ("aggregate", str), "kept_quality": ("% kept", str), "scoring_seconds": ("scoring", duration),
-        "layer_tokens": ("tokens × layers, scoring", count), "training_seconds": ("training", duration),
-        "training_tokens": ("tokens trained on", count),
-    })  # fmt: skip
+    return simple_table(
+        "What each variant ended with; ± is the 95 % confidence interval over seeds",
+        shown,
+        {
+            "variant": ("variant", one_line),
+            "runs": ("seeds", str),
+            "layers": ("layers", _round),
+            "removed_layers": ("layers removed, in order", lambda text: one_line(text, 60)),
+            "aggregate": ("aggregate", str),
+            "kept_quality": ("% kept", str),
+            "scoring_seconds": ("scoring", duration),
+            "layer_tokens": ("tokens × layers, scoring", count),
+            "training_seconds": ("training", duration),
+            "training_tokens": ("tokens trained on", count),
+        },
+    )
 
 
 def depth_table(rows: Sequence[Row]) -> Table:
     shown = _with_interval(_with_interval(rows, number, "aggregate"), percent, "kept_quality")
     shown = [row | {"removed": f"{row['removed']}{', trained' if row['last_pass'] else ''}"} for row in shown]
-    return simple_table("Each variant at each depth; ± is the 95 % confidence interval over seeds", shown, {
-        "variant": ("variant", one_line), "removed": ("layers removed", str), "layers": ("layers", _round),
-        "parameters": ("parameters", count), "runs": ("seeds", str), "aggregate": ("aggregate", str),
-        "kept_quality": ("% kept", str),
-    })  # fmt: skip
+    return simple_table(
+        "Each variant at each depth; ± is the 95 % confidence interval over seeds",
+        shown,
+        {
+            "variant": ("variant", one_line),
+            "removed": ("layers removed", str),
+            "layers": ("layers", _round),
+            "parameters": ("parameters", count),
+            "runs": ("seeds", str),
+            "aggregate": ("aggregate", str),
+            "kept_quality": ("% kept", str),
+        },
+    )
 
 
 def ranking_table(rows: Sequence[Row]) -> Table:
-    return simple_table("How each task alone, and random subsets, rank the layers, against all tasks together", rows, {
-        "ranking": ("ranking by", one_line), "subsets": ("subsets", str), "tau": ("Kendall's tau", number),
-        "first_picks": ("first picks", str), "same_first": ("% with the same first pick", percent),
-        "shared_firsts": ("% of the first three shared", percent),
-    })  # fmt: skip
+    return simple_table(
+        "How each task alone, and random subsets, rank the layers, against all tasks together",
+        rows,
+        {
+            "ranking": ("ranking by", one_line),
+            "subsets": ("subsets", str),
+            "tau": ("Kendall's tau", number),
+            "first_picks": ("first picks", str),
+            "same_first": ("% with the same first pick", percent),
+            "shared_firsts": ("% of the first three shared", percent),
+        },
+    )
 
 
 def tau_table(rows: Sequence[Row]) -> Table:
@@ -69,11 +93,19 @@ def tau_table(rows: Sequence[Row]) -> Table:
 
 def layer_table(rows: Sequence[Row]) -> Table:
     shown = _with_interval(rows, percent, "lost")
-    return simple_table("What the first scoring says of each layer; ± is the 95 % interval over seeds", shown, {
-        "variant": ("variant", one_line), "layer": ("layer", str), "relative_depth": ("relative depth", number),
-        "metric": ("metric", one_line), "lost": ("lost when skipped, % of the teacher's aggregate", str),
-        "removed_in": ("removed in, % of runs", percent), "round": ("in round", _round),
-    })  # fmt: skip
+    return simple_table(
+        "What the first scoring says of each layer; ± is the 95 % interval over seeds",
+        shown,
+        {
+            "variant": ("variant", one_line),
+            "layer": ("layer", str),
+            "relative_depth": ("relative depth", number),
+            "metric": ("metric", one_line),
+            "lost": ("lost when skipped, % of the teacher's aggregate", str),
+            "removed_in": ("removed in, % of runs", percent),
+            "round": ("in round", _round),
+        },
+    )
 
 
 def _round(value: float | None) -> str:

@@ -11,17 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.data import column_of
+from layerpeel.data.reading import column_of
 from layerpeel.errors import InputError
-from layerpeel.tasks.base import (
-    FewShot,
-    LogLikelihood,
-    Request,
-    Row,
-    TaskScore,
-    encode_pair,
-    fill,
-)
+from layerpeel.inference.encoding import encode_pair
+from layerpeel.inference.requests import LogLikelihood, Request
+from layerpeel.tasks.base import FewShot, Row
+from layerpeel.tasks.scores import TaskScore
+from layerpeel.tasks.templates import fill
 
 
 class Choice(FewShot):

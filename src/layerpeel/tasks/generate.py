@@ -10,7 +10,10 @@ from pydantic import Field
 from rapidfuzz.distance import LCSseq
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.tasks.base import FewShot, Generation, Request, Row, TaskScore, fill
+from layerpeel.inference.requests import Generation, Request
+from layerpeel.tasks.base import FewShot, Row
+from layerpeel.tasks.scores import TaskScore
+from layerpeel.tasks.templates import fill
 
 
 class Generate(FewShot):
@@ -44,10 +47,12 @@ class Generate(FewShot):
         return [[Generation(prompt, limit, tuple(self.stop))] for prompt in prompts]
 
     def score(self, answers: Mapping[int, Sequence[Any]]) -> TaskScore:
-        return TaskScore.of_mean([
-            text_score(self.metric, text.strip(), self._fill(self.rows[index])[1].strip())
-            for index, (text,) in answers.items()
-        ])  # fmt: skip
+        return TaskScore.of_mean(
+            [
+                text_score(self.metric, text.strip(), self._fill(self.rows[index])[1].strip())
+                for index, (text,) in answers.items()
+            ]
+        )
 
     def _prefix(self) -> str:
         return self.fewshot_prefix(lambda row: "".join(self._fill(row)))

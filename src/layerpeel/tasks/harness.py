@@ -21,17 +21,10 @@ from pydantic import Field, PrivateAttr
 from transformers import PreTrainedTokenizerBase
 
 from layerpeel.errors import InputError
-from layerpeel.tasks.base import (
-    Generation,
-    Likelihood,
-    LogLikelihood,
-    Request,
-    Task,
-    TaskScore,
-    encode,
-    encode_pair,
-    start_token,
-)
+from layerpeel.inference.encoding import encode, encode_pair, start_token
+from layerpeel.inference.requests import Generation, Likelihood, LogLikelihood, Request
+from layerpeel.tasks.base import Task
+from layerpeel.tasks.scores import TaskScore
 
 OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
 MAX_NEW_TOKENS = 256  # the harness's own default
@@ -150,9 +143,11 @@ class Harness(Task):
 
         def chat(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             return tokenizer.apply_chat_template(
-                history, tokenize=False, add_generation_prompt=add_generation_prompt,
+                history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
-            )  # fmt: skip
+            )
 
         options: dict[str, Any] = {}
         if self.apply_chat_template:

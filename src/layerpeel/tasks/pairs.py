@@ -7,8 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.data import text_of
-from layerpeel.tasks.base import LogLikelihood, Request, RowTask, TaskScore, encode_pair
+from layerpeel.data.reading import text_of
+from layerpeel.inference.encoding import encode_pair
+from layerpeel.inference.requests import LogLikelihood, Request
+from layerpeel.tasks.base import RowTask
+from layerpeel.tasks.scores import TaskScore
 
 
 class Pairs(RowTask):

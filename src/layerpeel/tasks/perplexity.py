@@ -9,9 +9,12 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.data import text_of
+from layerpeel.data.reading import text_of
 from layerpeel.errors import InputError
-from layerpeel.tasks.base import LogLikelihood, Request, RowTask, TaskScore, start_token
+from layerpeel.inference.encoding import start_token
+from layerpeel.inference.requests import LogLikelihood, Request
+from layerpeel.tasks.base import RowTask
+from layerpeel.tasks.scores import TaskScore
 
 
 class Perplexity(RowTask):
@@ -45,6 +48,9 @@ class Perplexity(RowTask):
         mean = TaskScore.of_mean([loss / max(n, 1) for loss, n in zip(losses, tokens, strict=True)], tokens)
         value = math.exp(min(mean.value, 700.0))
         return TaskScore(
-            value, value * mean.stderr, mean.n, lower_is_better=True,
+            value,
+            value * mean.stderr,
+            mean.n,
+            lower_is_better=True,
             influences=tuple(value * influence for influence in mean.influences or ()),
-        )  # fmt: skip
+        )

@@ -1,0 +1,285 @@
+"""The command line: one thin function a verb. Results go to stdout, progress and hints to stderr."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from layerpeel.cli.app import AsJson, ConfigFile, Folder, Layers, Overrides, ScoreFolder, app, output
+from layerpeel.cli.parts import _announce, _check_free, _finish, _load_stack, _parse_layers
+from layerpeel.cli.tables import evaluation_table, plan_tables, report_table, score_table
+from layerpeel.config.reading import load_config
+from layerpeel.demo.preparing import prepare_demo
+from layerpeel.errors import InputError
+from layerpeel.export.hub import push
+from layerpeel.export.student import export_student
+from layerpeel.importance.scoring import score_layers, scoring_text
+from layerpeel.inference.answer_cache import AnswerCache
+from layerpeel.model.architecture import count_parameters, find_architecture
+from layerpeel.model.checkpoint import stored_dtype
+from layerpeel.model.devices import pick_device, wanted_dtype
+from layerpeel.model.digests import fingerprint
+from layerpeel.model.family_table import OTHERS, TESTED, families_json, families_markdown, family_statuses
+from layerpeel.model.loading import load_config_of, load_model, load_teacher, load_tokenizer
+from layerpeel.model.saving import save_model
+from layerpeel.model.surgery import remove_layers
+from layerpeel.plan.planning import plan_run
+from layerpeel.plan.shape import Shape
+from layerpeel.plan.speed import Speed
+from layerpeel.processes.distributed import RANK
+from layerpeel.processes.progress import shown
+from layerpeel.processes.text import moment, one_line, percent
+from layerpeel.report.listing import list_runs
+from layerpeel.run.folder import Run
+from layerpeel.run.loop import peel
+from layerpeel.run.preflight import check, check_output
+from layerpeel.tasks.evaluation import evaluate
+from layerpeel.training.rounds import distill
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    set_: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on with a changed config from the round that is running.")
+    ] = False,
+    report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
+) -> None:
+    """Score, remove, distil, evaluate, and again, until the target. Running again resumes."""
+    _finish(peel(load_config(config, set_), accept_changes=accept_changes), as_json, report)
+
+
+@app.command()
+def score(
+    config: ConfigFile,
+    set_: Overrides = [],  # noqa: B006
+    output_: ScoreFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rank the teacher's layers by what is lost when each is skipped. Running again after an interruption resumes."""
+    settings = load_config(config, set_)
+    tasks = check(settings)
+    folder = output_ or settings.output.with_name(f"{settings.output.name}-score")
+    check_output(folder, settings.teacher)
+    layerwise, tokenizer = _load_stack(settings)
+    answer_cache = AnswerCache(folder / f"answers.{RANK}.jsonl", fingerprint(settings.teacher, layerwise.model.dtype))
+    scores = score_layers(
+        layerwise,
+        tokenizer,
+        settings.score,
+        tasks=tasks,
+        text=scoring_text(settings, tokenizer),
+        aggregate=settings.aggregate,
+        answer_cache=answer_cache,
+        announce=_announce,
+    )
+    if RANK:
+        return
+    found = json.dumps(scores.to_json(), ensure_ascii=False)
+    (folder / "scores.json").write_text(found + "\n", encoding="utf-8")
+    from layerpeel.report.figures import draw_importance
+
+    draw_importance(scores, folder / "importance.png")
+    if as_json:
+        print(json.dumps(scores.to_json()))
+    else:
+        output.print(score_table(scores))
+        output.print(f"scores   {shown(folder / 'scores.json')}", soft_wrap=True)
+        output.print(f"picture  {shown(folder / 'importance.png')}", soft_wrap=True)
+
+
+@app.command()
+def remove(
+    model: Annotated[str, typer.Argument(help="A model folder or a hub name.")], layers: Layers, output_: Folder
+) -> None:
+    """Remove layers, without training, and write the shallower model."""
+    chosen = _parse_layers(layers)
+    _check_free(output_, model)
+    shorter, tokenizer = load_model(model)
+    remove_layers(shorter, chosen)
+    save_model(shorter, tokenizer, output_, stored_dtype(model))
+    depth = len(find_architecture(shorter).layers)
+    output.print(f"{depth} layers, {count_parameters(shorter):,} parameters: {shown(output_)}")
+
+
+@app.command(name="distill")
+def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Overrides = []) -> None:  # noqa: B006
+    """Remove layers from the config's teacher, distil the gap once as its `distill` says, and write the student."""
+    settings = load_config(config, set_)
+    chosen = _parse_layers(layers)
+    if not settings.distill.tokens_per_round:
+        raise InputError("distill.tokens_per_round: 0, so there is nothing to do", hint="set it, or use `remove`")
+    _check_free(output_, settings.teacher)
+    teacher, tokenizer = load_teacher(settings)
+    storage = stored_dtype(settings.teacher)
+    student, result = distill(teacher, tokenizer, chosen, settings.distill, seed=settings.seed, storage=storage)
+    save_model(student, tokenizer, output_, storage)
+    ends = result.summary()
+    output.print(
+        f"{len(find_architecture(student).layers)} layers, loss {ends['first_loss']:.4f} -> {ends['last_loss']:.4f} "
+        f"over {result.tokens:,} tokens in {result.seconds:.0f} s: {shown(output_)}"
+    )
+
+
+@app.command(name="eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help="A model folder or a hub name.")],
+    config: ConfigFile,
+    set_: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on the tasks of a config."""
+    settings = load_config(config, [*set_, f"teacher={model}"])
+    tasks = check(settings)
+    loaded, tokenizer = load_teacher(settings)
+    evaluation = evaluate(loaded, tokenizer, tasks)
+    if as_json and not RANK:
+        print(json.dumps(evaluation.to_json()))
+    else:
+        output.print(evaluation_table(evaluation))
+
+
+@app.command()
+def families(
+    as_json: AsJson = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/families.md.")] = False,
+) -> None:
+    """List the model families that are tested, and those that are refused, with the reasons."""
+    if as_json:
+        print(json.dumps(families_json()))
+    elif as_markdown:
+        print(families_markdown(), end="")
+    else:
+        table = Table("family", "layers", "status", "note", box=None, header_style="bold")
+        for each in family_statuses():
+            table.add_row(each.family, each.layers, each.status, each.note)
+        output.print(table, TESTED, OTHERS, sep="\n")
+
+
+@app.command()
+def demo(
+    output_: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path("runs/demo"),
+    set_: Overrides = [],  # noqa: B006
+) -> None:
+    """Run the main job on the bundled teacher: 12 layers to 8."""
+    _finish(peel(load_config(prepare_demo(output_), [f"output={output_ / 'run'}", *set_])), as_json=False)
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A YAML study; see studies/.")],
+    set_: Annotated[
+        list[str], typer.Option("--set", help="field=value, of the study or over its base's; model=PATH: the teacher.")
+    ] = [],  # noqa: B006
+    processes: Annotated[int, typer.Option(min=1, help="Runs at a time, each with its share of the cores.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Run the variants of a study, with each seed, to one table and one figure. Running again goes on."""
+    from layerpeel.study.writing import run_study
+
+    done = run_study(file, set_, processes)
+    if as_json:
+        print(json.dumps({"output": str(done.folder), **done.rows}, ensure_ascii=False))
+        return
+    for each in done.tables.values():
+        output.print(report_table(each), "")
+    output.print(f"page     {shown(done.folder / 'index.html')}", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    set_: Overrides = [],  # noqa: B006
+    gpus: Annotated[int, typer.Option(min=1, help="Processes that share the work, one on each GPU.")] = 1,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="What trains is split over them (FSDP2).")] = False,
+    flops: Annotated[
+        float | None, typer.Option(help="Of another machine: operations a second that are reached, as 4e14.")
+    ] = None,
+    bandwidth: Annotated[float, typer.Option(help="With --flops: bytes of memory a second.")] = 2e12,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run will take in memory, layer calls and time; reads no weights, and times a random layer."""
+    settings = load_config(config, set_)
+    tasks = check(settings)
+    teacher = load_config_of(settings.teacher, trust_remote_code=settings.trust_remote_code)
+    tokenizer = load_tokenizer(settings.teacher, trust_remote_code=settings.trust_remote_code)
+    target = torch.device("cuda") if flops else pick_device(settings.device)
+    dtype = wanted_dtype(teacher, target, settings.dtype)
+
+    def speed(shape: Shape) -> Speed:
+        return (
+            Speed.of_processor(shape, flops, bandwidth)
+            if flops
+            else Speed.measure(teacher, settings.distill, dtype, settings.device)
+        )
+
+    planned = plan_run(
+        teacher,
+        settings,
+        [[r for own in task.requests(tokenizer) for r in own] for task in tasks],
+        speed,
+        dtype=dtype,
+        device=target.type,
+        gpus=gpus,
+        fsdp=fsdp,
+    )
+    if as_json:
+        print(json.dumps(planned.to_json()))
+    else:
+        output.print(*plan_tables(planned), sep="\n")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run's folder; more to compare it with.")],
+    output_: Annotated[Path | None, typer.Option("--output", "-o", help="A folder; RUN/report if not given.")] = None,
+    measure: Annotated[bool, typer.Option(help="Measure speed and memory, where not done before.")] = True,
+    watch_: Annotated[bool, typer.Option("--watch", help="Keep the page fresh until the run has finished.")] = False,
+) -> None:
+    """Write the report of a run: a page that works offline, with its figures and tables in files beside it."""
+    first, *others = map(Run, runs)
+    from layerpeel.report.page import watch, write_report
+
+    page = watch(first, others, output_) if watch_ else write_report(first, others, output_, measure=measure)
+    output.print(f"report   {shown(page)}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    output_: Folder,
+    round_: Annotated[int | None, typer.Option("--round", help="Of which round; the result if not given.")] = None,
+    repository: Annotated[
+        str | None, typer.Option("--push", metavar="REPO", help="Upload it to the hub, too (private, if new).")
+    ] = None,
+) -> None:
+    """Write the student of a round as a full Hugging Face checkpoint with its model card."""
+    opened = Run(run)
+    _check_free(output_, opened.config.teacher)
+    number = export_student(opened, output_, round_)
+    output.print(f"student  {shown(output_)} (round {number})", soft_wrap=True)
+    if repository:
+        output.print(f"hub      {shown(push(output_, repository))}", soft_wrap=True)
+
+
+@app.command()
+def ls(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"), as_json: AsJson = False) -> None:
+    """List the runs below a folder, and how far each has come."""
+    found = list_runs(folder)
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table("run", "state", "rounds", "layers", "% kept", "last activity", "", box=None, header_style="bold")
+    for row in found:
+        depth = f"{row['teacher_layers']} → {row['layers']}" if row["layers"] else "–"
+        cells = [row["run"], row["state"], row["rounds"], depth, percent(row["kept_quality"])]
+        cells += [moment(row["last_activity"]), one_line(row["note"])]
+        table.add_row(*(shown(cell) for cell in cells))
+    output.print(table if found else f"no runs below {shown(folder)}")

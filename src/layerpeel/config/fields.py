@@ -1,0 +1,61 @@
+"""What sections of a config are made of, and text sources."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A part of the config; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class TextConfig(Section):
+    """Where text comes from."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A .txt, .jsonl, .json, .csv, .parquet or .arrow file (or a .gz of one), a folder of such, a saved dataset, a
+    glob, or a hub name; a hub dataset is read over the network as far as it is needed."""
+    column: str = "text"
+    """The column that holds the text, where there are columns."""
+    messages: str | None = None
+    """The column that holds chats, lists of {"role", "content"}, to be written by the tokenizer's chat template. A
+    column `messages` is found by itself where there is no column `text`."""
+    split: str = "train"
+    """The split, where there are splits."""
+    name: str | None = None
+    """The subset of a hub dataset."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """How often the next document is from this source, against the weights of the others. A source that ends is drawn
+    from no more: the others go on, by their weights, until all have ended. Then the text begins again."""
+    shuffle: Annotated[int, Field(ge=0)] = 2048
+    """Documents that are held in memory, of which the next is drawn at random, so that a sorted file gives no one-sided
+    beginning; 0: in order. Lower it where documents are books."""
+
+
+def _as_list(value: Any) -> Any:
+    """One source or several, each a mapping or just a path."""
+    values = [value] if isinstance(value, (str, dict)) else value
+    return [{"path": item} if isinstance(item, str) else item for item in values] if isinstance(values, list) else value
+
+
+Texts = Annotated[list[TextConfig], BeforeValidator(_as_list)]
+
+
+NUMBER = r"[0-9]{1,18}(?:\.[0-9]{0,18})?"
+
+
+def _parse_count(value: Any) -> Any:
+    """Reads 2.5B, 300M, 40k as numbers."""
+    match = re.fullmatch(rf"\s*({NUMBER})\s*([kKmMbB])\s*", value) if isinstance(value, str) else None
+    return int(float(match[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[match[2].lower()]) if match else value
+
+
+def _parse_bytes(value: Any) -> Any:
+    """Reads 8GB, 500 MB as numbers of bytes."""
+    match = re.fullmatch(rf"\s*({NUMBER})\s*([KMGT]?)i?B\s*", value, re.IGNORECASE) if isinstance(value, str) else None
+    return int(float(match[1]) * 2 ** (10 * " KMGT".index(match[2].upper() or " "))) if match else value

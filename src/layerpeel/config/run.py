@@ -1,0 +1,90 @@
+"""`RunConfig` and its sections: a docstring for each field, and what must hold between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from layerpeel.config.distill import DistillConfig
+from layerpeel.config.fields import Section, _parse_bytes, _parse_count
+from layerpeel.config.score import ScoreConfig
+
+
+class StopConfig(Section):
+    """When a run is over; the first that holds ends it."""
+
+    target_layers: Annotated[int, Field(ge=1)] | None = None
+    """The depth to reach."""
+    min_quality: Annotated[float, Field(gt=0, le=1)] | None = None
+    """A floor: the share of the teacher's aggregate to keep. The last student above it is the result."""
+    max_params: Annotated[int, BeforeValidator(_parse_count), Field(ge=1)] | None = None
+    """The size to reach, in parameters; 2.5B and 300M are understood."""
+
+    @model_validator(mode="after")
+    def _some_stop(self) -> StopConfig:
+        if self.target_layers is None and self.min_quality is None and self.max_params is None:
+            raise ValueError("expected at least one of target_layers, min_quality, max_params")
+        return self
+
+
+class TaskConfig(BaseModel):
+    """A measurement of quality; its kind decides what other keys there are."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    kind: str
+    """choice, pairs, generate, perplexity, harness, or module:Class."""
+    name: str = ""
+    """What it is called in tables; the kind if not given."""
+
+    @model_validator(mode="after")
+    def _name(self) -> TaskConfig:
+        self.name = self.name or self.kind
+        return self
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    teacher: Annotated[str, Field(min_length=1)]
+    """A model folder or a hub name."""
+    output: Path
+    """The run's folder; running again goes on with it."""
+    stop: StopConfig
+    """When it is over."""
+    score: ScoreConfig = ScoreConfig()
+    """How layers are scored."""
+    tasks: list[TaskConfig] = []
+    """What quality is: measured on the teacher, and on the student after each round."""
+    aggregate: Literal["mean", "relative"] = "mean"
+    """Of the tasks' scores: their mean, or the mean of score / teacher's score."""
+    distill: DistillConfig = DistillConfig(tokens_per_round=0)
+    """How the gap is healed."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the order of the training text."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    """Where to send training curves as they grow, through accelerate; tensorboard writes below `output`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen weights; auto: float32 on a CPU, else that of the checkpoint."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the checkpoint may run."""
+    memory_limit: Annotated[int, BeforeValidator(_parse_bytes), Field(ge=1)] | None = None
+    """A config that surely needs more bytes than this is refused; what the machine has in all, if not given."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.distill.tokens_per_round and not self.distill.text:
+            raise ValueError("distill.text: expected text to train on (or distill.tokens_per_round: 0)")
+        if self.score.heal and not self.distill.text:
+            raise ValueError("distill.text: expected text to heal candidates on (or no score.heal)")
+        if not self.tasks:
+            raise ValueError("tasks: expected at least one, to say what quality is")
+        names = [task.name for task in self.tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"tasks: expected different names, found '{twice[0]}' twice")
+        return self

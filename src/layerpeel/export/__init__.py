@@ -1,0 +1,1 @@
+"""Students as people take them away: checkpoints in a folder or on the hub."""

@@ -1,0 +1,31 @@
+"""Uploads to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from layerpeel.errors import RunError
+from layerpeel.processes.text import one_line
+
+
+def push(folder: Path, repository: str, api: HfApi | None = None) -> str:
+    """Uploads a checkpoint to the hub, to a private repository if it is a new one; gives its address.
+
+    Args:
+        api: that of the user who is logged in, if not given.
+
+    Raises:
+        RunError: the hub cannot be reached, or refuses.
+    """
+    api = api or HfApi()
+    try:
+        address = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="A student made by layerpeel")
+    except Exception as error:  # the hub's refusals, and whatever the client's transport has for a lost network
+        raise RunError(
+            f"--push {repository}: nothing was uploaded ({one_line(error, 300)})",
+            hint=f"the checkpoint is in {folder}; log in with `hf auth login`, check the name and the network",
+        ) from None
+    return str(address)

@@ -1,0 +1,140 @@
+"""Scores the layers of a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from layerpeel.config.run import RunConfig
+from layerpeel.config.score import ScoreConfig
+from layerpeel.data.batches import load_rows
+from layerpeel.data.rows import Rows
+from layerpeel.errors import InputError
+from layerpeel.importance.base import ScoringInputs
+from layerpeel.importance.estimate import Estimate, estimate
+from layerpeel.importance.metrics import make_metric
+from layerpeel.importance.scores import LayerScores
+from layerpeel.importance.work import work_of
+from layerpeel.inference.answer_cache import AnswerCache
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.inference.requests import Generation
+from layerpeel.model.config_check import unremovable_layers
+from layerpeel.model.surgery import KeptLayers
+from layerpeel.processes.progress import console, shown
+from layerpeel.tasks.base import Task
+
+
+def scoring_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
+    """The text that metrics read; None if the config has no text."""
+    text = config.score.text or config.distill.text
+    if not text:
+        return None
+    return load_rows(
+        text,
+        tokenizer,
+        sequence_length=config.distill.sequence_length,
+        max_tokens=config.score.tokens,
+        seed=config.seed,
+    )
+
+
+def score_candidates(inputs: ScoringInputs, depth: KeptLayers) -> LayerScores:
+    """Scores the candidates: the cheap metric on all, the deciding one on its shortlist (or on all without one).
+
+    Args:
+        depth: which teacher layers the positions in `inputs` stand for.
+    """
+    config = inputs.config
+    cheap = None
+    if config.shortlist and len(inputs.candidates) > config.shortlist.keep:
+        cheap = _scores(config.shortlist.by, inputs, depth)
+        kept = cheap.ranked()[: config.shortlist.keep]
+        inputs = inputs.among(sorted(depth.position(layer) for layer in kept))
+    scores = _scores(config.decide, inputs, depth)
+    scores.cheap = cheap
+    return scores
+
+
+def score_layers(
+    model: PreTrainedModel | LayerwiseModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ScoreConfig,
+    *,
+    tasks: Sequence[Task] = (),
+    text: Rows | None = None,
+    aggregate: str = "mean",
+    answer_cache: AnswerCache | None = None,
+    announce: Callable[[list[Estimate]], None] | None = None,
+) -> LayerScores:
+    """Scores the layers of a model on its own: what would be lost if each were skipped.
+
+    Args:
+        model: a causal language model, or the stack of one whose layers are streamed (`streaming.load_streamed`).
+        config: which metric, which layers are protected.
+        tasks: for metrics that need them, from `make_tasks`.
+        text: for metrics that read text, from `scoring_text`.
+        store: where to look for answers that were given before, and to keep new ones.
+        announce: called with the estimate before the work begins.
+
+    Raises:
+        InputError: all layers are protected, or a streamed model would have to generate.
+    """
+    layerwise = model if isinstance(model, LayerwiseModel) else LayerwiseModel(model)
+    depth = KeptLayers.full(len(layerwise.layers))
+    protected = [*config.protect.layers, *unremovable_teacher_layers(layerwise.model, depth)]
+    candidates = depth.removable(config.protect.first, config.protect.last, protected)
+    if not candidates:
+        raise InputError("no layer may be removed: all are protected", hint="protect fewer (score.protect)")
+    inputs = ScoringInputs(
+        layerwise, layerwise, tokenizer, candidates, text, tasks, None, aggregate, config, answer_cache
+    )
+    if layerwise.streamed and "tasks" in make_metric(config.decide).needs:
+        _refuse_generation(tasks, tokenizer)
+    if announce:
+        announce(estimate(inputs))
+    return score_candidates(inputs, depth)
+
+
+def unremovable_teacher_layers(model: PreTrainedModel, depth: KeptLayers) -> tuple[int, ...]:
+    """The teacher layers that may not go next, as the config could not express what is left; says why, once."""
+    fixed = {depth.kept[position]: reason for position, reason in unremovable_layers(model).items()}
+    if fixed:
+        _say_once(f"layers {', '.join(map(str, fixed))} stay: without one, {next(iter(fixed.values()))}")
+    return tuple(fixed)
+
+
+@cache
+def _say_once(text: str) -> None:
+    console.print(shown(text), style="dim")
+
+
+def _refuse_generation(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> None:
+    for task in tasks:
+        if any(isinstance(request, Generation) for own in task.requests(tokenizer) for request in own):
+            raise InputError(
+                f"task {task.name} generates text, for which every layer would be read from disk for every token",
+                hint="score it with score.weights: memory, or leave it out; log-likelihood tasks can be streamed",
+            )
+
+
+def _scores(name: str, inputs: ScoringInputs, depth: KeptLayers) -> LayerScores:
+    started, metric = time.monotonic(), make_metric(name)
+    found = metric.score(inputs)
+
+    def by_layer(values: dict[int, Any]) -> dict[int, Any]:
+        return {depth.kept[position]: value for position, value in values.items()}
+
+    return LayerScores(
+        metric=name,
+        importance=by_layer(found.importance),
+        stderr=by_layer(found.stderr),
+        evaluations=by_layer(found.evaluations),
+        dropped=by_layer(found.dropped),
+        seconds=time.monotonic() - started,
+        layer_tokens=work_of(metric, inputs, inputs.candidates).layer_tokens,
+        memory={"memory": inputs.budget.bytes, "memory_halved": inputs.budget.halved},
+    )

@@ -1,0 +1,1 @@
+"""Running a model layer by layer: all candidates in one pass, prefix trees, caches, decoding."""

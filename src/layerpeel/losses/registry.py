@@ -1,0 +1,37 @@
+"""The losses a student is trained by, by name."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from layerpeel.config.distill import LossConfig
+from layerpeel.errors import InputError, resolve_class
+from layerpeel.losses.base import Loss
+from layerpeel.losses.cross_entropy import CrossEntropy
+from layerpeel.losses.hidden_cosine import HiddenCosine
+from layerpeel.losses.hidden_mse import HiddenMSE
+from layerpeel.losses.jensen_shannon import JensenShannon
+from layerpeel.losses.kl import KL
+from layerpeel.losses.reverse_kl import ReverseKL
+
+LOSSES: dict[str, type[Loss]] = {
+    "kl": KL,
+    "reverse_kl": ReverseKL,
+    "jensen_shannon": JensenShannon,
+    "cross_entropy": CrossEntropy,
+    "hidden_mse": HiddenMSE,
+    "hidden_cosine": HiddenCosine,
+}
+
+
+def make_loss(name: str, config: LossConfig) -> Loss:
+    loss = resolve_class(name, LOSSES, "loss", Loss)
+    try:
+        return loss.model_validate(config.model_extra or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"distill.losses.{name}.{field}: {first['msg'].lower()}",
+            hint=f"options of {name}: weight, {', '.join(loss.model_fields)}",
+        ) from None

@@ -1,0 +1,80 @@
+"""What can be said of a checkpoint before its weights are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import (
+    PretrainedConfig,
+)
+
+from layerpeel.errors import InputError, reason_of
+from layerpeel.model.config_fields import text_config
+
+MOST_PER_BYTE = 8  # parameters in a byte of a checkpoint, however it is quantised
+
+
+def least_parameters(config: PretrainedConfig) -> int:
+    """Surely no more than a model has: embeddings, and one square matrix a layer."""
+    text = text_config(config)
+    sizes = [getattr(text, name, 0) for name in ("vocab_size", "hidden_size", "num_hidden_layers")]
+    vocabulary, width, depth = (size if isinstance(size, int) else 0 for size in sizes)
+    return width * (vocabulary + depth * width)
+
+
+def check_weights(config: PretrainedConfig, path: str | Path) -> None:
+    """Checks a folder's weights by the headers of its files, before anything is allocated for them.
+
+    Raises:
+        InputError: a file is damaged or absent, its index leaves the folder, or config.json asks for a far larger model
+            than the files hold.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    for name in sorted(_indexed_files(folder)):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise InputError(
+                f"{folder}: the index of its weights names {name}, and there is no such file in the folder",
+                hint="fetch a complete checkpoint",
+            )
+    size = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except Exception as error:
+            raise InputError(
+                f"{file}: no safetensors file, or not whole ({reason_of(error)})", hint="fetch it again"
+            ) from None
+        size += file.stat().st_size
+    if size and least_parameters(config) > MOST_PER_BYTE * size:
+        raise InputError(
+            f"{folder / 'config.json'}: it describes a model of {least_parameters(config):,} parameters or more, and "
+            f"the weights have {size:,} bytes",
+            hint="take config.json and weights from the same checkpoint",
+        )
+
+
+def _indexed_files(folder: Path) -> set[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return set()
+    try:
+        return {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{index}: no index of weights ({reason_of(error)})", hint="fetch a complete checkpoint"
+        ) from None
+
+
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """The dtype that a checkpoint is stored in, by its config (float32 if it does not say)."""
+    held, _ = PretrainedConfig.get_config_dict(str(path))  # as it is written: no code of the checkpoint's own runs
+    places = [held, held.get("text_config") or {}]
+    names = [place.get(key) for place in places for key in ("dtype", "torch_dtype")]
+    found = getattr(torch, str(next(filter(None, names), "float32")), None)
+    return found if isinstance(found, torch.dtype) else torch.float32

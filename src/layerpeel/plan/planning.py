@@ -1,0 +1,116 @@
+"""What a run will take in memory, layer calls and time, from the teacher's config and the run's, before any of it.
+
+Layers are taken to go from the middle, as one gap; each round scores, trains and is measured on the tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from layerpeel.config.run import RunConfig
+from layerpeel.inference.requests import Request
+from layerpeel.model.surgery import KeptLayers
+from layerpeel.plan.memory import resident_bytes, scoring_memory, training_memory
+from layerpeel.plan.parts import _candidates, _gap, _Parts
+from layerpeel.plan.shape import Outline, Shape, empty_model, shape_of
+from layerpeel.plan.speed import Speed
+from layerpeel.training.trainable import parameters_to_train
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    Attributes:
+        shape: the teacher's sizes.
+        rounds: how many layers go.
+        trained: parameters that train in the first round.
+        training_memory, scoring_memory: bytes on each device, by what they are for.
+        layer_tokens: tokens through a layer in all, of `scoring`, `evaluation` (of teacher and students on the tasks)
+            and `training` (teacher and student, forward).
+        seconds: of the same.
+        gpus: how many share the work.
+    """
+
+    shape: Shape
+    rounds: int
+    trained: int
+    training_memory: dict[str, float]
+    scoring_memory: dict[str, float]
+    layer_tokens: dict[str, float]
+    seconds: dict[str, float]
+    gpus: int
+
+    @property
+    def peak(self) -> float:
+        """The most bytes on each device."""
+        return max(sum(self.training_memory.values()), sum(self.scoring_memory.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"peak": self.peak}
+
+
+def plan_run(
+    teacher: PretrainedConfig,
+    config: RunConfig,
+    requests: Sequence[Sequence[Request]],
+    speed: Callable[[Shape], Speed],
+    *,
+    dtype: torch.dtype,
+    device: str,
+    gpus: int = 1,
+    fsdp: bool = False,
+) -> Plan:
+    """Plans a run.
+
+    Args:
+        teacher: its config; no weights are read.
+        requests: of each task.
+        speed: gives that of a shape.
+        dtype: of the frozen weights.
+        device: `cpu` or `cuda`, to whose memory chunks are sized.
+        gpus: processes that share the work.
+        fsdp: whether they split what trains.
+
+    Raises:
+        InputError: the config selects nothing to train.
+    """
+    distill, model = config.distill, empty_model(teacher, dtype)
+    shape = shape_of(model, distill.batch_size, distill.sequence_length)
+    rounds, student = _rounds(config, shape), Outline(model, _gap(shape.layers, 1))
+    names = parameters_to_train(
+        student, distill.train, radius=distill.radius, norm=distill.train_norm, head=distill.train_head
+    )
+    here = student.parameters()
+    trained = sum(here[name].numel() for name in names) if distill.tokens_per_round else 0
+    layers = {layer for name in names if (layer := student.layer_of(name)) is not None}
+    student.add_trained(names)
+    parts = _Parts(config, shape, requests, speed(shape), layers, student.trains_embeddings, device, trained)
+    # now, as measuring has brought in the libraries that a run uses
+    process = {"Python and its libraries": resident_bytes()} if device == "cpu" else {}
+    graph, split = shape.layers - 1 - student.shared_prefix, gpus if fsdp else 1
+    return Plan(
+        shape,
+        rounds,
+        trained,
+        training_memory(shape, distill, trained, graph, device, split) | process,
+        scoring_memory(shape, config.score, requests, trained, parts.streams(), parts.budget, device) | process,
+        *parts.totals(rounds, gpus),
+        gpus,
+    )
+
+
+def _rounds(config: RunConfig, shape: Shape) -> int:
+    """How many layers go, if no quality floor ends the run before."""
+    free = len(_candidates(config, KeptLayers.full(shape.layers)))
+    wanted = [free]
+    if config.stop.target_layers is not None:
+        wanted.append(shape.layers - config.stop.target_layers)
+    if config.stop.max_params is not None:
+        wanted.append(-(-(shape.parameters - config.stop.max_params) // shape.layer_parameters))
+    return max(0, min(wanted))

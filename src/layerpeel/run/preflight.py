@@ -1,0 +1,203 @@
+"""What can be found wrong with a run before any weights are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PretrainedConfig
+
+from layerpeel.config.distill import DistillConfig
+from layerpeel.config.run import RunConfig
+from layerpeel.data.documents import read_documents
+from layerpeel.errors import InputError, reason_of
+from layerpeel.importance.metrics import check_metrics
+from layerpeel.losses.loss_sum import LossSum
+from layerpeel.model.checkpoint import least_parameters
+from layerpeel.model.config_fields import text_config
+from layerpeel.model.devices import pick_device, wanted_dtype
+from layerpeel.model.loading import load_config_of
+from layerpeel.model.surgery import KeptLayers
+from layerpeel.processes.distributed import RANK
+from layerpeel.run.folder import Run
+from layerpeel.tasks.base import Task
+from layerpeel.tasks.registry import make_tasks
+from layerpeel.training.student import Student
+from layerpeel.training.trainable import parameters_to_train
+
+BYTES_PER_TOKEN = 9  # of text that waits in memory: its id, which document, and whether it is padding
+
+
+def check(config: RunConfig) -> list[Task]:
+    """Checks a config against its model and its data; gives the tasks.
+
+    Raises:
+        InputError: it says what will not do.
+    """
+    teacher = load_config_of(config.teacher, trust_remote_code=config.trust_remote_code)
+    total = text_config(teacher).num_hidden_layers
+    if not isinstance(total, int) or total < 2:
+        raise InputError(f"{config.teacher}: a model of {total} layers has none to spare", hint="name a deeper one")
+    _check_sizes(config, teacher)
+    _check_target(config, total)
+    check_output(config.output, config.teacher)
+    tasks = make_tasks(config.tasks)
+    check_metrics(config.score, has_text=bool(config.score.text or config.distill.text), has_tasks=bool(tasks))
+    LossSum(config.distill.losses)
+    for task in tasks:
+        task.check()
+    for source in [*config.distill.text, *(config.score.text or [])]:
+        next(read_documents(source), None)
+    return tasks
+
+
+def check_training_dtype(config: RunConfig) -> None:
+    """Refuses float16 where something trains, as training itself would, later.
+
+    Raises:
+        InputError: it is wanted, by the config or by the checkpoint.
+    """
+    teacher = load_config_of(config.teacher, trust_remote_code=config.trust_remote_code)
+    dtype = wanted_dtype(teacher, pick_device(config.device), config.dtype)
+    if config.distill.tokens_per_round and dtype is torch.float16:
+        raise InputError("dtype: float16 gradients would underflow", hint="train with dtype: bfloat16 or float32")
+
+
+def check_run(config: RunConfig) -> list[Task]:
+    """What a run needs beyond `check`.
+
+    Raises:
+        InputError: it says what will not do.
+    """
+    if config.score.weights == "stream":
+        raise InputError(
+            "score.weights: stream is for `layerpeel score`; a run trains, and needs the model in memory",
+            hint="set score.weights: memory",
+        )
+    check_training_dtype(config)
+    for name in config.trackers:
+        if not find_spec(name):
+            raise InputError(f"trackers: {name} is not installed", hint=f"pip install {name}")
+    return check(config)
+
+
+def check_output(folder: Path, model: str) -> None:
+    """Checks that something can be written in a folder that may not be there yet.
+
+    Raises:
+        InputError: there is a file in its place or above it, it is in the folder of the model, or may not be written.
+    """
+    another = "name another folder"
+    try:
+        there = folder.resolve()
+        above = next(each for each in (there, *there.parents) if each.exists())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"output: {folder} cannot be a folder ({reason_of(error)})", hint=another) from None
+    if not above.is_dir():
+        raise InputError(f"output: {folder} cannot be a folder: {above} is a file", hint=another)
+    if os.path.isdir(model) and there.is_relative_to(Path(model).resolve()):
+        raise InputError(f"output: {folder} is in the folder of the model, {model}", hint=another)
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"output: you may not write in {above}", hint=another)
+
+
+@contextmanager
+def leaving_nothing(run: Run) -> Iterator[None]:
+    """Takes a run's folder away again, if it has just been made and what comes first is refused."""
+    try:
+        yield
+    except InputError:
+        if not RANK and [event["event"] for event in run.events] == ["start"]:
+            for name in ("config.yaml", "journal.jsonl"):
+                (run.folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # something else is in it
+                run.folder.rmdir()
+        raise
+
+
+def check_trained(student: Student, config: DistillConfig) -> None:
+    """Checks that a pattern in `train` names something.
+
+    Raises:
+        InputError: it does not.
+    """
+    if config.tokens_per_round and config.train not in ("neighbours", "above"):  # those need a gap
+        parameters_to_train(student, config.train)
+
+
+def removable(depth: KeptLayers, config: RunConfig, fixed: Iterable[int] = ()) -> tuple[int, ...]:
+    """The teacher layers that may go next; at least one layer stays.
+
+    Args:
+        fixed: those without which the model could not be saved, from `importance.unremovable_teacher_layers`.
+    """
+    protect = config.score.protect
+    return depth.removable(protect.first, protect.last, [*protect.layers, *fixed]) if len(depth) > 1 else ()
+
+
+def _check_sizes(config: RunConfig, teacher: PretrainedConfig) -> None:
+    """Refuses what surely takes more memory than there is: far too large numbers, before they are allocated."""
+    distill, text = config.distill, text_config(teacher)
+    row = distill.sequence_length * distill.batch_size
+    hidden = 2 * 2 * row * getattr(text, "hidden_size", 0) if distill.text else 0  # in 16 bits, of two models
+    steps = config.score.heal.steps * distill.accumulation if config.score.heal else 0
+    last = distill.last_pass.tokens if distill.last_pass else 0
+    in_memory = least_parameters(teacher) if config.score.weights == "memory" else 0
+    needs = {
+        "teacher": 2 * in_memory,
+        "distill.sequence_length x distill.batch_size": hidden,
+        "distill.tokens_per_round": BYTES_PER_TOKEN * distill.tokens_per_round,
+        "distill.last_pass.tokens": BYTES_PER_TOKEN * last,
+        "score.heal.steps": BYTES_PER_TOKEN * row * steps,
+        "score.tokens": BYTES_PER_TOKEN * config.score.tokens,
+        "score.memory": config.score.memory or 0,
+    }
+    limit = config.memory_limit or machine_memory()
+    for name, size in needs.items():
+        if size > limit:
+            raise InputError(
+                f"{name}: it takes {size / 1e9:,.1f} GB of memory or more, and there are {limit / 1e9:,.1f} GB",
+                hint="lower it, or set memory_limit to what there is, as in --set memory_limit=200GB",
+            )
+    longest = getattr(text, "max_position_embeddings", None)
+    if distill.text and isinstance(longest, int) and distill.sequence_length > longest > 0:
+        raise InputError(
+            f"distill.sequence_length: {distill.sequence_length} is more than the {longest} tokens that the teacher "
+            "was made for",
+            hint=f"set it to {longest} or less",
+        )
+
+
+def machine_memory() -> int:
+    """Bytes of this machine's memory in all, that of its GPUs included."""
+    gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    return int(psutil.virtual_memory().total + psutil.swap_memory().total + sum(gpus))
+
+
+def _check_target(config: RunConfig, total: int) -> None:
+    beyond = [layer for layer in config.score.protect.layers if not 0 <= layer < total]
+    if beyond:
+        raise InputError(
+            f"score.protect.layers: there is no layer {beyond[0]}; the teacher's are 0 to {total - 1}",
+            hint="layers are counted from 0",
+        )
+    free, target = len(removable(KeptLayers.full(total), config)), config.stop.target_layers
+    if not free:
+        raise InputError(
+            f"score.protect: all {total} layers are protected, so none can go", hint="protect fewer layers"
+        )
+    if target is not None and target >= total:
+        raise InputError(
+            f"stop.target_layers: {target} is not below the teacher's depth of {total} layers",
+            hint=f"set it to {total - 1} or less",
+        )
+    if target is not None and target < total - free:
+        raise InputError(
+            f"stop.target_layers: {target} cannot be reached: {total - free} of {total} layers are protected",
+            hint="raise the target, or protect fewer layers (score.protect)",
+        )

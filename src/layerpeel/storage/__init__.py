@@ -1,0 +1,1 @@
+"""Who writes what to disk, and how nothing of it is lost."""

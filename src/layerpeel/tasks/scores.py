@@ -1,0 +1,120 @@
+"""Scores of tasks, their errors, and the aggregate of several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+def aggregate_stderr(evaluation: Evaluation, reference: Evaluation, how: str) -> float:
+    """The standard error of an aggregate, from those of its tasks; the teacher's scores are taken as exact."""
+    exact = Evaluation({name: replace(score, stderr=0.0) for name, score in reference.scores.items()})
+    return evaluation.difference_stderr(exact, reference, how)
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A task's score: its value as people read it, its standard error, and the number of samples.
+
+    Attributes:
+        influences: what each sample adds to the value beyond its share of the mean (to first order), [n]; the paired
+            error of a difference is that of the differences of these. None where samples can't be told apart.
+        chance: what guessing would score, where that is known.
+    """
+
+    value: float
+    stderr: float
+    n: int
+    lower_is_better: bool = False
+    influences: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
+    chance: float | None = None
+
+    @classmethod
+    def of_mean(
+        cls, samples: Sequence[float], weights: Sequence[float] | None = None, *, chance: float | None = None
+    ) -> TaskScore:
+        """The (weighted) mean, with the standard error of the sample (n - 1); of a ratio, by the delta method."""
+        n = len(samples)
+        weights = weights or [1.0] * n
+        total = math.fsum(weights) or 1.0  # documents without a token weigh nothing
+        mean = math.fsum(w * sample for w, sample in zip(weights, samples, strict=True)) / total
+        influences = tuple(n * w * (sample - mean) / total for w, sample in zip(weights, samples, strict=True))
+        return cls(mean, _stderr_of(influences), n, influences=influences, chance=chance)
+
+    def to_json(self) -> dict[str, Any]:
+        own = {"value": self.value, "stderr": self.stderr, "n": self.n, "lower_is_better": self.lower_is_better}
+        return own if self.chance is None else own | {"chance": self.chance}
+
+
+def _stderr_of(influences: Sequence[float]) -> float:
+    n = len(influences)
+    return math.sqrt(math.fsum(value**2 for value in influences) / max(n - 1, 1) / n)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one model on all tasks."""
+
+    scores: dict[str, TaskScore]
+
+    def qualities(self, reference: Evaluation) -> dict[str, float]:
+        """Each task's score as higher-is-better: perplexity enters as the reference's divided by one's own."""
+        return {
+            name: reference.scores[name].value / score.value if score.lower_is_better else score.value
+            for name, score in self.scores.items()
+        }
+
+    def aggregate(self, reference: Evaluation, how: str = "mean") -> float:
+        """One number: the mean of the qualities (the paper's), or of quality / the reference's (`relative`)."""
+        own, theirs = self.qualities(reference), reference.qualities(reference)
+        if how == "relative":
+            own = {name: value / theirs[name] if theirs[name] else 1.0 for name, value in own.items()}
+        return sum(own.values()) / len(own)
+
+    def difference_stderr(
+        self, other: Evaluation, reference: Evaluation, how: str = "mean", seen: Mapping[str, float] | None = None
+    ) -> float:
+        """The standard error of the difference between two models' aggregates, paired sample by sample.
+
+        Args:
+            reference: the teacher's evaluation, taken as exact.
+            seen: the share of each task's samples that the scores are of, if not all are: what is left to draw is
+                then finite, and the error of the whole shrinks to 0 as the share goes to 1.
+        """
+        variances = self.difference_variances(other, reference, how)
+        left = [variance * (1 - seen[name] if seen else 1) for name, variance in variances.items()]
+        return math.sqrt(math.fsum(left)) / len(left)
+
+    def difference_variances(self, other: Evaluation, reference: Evaluation, how: str = "mean") -> dict[str, float]:
+        """By task, the variance of the difference between two models' qualities, paired where samples can be."""
+        variances = {}
+        for name in self.scores:
+            own, theirs = (e._quality_influences(name, reference, how) for e in (self, other))
+            if own is not None and theirs is not None:
+                variances[name] = _stderr_of([a - b for a, b in zip(own, theirs, strict=True)]) ** 2
+            else:
+                variances[name] = sum(
+                    (e.scores[name].stderr * e._quality_slope(name, reference, how)) ** 2 for e in (self, other)
+                )
+        return variances
+
+    def _quality_influences(self, name: str, reference: Evaluation, how: str) -> list[float] | None:
+        influences = self.scores[name].influences
+        slope = self._quality_slope(name, reference, how)
+        return None if influences is None else [slope * value for value in influences]
+
+    def _quality_slope(self, name: str, reference: Evaluation, how: str) -> float:
+        """How the task's part of the aggregate changes with its value."""
+        own, theirs = self.scores[name], reference.scores[name].value
+        slope = -theirs / own.value**2 if own.lower_is_better else 1.0
+        whole = 1.0 if own.lower_is_better else theirs  # the reference's quality
+        return slope / whole if how == "relative" and whole else slope
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: score.to_json() for name, score in self.scores.items()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Evaluation:
+        return cls({name: TaskScore(**score) for name, score in value.items()})

@@ -1,0 +1,1 @@
+"""Training a student that shares the weights of its teacher."""

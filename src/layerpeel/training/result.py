@@ -1,0 +1,67 @@
+"""What a training did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+NO_LOSS = ("learning_rate", "gradient_norm", "tokens", "skipped")  # of what a point of the curve holds
+
+
+Log = Callable[[dict[str, float]], None]
+
+
+@dataclass
+class TrainingResult:
+    """What one round of training did.
+
+    Attributes:
+        layers: teacher indices of the trained layers.
+        parameters: how many numbers trained.
+        steps: optimizer steps.
+        tokens: real tokens seen, by all processes.
+        skipped: steps that were skipped, since their loss or gradient was not finite.
+        restarts: how often the round began again with half the learning rate, after too many of them.
+        halved: how often a micro-batch was halved, since memory had run out.
+        cached: the share of the rows whose teacher states were found on disk.
+        seconds: wall-clock time.
+        without_gradient: losses that do not depend on the student's weights.
+        curve: a dict a step: `loss`, each part without its weight, `learning_rate`, `gradient_norm`, `tokens` so far.
+    """
+
+    layers: list[int]
+    parameters: int = 0
+    steps: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    restarts: int = 0
+    halved: int = 0
+    cached: float = 0.0
+    seconds: float = 0.0
+    without_gradient: list[str] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """All but the curve; of it, where there were steps, means over the first and the last tenth of them.
+
+        These are `first_loss` and `last_loss`, and `losses`: the two for each part. `gradient_norm` is the mean over
+        all steps.
+        """
+        own = {name: value for name, value in asdict(self).items() if name != "curve"}
+        points = [point for point in self.curve if not point["skipped"]]
+        if not points:
+            return own
+        tenth = max(1, len(points) // 10)
+        ends = {
+            name: [_mean([point[name] for point in some]) for some in (points[:tenth], points[-tenth:])]
+            for name in points[0]
+            if name not in NO_LOSS
+        }
+        first, last = ends.pop("loss")
+        norm = _mean([point["gradient_norm"] for point in points])
+        return own | {"first_loss": first, "last_loss": last, "losses": ends, "gradient_norm": norm}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

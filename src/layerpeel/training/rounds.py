@@ -1,0 +1,145 @@
+"""What is trained and on what text: in a round, after the last one, and on trial."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from layerpeel.config.distill import DistillConfig
+from layerpeel.config.run import RunConfig
+from layerpeel.data.batches import load_rows
+from layerpeel.errors import InputError
+from layerpeel.processes.distributed import processes_of
+from layerpeel.processes.progress import console
+from layerpeel.training.result import Log, TrainingResult
+from layerpeel.training.state import TrainingState
+from layerpeel.training.student import Student
+from layerpeel.training.teacher_cache import TeacherCache
+from layerpeel.training.trainable import parameters_to_train
+from layerpeel.training.trainer import Trainer
+
+
+def train_student(
+    student: Student,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DistillConfig,
+    *,
+    seed: int = 0,
+    round_number: int = 1,
+    storage: torch.dtype = torch.float32,
+    cache: TeacherCache | None = None,
+    state: TrainingState | None = None,
+    log: Log | None = None,
+    description: str = "distilling",
+) -> TrainingResult:
+    """Trains what `config` names, and leaves the weights in the student.
+
+    Trained parameters are fp32 while they train; afterwards they hold what `storage` can, so that what is measured is
+    what will be saved. Dropout stays off.
+
+    Args:
+        seed: of the text and its order.
+        round_number: counted from 1; later rounds go on in the text, or shuffle it anew.
+        cache: where teacher states are kept.
+        state: where training saves how far it is, and goes on from; on a CPU the result is the same to the last bit.
+        log: called with each step's point of the curve, and first with those of the steps that were done before.
+
+    Raises:
+        InputError: nothing to train, or no text.
+        RunError: training diverged, whatever the learning rate.
+    """
+    processes = processes_of(student.model.device).num_processes
+    per_step = config.batch_size * config.accumulation * config.sequence_length * processes
+    steps = max(1, config.tokens_per_round // per_step) if config.tokens_per_round else 0
+    if not steps:
+        return TrainingResult(layers=[])
+    if student.model.dtype is torch.float16:
+        raise InputError("dtype: float16 gradients would underflow", hint="train with dtype: bfloat16 or float32")
+    started = time.monotonic()
+    names = parameters_to_train(
+        student, config.train, radius=config.radius, norm=config.train_norm, head=config.train_head
+    )
+    packing = config.packing and student.teacher.runs_packed
+    if packing != config.packing:
+        console.print("distill.packing: this model cannot keep documents of a row apart; one document a row")
+    in_round = steps * per_step // config.sequence_length
+    rows = load_rows(
+        config.text,
+        tokenizer,
+        sequence_length=config.sequence_length,
+        packing=packing,
+        max_tokens=steps * per_step,
+        seed=seed,
+        skip_rows=(round_number - 1) * in_round if config.fresh_text else 0,
+    )
+    trainer = Trainer(student, names, config, steps, cache, state)
+    result = trainer.train(rows, seed + round_number, log, description)
+    student.load_trained({n: value.to(storage) for n, value in student.trained_state().items() if n in names})
+    result.seconds += time.monotonic() - started
+    return result
+
+
+def train_last(
+    student: Student,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    *,
+    storage: torch.dtype,
+    cache: TeacherCache | None,
+    state: TrainingState | None,
+    log: Log | None,
+) -> TrainingResult:
+    """The training after the last removal, as `distill.last_pass` or `distill.when` says."""
+    own = config.distill.at_end(len(student.kept_layers.removed))
+    assert own
+    distill = config.distill.model_copy(
+        update={
+            "tokens_per_round": own.tokens,
+            "train": own.train,
+            "learning_rate": own.learning_rate or config.distill.learning_rate,
+        }
+    )
+    number = len(student.kept_layers.removed) + 1
+    return train_student(
+        student,
+        tokenizer,
+        distill,
+        seed=config.seed,
+        round_number=number,
+        storage=storage,
+        cache=cache,
+        state=state,
+        log=log,
+        description="last pass",
+    )
+
+
+def distill(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    removed: Iterable[int],
+    config: DistillConfig,
+    *,
+    seed: int = 0,
+    storage: torch.dtype | None = None,
+) -> tuple[PreTrainedModel, TrainingResult]:
+    """Removes layers from a teacher and distils the gap, for one round.
+
+    Args:
+        teacher: stays as it is; the student shares all its weights but those that train.
+        removed: teacher layers to remove, counted from 0.
+        storage: the dtype that the student will be saved in; the teacher's if not given.
+
+    Returns:
+        the student, a model of the teacher's class, and what training did.
+
+    Raises:
+        InputError: a layer is not there, the config selects nothing to train, or there is no text.
+    """
+    student = Student(teacher)
+    student.remove(removed)
+    result = train_student(student, tokenizer, config, seed=seed, storage=storage or teacher.dtype)
+    return student.model, result

@@ -1,0 +1,121 @@
+"""The student that borrows the teacher's frozen layers: one copy of the weights.
+
+The student is a model of its own class, with its own config and layer list, whose parameters *are* the teacher's, but
+for those in training, which are copies. Below the first that differs, both compute the same, and it runs once.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.model.surgery import KeptLayers, remove_layers
+
+
+class Student:
+    """A shortened model that shares all weights with its teacher but those it owns.
+
+    Parameters are named as in the teacher, such as `model.layers.7.mlp.up_proj.weight`, whatever has been removed.
+
+    Attributes:
+        model: the student, a plain transformers model.
+        stack: its layers, to be run one by one.
+        teacher: the teacher's layers.
+        depth: which teacher layers the student still has.
+        owned: names of the parameters that are the student's own.
+    """
+
+    def __init__(self, teacher: PreTrainedModel) -> None:
+        self.teacher = LayerwiseModel(teacher)
+        self.model = share(teacher).requires_grad_(False)
+        self.layerwise = LayerwiseModel(self.model)
+        self.kept_layers = KeptLayers.full(len(self.layerwise.layers))
+        self.trained: set[str] = set()
+
+    def layer(self, index: int) -> nn.Module:
+        """The student's version of a teacher layer."""
+        return self.layerwise.layers[self.kept_layers.position(index)]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters by name; tied ones once."""
+        prefix = f"{self.layerwise.architecture.layer_prefix()}."
+        named = {}
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(prefix):
+                position, rest = name.removeprefix(prefix).split(".", 1)
+                name = f"{prefix}{self.kept_layers.kept[int(position)]}.{rest}"
+            named[name] = parameter
+        return named
+
+    def layer_of(self, name: str) -> int | None:
+        """The teacher layer that a parameter is of; None if it is of no layer."""
+        found = re.match(re.escape(self.layerwise.architecture.layer_prefix()) + r"\.(\d+)\.", name)
+        return int(found[1]) if found else None
+
+    def remove(self, layers: Iterable[int]) -> None:
+        """Removes teacher layers from the student; the teacher stays as it is."""
+        layers = list(layers)
+        depth = self.kept_layers.without(layers)
+        remove_layers(self.model, [self.kept_layers.position(layer) for layer in layers])
+        self.kept_layers = depth
+        self.trained = {name for name in self.trained if self.layer_of(name) not in layers}
+
+    def fork(self) -> Student:
+        """Another student of the same teacher, at the same point, to try something on."""
+        other = Student(self.teacher.model)
+        other.remove(self.kept_layers.removed)
+        other.load_trained(self.trained_state())
+        return other
+
+    def add_trained(self, names: Iterable[str]) -> None:
+        """Gives the student its own copy of these parameters, to be trained."""
+        here, new = self.parameters(), set(names) - self.trained
+        copies = {id(here[name]): nn.Parameter(here[name].detach().clone(), requires_grad=False) for name in new}
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if id(parameter) in copies:
+                    module._parameters[name] = copies[id(parameter)]
+        self.trained |= new
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Whether the student has embeddings of its own, so that it shares nothing with the teacher's forward."""
+        after = [*self.layerwise.norm_module.parameters(), *self.layerwise.head_module.parameters()]
+        before = {id(p) for p in self.model.get_input_embeddings().parameters()}
+        late = {id(p) for p in after} - before
+        here = self.parameters()
+        return any(self.layer_of(name) is None and id(here[name]) not in late for name in self.trained)
+
+    @property
+    def shared_prefix(self) -> int:
+        """How many of the first layers teacher and student both run, with the same weights, on the same input."""
+        if self.trains_embeddings:
+            return 0
+        own = {self.layer_of(name) for name in self.trained}
+        first_own = next((p for p, layer in enumerate(self.kept_layers.kept) if layer in own), len(self.kept_layers))
+        return min(first_own, self.kept_layers.first_changed)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The weights that are the student's own, by name."""
+        here = self.parameters()
+        return {name: here[name].detach() for name in sorted(self.trained)}
+
+    @torch.no_grad()
+    def load_trained(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over weights that `trained_state` gave."""
+        self.add_trained(state)
+        here = self.parameters()
+        for name, value in state.items():
+            here[name].copy_(value)
+
+
+def share(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model with its own modules and config, and the same parameter and buffer tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})

@@ -1,0 +1,196 @@
+"""The command line as a user meets it: what it prints where, exit codes, and a message for every mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import BertConfig, BertForMaskedLM
+
+from layerpeel.cli.process import main
+from tests.families import save_tiny, tiny_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a teacher, text, tasks and `run.yaml`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("layerpeel.report.measure.TURN_SECONDS", 0.0)
+    monkeypatch.setattr("layerpeel.report.measure.REPEATS", 1)
+    monkeypatch.setattr("layerpeel.report.measure.NEW", 2)
+    return fill(tmp_path)
+
+
+def fill(folder: Path) -> Path:
+    """Puts a teacher, text, tasks and `run.yaml` into a folder."""
+    save_tiny(folder / "teacher")
+    (folder / "text.txt").write_text("\n<|endoftext|>\n".join("w5 w9 w7 w8 w4 w6 " * 12 for _ in range(12)))
+    rows = [{"context": "w5 w9", "choices": ["w7", "w8"], "answer": 0}] * 4
+    (folder / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "teacher": "teacher",
+        "output": "out",
+        "stop": {"target_layers": 5},
+        "score": {"decide": "teacher_kl", "tokens": 64},
+        "tasks": [{"kind": "choice", "data": "choice.jsonl"}],
+        "distill": {"text": "text.txt", "tokens_per_round": 128, "sequence_length": 16, "batch_size": 2},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Runs the command; gives its exit code and what it wrote."""
+    monkeypatch.setattr(sys, "argv", ["layerpeel", *arguments])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    output = capsys.readouterr()
+    return int(stopped.value.code or 0), output.out, output.err
+
+
+def test_run_score_eval_remove_distill(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ok(*arguments: str) -> str:
+        code, out, err = call(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        return out
+
+    table = ok("run", "run.yaml")
+    assert "removed" in table and "out/student" in table
+    said = json.loads(ok("run", "run.yaml", "--json"))  # finished: nothing is done again
+    assert len(said["rounds"]) == 1 and said["finish"]["reason"] == "target_layers"
+    scores = json.loads(ok("score", "run.yaml", "--json"))
+    assert scores["importance"] == said["rounds"][0]["scores"]["importance"]
+    evaluation = json.loads(ok("eval", "out/student", "run.yaml", "--set", "stop.target_layers=4", "--json"))
+    assert evaluation == said["rounds"][0]["evaluation"]
+    assert "4 layers" in ok("remove", "teacher", "--layers", "1,3", "-o", "short")
+    assert "4 layers, loss" in ok("distill", "run.yaml", "--layers", "1-2", "-o", "healed")
+    assert ok("score", "run.yaml").count("\n") >= 5 and ok("eval", "teacher", "run.yaml").count("choice") == 1
+
+
+def test_report_ls_export(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def ok(*arguments: str) -> str:
+        code, out, err = call(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        return out
+
+    assert "no runs below" in ok("ls", ".")
+    assert "out/report/index.html" in ok("run", "run.yaml")
+    assert "ms/token" in Path("out/report/index.html").read_text(encoding="utf-8")
+    assert "again/index.html" in ok("report", "out", "out", "--no-measure", "-o", "again")
+    assert "out/report/index.html" in ok("report", "out", "--watch")  # finished: it does not wait
+    assert "finished" in ok("ls", ".") and json.loads(ok("ls", "out", "--json"))[0]["layers"] == 5
+    assert "(round 1)" in ok("export", "out", "-o", "copy") and Path("copy/README.md").is_file()
+    monkeypatch.setattr("layerpeel.cli.verbs.push", lambda folder, repository: f"https://hub.test/{repository}")
+    assert "https://hub.test/me/short" in ok("export", "out", "-o", "pushed", "--round", "1", "--push", "me/short")
+    code, _, err = call(monkeypatch, capsys, "export", "out", "-o", "none", "--round", "2")
+    assert code == 2 and "out has no round 2: it has rounds 1 to 1" in err and not Path("none").exists()
+
+
+def test_score_shows_a_ranking_a_picture_and_an_estimate(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--set", "score.decide=task_quality", "--set", "score.shortlist={by: teacher_kl, keep: 3}"]
+    code, out, err = call(monkeypatch, capsys, "score", "run.yaml", *arguments)
+    assert code == 0, err
+    scores = json.loads(Path("out-score/scores.json").read_text())
+    lines = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit()]
+    assert [line[0] for line in lines] == ["1", "2", "3"]
+    assert {line[1] for line in lines} == set(scores["importance"]) and set(scores["stderr"]) == set(
+        scores["importance"]
+    )
+    assert all(f"{scores['importance'][line[1]]:.5f}" == line[2] for line in lines)
+    assert "± stderr" in out and "out-score/importance.png" in out
+    assert Path("out-score/importance.png").read_bytes().startswith(b"\x89PNG")
+    first, second = (line for line in err.splitlines() if "layer runs on each" in line)
+    # 4 candidates of 6 layers: 6 + (4 + 3 + 2 + 1), against 6 + 4 * 5; then at most the 3 deepest-reaching
+    assert first.startswith("teacher_kl: 64 tokens, 16 layer runs on each (one by one: 26), about ")
+    assert second.startswith("task_quality: ") and "GB beside the weights" in second
+    again = json.loads(call(monkeypatch, capsys, "score", "run.yaml", *arguments, "--json")[1])
+    assert again["importance"] == scores["importance"] and again["cheap"]["importance"] == scores["cheap"]["importance"]
+
+
+def test_a_floor_exits_with_three(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--set", "tasks=[{kind: perplexity, data: text.txt}]", "--set", "stop.min_quality=1.0"]
+    arguments += ["--set", "distill.tokens_per_round=0", "--set", "stop.target_layers=2"]
+    code, _, err = call(monkeypatch, capsys, "run", "run.yaml", *arguments)
+    if code == 3:
+        assert "stopped by the quality floor" in err
+    else:  # no removal hurt this random model
+        assert code == 0
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no such config": (["run", "rum.yaml"], "no such config: rum.yaml"),
+    "no such model": (["run", "run.yaml", "--set", "teacher=./nowhere"], "no such model: ./nowhere"),
+    "not a causal model": (["run", "run.yaml", "--set", "teacher=bert"], "bert is not a causal language model"),
+    "not a model folder": (["remove", "empty", "--layers", "1", "-o", "x"], "empty is not a model folder"),
+    "target not below": (["run", "run.yaml", "--set", "stop.target_layers=6"], "6 is not below the teacher's depth"),
+    "target protected": (["run", "run.yaml", "--set", "stop.target_layers=1"], "1 cannot be reached: 2 of 6"),
+    "no stop": (["run", "run.yaml", "--set", "stop={}"], "stop: expected at least one of target_layers"),
+    "empty text": (["run", "run.yaml", "--set", "distill.text=empty.txt"], "empty.txt: the file is empty"),
+    "missing text": (["run", "run.yaml", "--set", "distill.text=gone.txt"], "no such file: gone.txt"),
+    "not UTF-8": (["run", "run.yaml", "--set", "distill.text=latin.txt"], "latin.txt: not UTF-8 (byte 3)"),
+    "not JSON": (["run", "run.yaml", "--set", "distill.text=bad.jsonl"], "bad.jsonl, line 2: not JSON"),
+    "no column": (["run", "run.yaml", "--set", "distill.text=choice.jsonl"], "there: context, choices, answer"),
+    "unknown task": (["run", "run.yaml", "--set", "tasks=[{kind: choise, data: x.jsonl}]"], "did you mean 'choice'"),
+    "unknown metric": (["run", "run.yaml", "--set", "score.decide=teacher_lk"], "did you mean 'teacher_kl'"),
+    "unknown key": (["run", "run.yaml", "--set", "stop.target_layer=5"], "did you mean 'target_layers'"),
+    "unknown section": (["run", "run.yaml", "--set", "distil={}"], "did you mean 'distill'"),
+    "unknown loss": (["run", "run.yaml", "--set", "distill.losses={k: {}}"], "unknown loss 'k'"),
+    "not a number": (["run", "run.yaml", "--set", "distill.batch_size=many"], "distill.batch_size: input should be"),
+    "bad --set": (["run", "run.yaml", "--set", "stop"], "--set stop: expected section.field=value"),
+    "other vocabulary": (["run", "run.yaml", "--set", "teacher=mixed"], "have different vocabularies"),
+    "another run": (["run", "run.yaml", "--set", "output=used"], "used is not empty, and what it holds is no run"),
+    "bad layers": (["remove", "teacher", "--layers", "one", "-o", "x"], "--layers one: expected layer numbers"),
+    "no such layer": (["remove", "teacher", "--layers", "9", "-o", "x"], "layer 9 cannot be removed"),
+    "no run": (["report", "teacher"], "teacher holds no run: there is no journal.jsonl in it"),
+    "no run to export": (["export", "teacher", "-o", "x"], "teacher holds no run"),
+    "no folder of runs": (["ls", "nowhere"], "no such folder: nowhere"),
+    "output in use": (["remove", "teacher", "--layers", "1", "-o", "used"], "used is not empty"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_a_message_and_exit_code_two(
+    mistake: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "empty").mkdir()
+    (folder / "empty.txt").touch()
+    (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (folder / "bad.jsonl").write_text('{"text": "w5"}\n{"text": \n')
+    (folder / "used").mkdir()
+    (folder / "used/thesis.tex").touch()
+    BertForMaskedLM(
+        BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    ).save_pretrained(folder / "bert")
+    shutil.copytree(folder / "teacher", folder / "mixed")
+    larger = tiny_tokenizer()
+    larger.add_tokens(["w64", "w65"])
+    larger.save_pretrained(folder / "mixed")
+    arguments, message = MISTAKES[mistake]
+    before = set(folder.rglob("*"))
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert code == 2 and not out
+    assert message in err and "error:" in err and "hint:" in err
+    assert "Traceback" not in err
+    left = {path for path in set(folder.rglob("*")) - before if path.is_file() and path.parent.name != "out"}
+    assert not left
+
+
+def test_words_from_outside_cannot_style_the_terminal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "run.yaml").write_text(
+        (folder / "run.yaml").read_text().replace("kind: choice", "kind: choice\n  name: '[red]x[/]'")
+    )
+    code, out, _ = call(monkeypatch, capsys, "run", "run.yaml")
+    assert code == 0 and "[red]x[/]" in out

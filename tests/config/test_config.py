@@ -1,0 +1,197 @@
+"""Configs: what is read, where paths are looked for, and what is said of what will not do."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from layerpeel.config.reading import load_config
+from layerpeel.errors import InputError, nearest, resolve_class
+
+ROOT = Path(__file__).parents[2]
+TASK = {"kind": "perplexity", "data": "held_out.jsonl"}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    """A small valid config with changes, in a folder of its own."""
+    raw = {"teacher": "org/model", "output": "runs/x", "stop": {"target_layers": 4}, "tasks": [TASK], **changes}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in raw.items() if value is not None}))
+    return path
+
+
+def message(path: Path, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_config(path, list(overrides))
+    assert caught.value.hint
+    return str(caught.value)
+
+
+def test_the_design_example_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "example.yaml"
+    path.write_text(
+        """
+teacher: some/model
+output: runs/storyteller
+stop: {target_layers: 12, min_quality: 0.8}
+score:
+  decide: task_quality
+  shortlist: {by: teacher_kl, keep: 6}
+  protect: {first: 1, last: 1}
+tasks:
+  - {name: next_en, kind: choice, data: a.jsonl, limit: 200}
+  - {name: mmlu, kind: harness, task: mmlu, num_fewshot: 5}
+distill:
+  text: [a.txt, b.jsonl]
+  tokens_per_round: 400_000
+  sequence_length: 256
+  batch_size: 16
+  train: above
+  radius: 1
+  losses: {kl: {weight: 1.0}, hidden_mse: {weight: 1.0}}
+  learning_rate: 1.0e-4
+seed: 0
+"""
+    )
+    config = load_config(path)
+    assert config.distill.tokens_per_round == 400_000
+    assert config.distill.learning_rate == 1e-4
+    assert config.score.shortlist is not None and config.score.shortlist.keep == 6
+    assert [text.path for text in config.distill.text] == ["a.txt", "b.jsonl"]
+    assert config.tasks[1].model_extra == {"task": "mmlu", "num_fewshot": 5}
+    assert config.output == Path("runs/storyteller")
+
+
+def test_storyteller_config_finds_its_kit(kit: Path) -> None:
+    config = load_config(ROOT / "configs" / "storyteller.yaml")
+    assert Path(config.teacher) == Path(os.path.normpath(kit / "models" / "storyteller-18"))
+    for task in config.tasks:
+        assert task.model_extra is not None and Path(task.model_extra["data"]).is_absolute()
+    assert all(Path(text.path).is_file() for text in config.distill.text)
+
+
+def test_overrides_are_yaml(tmp_path: Path) -> None:
+    overrides = [
+        "stop.target_layers=24",
+        "score.shortlist={by: block_influence, keep: 3}",
+        "distill.losses.kl.weight=2",
+    ]
+    config = load_config(write(tmp_path, distill={"tokens_per_round": 0, "losses": {"kl": {}}}), overrides)
+    assert config.stop.target_layers == 24
+    assert config.score.shortlist is not None and config.score.shortlist.by == "block_influence"
+    assert config.distill.losses["kl"].weight == 2
+
+
+@pytest.mark.parametrize(
+    ("written", "count"), [("2.5B", 2_500_000_000), ("300M", 300_000_000), ("40k", 40_000), (7, 7)]
+)
+def test_sizes_in_words(tmp_path: Path, written: str | int, count: int) -> None:
+    assert load_config(write(tmp_path, stop={"max_params": written})).stop.max_params == count
+
+
+@pytest.mark.parametrize("text", ["a.txt", {"path": "a.txt"}, ["a.txt"], [{"path": "a.txt"}]])
+def test_text_may_be_one_or_several(tmp_path: Path, text: Any) -> None:
+    config = load_config(write(tmp_path, distill={"text": text}, score={"text": text}))
+    assert [source.path for source in config.distill.text] == ["a.txt"]
+    assert config.score.text == config.distill.text
+
+
+def test_paths_are_of_the_configs_folder_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "both.txt").touch()
+    (here / "only_here.txt").touch()
+    (there / "held_out.jsonl").touch()
+    monkeypatch.chdir(here)
+    text = ["both.txt", "only_here.txt", "nowhere.txt", "*.txt"]
+    config = load_config(write(there, distill={"text": text}))
+    found = [source.path for source in config.distill.text]
+    assert found == [str(there / "both.txt"), str(here / "only_here.txt"), "nowhere.txt", str(there / "*.txt")]
+    assert config.tasks[0].model_extra == {"data": str(there / "held_out.jsonl")}
+    assert config.teacher == "org/model"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"stop": {"target_layer": 4}}, "stop.target_layer: unknown key; did you mean 'target_layers'?"),
+        ({"sede": 1}, "sede: unknown key; did you mean 'seed'?"),
+        (
+            {"score": {"shortlist": {"by": "teacher_kl", "kep": 1}}},
+            "score.shortlist.kep: unknown key; did you mean 'keep'",
+        ),
+        (
+            {"distill": {"text": [{"path": "a", "colum": "b"}]}},
+            "distill.text.0.colum: unknown key; did you mean 'column'",
+        ),
+        ({"stop": {}}, "stop: expected at least one of target_layers, min_quality, max_params"),
+        ({"stop": {"target_layers": 0}}, "stop.target_layers: input should be greater than or equal to 1, found 0"),
+        ({"stop": {"min_quality": 2}}, "stop.min_quality: input should be less than or equal to 1, found 2"),
+        ({"teacher": None}, "teacher: field required"),
+        ({"tasks": [TASK, TASK]}, "tasks: expected different names, found 'perplexity' twice"),
+        ({"tasks": []}, "tasks: expected at least one"),
+        ({"distill": {"tokens_per_round": 10}}, "distill.text: expected text to train on"),
+        ({"distill": {"text": "a", "train": "layers[("}}, "distill: train: not a regular expression ("),
+        ({"distill": {"text": "a", "losses": {}}}, "distill: losses: expected at least one"),
+        ({"distill": {"text": 5}}, "distill.text: input should be a valid list, found 5"),
+        ({"aggregate": "median"}, "aggregate: input should be 'mean' or 'relative', found 'median'"),
+    ],
+)
+def test_what_is_said_of_a_field(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    path = write(tmp_path, **changes)
+    assert message(path).startswith(f"{path}: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stop.target_layers", "--set stop.target_layers: expected section.field=value"),
+        ("seed.x=1", "--set seed.x=1: seed is not a section"),
+        ("seed=[1", "--set seed=[1: the value is not YAML"),
+    ],
+)
+def test_what_is_said_of_an_override(tmp_path: Path, override: str, expected: str) -> None:
+    assert message(write(tmp_path, seed=0), override).startswith(expected)
+
+
+def test_what_is_said_of_a_file(tmp_path: Path) -> None:
+    assert message(tmp_path / "absent.yaml") == f"no such config: {tmp_path / 'absent.yaml'}"
+    path = tmp_path / "bad.yaml"
+    path.write_text("a: [1")
+    assert message(path).startswith(f"{path}: cannot be read as YAML (")
+    path.write_text("- 1")
+    assert message(path) == f"{path}: expected a mapping of fields to values"
+
+
+def test_nearest_and_resolve_class() -> None:
+    assert nearest("chioce", ["choice", "pairs"]) == "; did you mean 'choice'? available: choice, pairs"
+    assert nearest("zzz", ["choice", "pairs"]) == "; available: choice, pairs"
+    table: dict[str, type[Any]] = {"path": Path}
+    assert resolve_class("path", table, "thing") is Path
+    assert resolve_class("collections:OrderedDict", table, "thing").__name__ == "OrderedDict"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("paht", "unknown thing 'paht'; did you mean 'path'? available: path"),
+        ("no_such_module_x:Y", "thing 'no_such_module_x:Y' cannot be imported (No module named 'no_such_module_x')"),
+        (":Y", "thing ':Y' cannot be imported (Empty module name)"),
+        ("json:dumps", "thing 'json:dumps' is no class"),
+    ],
+)
+def test_what_is_said_of_a_class(name: str, expected: str) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+        resolve_class(name, {"path": Path}, "thing")
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan"), "much"])
+def test_what_is_said_of_a_weight(tmp_path: Path, weight: object) -> None:
+    with pytest.raises(InputError, match=r"config\.yaml: distill\.text\.0\.weight: input should be"):
+        load_config(write(tmp_path, distill={"text": [{"path": "a.txt", "weight": weight}]}))

@@ -1,0 +1,315 @@
+"""Whole runs of a tiny model: resumed as uninterrupted, floors, and a student that stands on its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from layerpeel.config.distill import DistillConfig
+from layerpeel.config.reading import parse_config
+from layerpeel.config.run import RunConfig
+from layerpeel.errors import InputError
+from layerpeel.model.loading import load_model
+from layerpeel.run.folder import Run
+from layerpeel.run.loop import peel
+from layerpeel.tasks.evaluation import evaluate
+from layerpeel.tasks.registry import make_tasks
+from layerpeel.tasks.scores import Evaluation, TaskScore
+from layerpeel.training.rounds import distill, train_student
+from tests.families import save_tiny, tiny_ids, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    """A run of a tiny teacher from 6 layers to 4, with training."""
+    words = [" ".join(f"w{3 + (7 * line + word * word) % 60}" for word in range(30)) for line in range(40)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+    return {
+        "teacher": str(save_tiny(tmp_path / "teacher")),
+        "output": str(tmp_path / "run"),
+        "stop": {"target_layers": 4},
+        "score": {"decide": "task_quality", "shortlist": {"by": "teacher_kl", "keep": 2}, "tokens": 64},
+        "tasks": [{"kind": "perplexity", "data": str(tmp_path / "text.jsonl"), "limit": 5}],
+        "distill": {
+            "text": str(tmp_path / "text.jsonl"),
+            "tokens_per_round": 512,
+            "sequence_length": 16,
+            "batch_size": 4,
+            "train": "all",
+            "learning_rate": 1e-3,
+        },
+    }
+
+
+def config_of(settings: dict[str, Any], **changes: Any) -> RunConfig:
+    return parse_config(settings | changes, "test")
+
+
+def numbers(run: Run) -> list[Any]:
+    """What has to be the same whenever a run is repeated: all but times."""
+    return [
+        (
+            event["removed"],
+            event["kept"],
+            event["scores"]["importance"],
+            event["evaluation"],
+            event["training"]["first_loss"],
+            event["training"]["last_loss"],
+        )
+        for event in run.rounds
+    ]
+
+
+def test_a_run_ends_at_its_target_with_a_student_that_is_the_one_measured(settings: dict[str, Any]) -> None:
+    run = peel(config_of(settings))
+    assert run.finish is not None and run.finish["reason"] == "target_layers"
+    assert [len(event["kept"]) for event in run.rounds] == [5, 4]
+    for event in run.rounds:
+        assert event["training"]["last_loss"] < event["training"]["first_loss"]
+    student, tokenizer = load_model(run.student_folder)
+    again = evaluate(student, tokenizer, make_tasks(run.config.tasks))
+    assert again.to_json() == run.rounds[-1]["evaluation"]
+
+
+@pytest.mark.parametrize("stage", ["layerpeel.importance.scoring.score_candidates", "layerpeel.run.loop.evaluate"])
+def test_resumed_is_uninterrupted(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    whole = peel(config_of(settings))
+    stopped = config_of(settings, output=str(tmp_path / "stopped"))
+    module, name = stage.rsplit(".", 1)
+    run_stage, calls = getattr(sys.modules[module], name), []
+
+    def stops(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2 + (name == "evaluate"):  # in the second round; the teacher is evaluated, too
+            raise KeyboardInterrupt
+        return run_stage(*args)
+
+    monkeypatch.setattr(stage, stops)
+    with pytest.raises(KeyboardInterrupt):
+        peel(stopped)
+    assert len(Run(tmp_path / "stopped").rounds) == 1
+    with (tmp_path / "stopped/journal.jsonl").open("a") as journal:
+        journal.write('{"event": "rou')  # torn by a crash
+    monkeypatch.setattr(stage, run_stage)
+    resumed = peel(stopped)
+    assert numbers(resumed) == numbers(whole)
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(run.student_folder) for run in (resumed, whole))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert peel(stopped).events == resumed.events  # a finished run stays as it is
+
+
+def test_the_student_loads_without_our_package(settings: dict[str, Any]) -> None:
+    run = peel(config_of(settings))
+    code = (
+        "import sys; sys.modules['layerpeel'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(run.student_folder)!r})\n"
+        f"AutoTokenizer.from_pretrained({str(run.student_folder)!r})\n"
+        "print(model.config.num_hidden_layers, type(model).__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["4", "transformers.models.llama.modeling_llama"]
+
+
+def test_a_floor_gives_the_last_student_above_it(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def worse_with_each_layer(model: Any, *_: Any) -> Evaluation:
+        value = 10.0 * (7 - model.config.num_hidden_layers)  # qualities 1, 1/2, 1/3, 1/4
+        return Evaluation({"perplexity": TaskScore(value, 0.0, 5, lower_is_better=True)})
+
+    monkeypatch.setattr("layerpeel.run.loop.evaluate", worse_with_each_layer)
+    run = peel(config_of(settings, stop={"target_layers": 2, "min_quality": 0.4}))
+    assert run.finish is not None and (run.finish["reason"], run.finish["round"]) == ("min_quality", 1)
+    assert [event["kept_quality"] for event in run.rounds] == [1 / 2, 1 / 3]
+    student, _ = load_model(run.student_folder)
+    assert student.config.num_hidden_layers == 5
+    own = load_file(run.folder / "rounds/01/trained.safetensors")  # by teacher layer, of which one is gone
+    names = sorted(name for name in student.state_dict() if ".layers." in name)
+    assert all(torch.equal(student.state_dict()[name], value) for name, value in zip(names, own.values(), strict=True))
+
+
+def test_a_run_in_bfloat16_trains_and_keeps_what_was_measured(settings: dict[str, Any]) -> None:
+    run = peel(config_of(settings, dtype="bfloat16", stop={"target_layers": 5}))
+    assert run.rounds[0]["training"]["last_loss"] < run.rounds[0]["training"]["first_loss"]
+    assert load_model(run.student_folder, dtype="float32")[0].dtype == torch.float32
+
+
+def test_a_last_pass_trains_everything_and_is_judged(settings: dict[str, Any]) -> None:
+    distill = settings["distill"] | {"train": "neighbours", "last_pass": {"tokens": 256, "learning_rate": 1e-4}}
+    run = peel(config_of(settings, distill=distill, stop={"target_layers": 5}))
+    assert run.finish is not None
+    last = run.finish["last_pass"]
+    assert last["training"]["steps"] == 4 and last["training"]["layers"] == run.rounds[-1]["kept"]
+    student, tokenizer = load_model(run.student_folder)
+    again = evaluate(student, tokenizer, make_tasks(run.config.tasks))
+    assert again.to_json() == last["evaluation"]
+    teacher, _ = load_model(settings["teacher"])
+    assert not torch.equal(student.lm_head.weight, teacher.lm_head.weight)
+
+
+def test_curves_go_to_trackers(settings: dict[str, Any]) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = peel(config_of(settings, trackers=["tensorboard"]))
+    seen = event_accumulator.EventAccumulator(str(next(run.folder.rglob("events.out.*")).parent)).Reload()
+    losses = [round(point.value, 5) for point in seen.Scalars("loss")]
+    files = [run.folder / "rounds" / name / "training.json" for name in ("01", "02")]
+    curves = [point["loss"] for file in files for point in json.loads(file.read_text())["curve"]]
+    assert losses == [pytest.approx(loss, abs=1e-5) for loss in curves]
+    assert [point.value for point in seen.Scalars("layers")] == [5, 4]
+    assert len({point.step for point in seen.Scalars("loss")} | {p.step for p in seen.Scalars("layers")}) == 18
+
+
+def test_a_tracker_that_is_not_installed_is_named(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerpeel.run.preflight.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="trackers: wandb is not installed"):
+        peel(config_of(settings, trackers=["wandb"]))
+
+
+def test_layers_that_the_config_fixes_stay_with_the_reason_said_once(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings["teacher"] = str(save_tiny(tmp_path / "jamba", "jamba"))
+    settings["score"] = {"decide": "block_influence", "tokens": 64, "protect": {"first": 0, "last": 0}}
+    settings["distill"]["tokens_per_round"] = 0
+    run = peel(config_of(settings, stop={"target_layers": 1}))
+    assert run.finish is not None
+    assert run.rounds[0]["removed"] in (0, 3, 5) and set(run.rounds[0]["scores"]["importance"]) == {"0", "3", "5"}
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("layers 1, 2, 4 stay: without one, layer 2 would be loaded with other modules") == 1
+    student = AutoModelForCausalLM.from_pretrained(run.student_folder)
+    assert len(student.model.layers) == run.finish["layers"] < 6
+
+
+def test_another_config_is_refused_and_the_run_left_alone(settings: dict[str, Any]) -> None:
+    run = peel(config_of(settings))
+    before = run.journal.read_bytes()
+    with pytest.raises(InputError, match=r"holds another run: seed is 0 there and 1 in this config"):
+        peel(config_of(settings, seed=1))
+    assert run.journal.read_bytes() == before
+
+
+def test_folders_that_hold_something_else_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").touch()
+    with pytest.raises(InputError, match="is not empty, and what it holds is no run"):
+        peel(config_of(settings))
+    with pytest.raises(InputError, match=r"holds no run: there is no journal\.jsonl"):
+        Run(tmp_path / "teacher")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stop": {"target_layers": 6}}, "stop.target_layers: 6 is not below the teacher's depth of 6 layers"),
+        ({"stop": {"target_layers": 1}}, "1 cannot be reached: 2 of 6 layers are protected"),
+        ({"score": {"protect": {"first": 6}}}, "all 6 layers are protected"),
+        ({"score": {"protect": {"layers": [6]}}}, "there is no layer 6"),
+        ({"score": {"decide": "teacher_lk"}}, r"unknown metric 'teacher_lk'; did you mean 'teacher_kl'\?"),
+        ({"teacher": "./nowhere"}, "no such model: ./nowhere"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+    ],
+)
+def test_messages_before_any_work(settings: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        peel(config_of(settings, **changes))
+    if "device" not in changes:
+        assert not Path(settings["output"]).exists()
+
+
+def test_accumulating_four_is_a_batch_of_four(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text(
+        "".join(
+            json.dumps({"text": " ".join(["w5 w9 w7", "w8"][i % 2] for _ in range(1 + i % 5))}) + "\n"
+            for i in range(24)
+        )
+    )
+    students = []
+    for batch, accumulation in ((8, 1), (2, 4), (1, 8)):
+        config = DistillConfig(
+            text=str(tmp_path / "text.jsonl"),
+            tokens_per_round=3 * 8 * 12,
+            sequence_length=12,
+            batch_size=batch,
+            accumulation=accumulation,
+            packing=False,
+            train="all",
+            learning_rate=1e-3,
+        )
+        student, result = distill(tiny_model("llama"), tiny_tokenizer(), [2], config)
+        students.append((student, [point["loss"] for point in result.curve]))
+    for student, losses in students[1:]:
+        assert losses == pytest.approx(students[0][1], rel=1e-4)
+        torch.testing.assert_close(student(tiny_ids()).logits, students[0][0](tiny_ids()).logits, rtol=0, atol=1e-3)
+
+
+def test_the_teacher_stays_as_it_was_and_frozen_layers_have_no_gradient(settings: dict[str, Any]) -> None:
+    teacher = tiny_model("qwen2")
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    config = config_of(settings).distill.model_copy(update={"train": "neighbours"})
+    student, result = distill(teacher, tiny_tokenizer(), [2], config)
+    assert result.layers == [1, 3]
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    changed = [n for n, p in student.named_parameters() if not any(p is q for q in teacher.parameters())]
+    assert {name.split(".")[2] for name in changed} == {"1", "2"}  # positions of layers 1 and 3
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert train_student.__doc__
+
+
+@pytest.mark.parametrize(("every", "made_in"), [(1, [1, 2, 3]), (2, [1, 1, 3]), (0, [1, 1, 1])])
+def test_a_ranking_serves_as_many_rounds_as_the_config_says(
+    settings: dict[str, Any], every: int, made_in: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = {"decide": "teacher_kl", "tokens": 64, "every": every}
+    config = config_of(settings, score=score, stop={"target_layers": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr("layerpeel.run.loop.evaluate", fails_in_round_two())
+        with pytest.raises(KeyboardInterrupt):
+            peel(config)
+    run = peel(config)  # resumed in the midst of a ranking
+    rankings = [event["scores"] for event in run.rounds]
+    assert [scores.get("from_round", number) for number, scores in enumerate(rankings, start=1)] == made_in
+    for event, scores, made in zip(run.rounds, rankings, made_in, strict=True):
+        order = sorted(rankings[made - 1]["importance"].items(), key=lambda item: (item[1], int(item[0])))
+        gone = {str(earlier["removed"]) for earlier in run.rounds[: event["round"] - 1]}
+        assert event["removed"] == int(next(layer for layer, _ in order if layer not in gone))
+        assert (scores["layer_tokens"] > 0) == ("from_round" not in scores)
+
+
+def fails_in_round_two() -> Any:
+    calls: list[int] = []
+
+    def evaluate_twice(*arguments: Any) -> Evaluation:
+        calls.append(1)
+        if len(calls) == 3:  # the teacher, round 1, round 2
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    return evaluate_twice
+
+
+def test_a_shortlist_that_is_used_up_is_made_anew(settings: dict[str, Any]) -> None:
+    score = {"decide": "block_influence", "shortlist": {"by": "teacher_kl", "keep": 2}, "tokens": 64, "every": 0}
+    run = peel(config_of(settings, score=score, stop={"target_layers": 3}))
+    assert [event["scores"].get("from_round") for event in run.rounds] == [None, 1, None]
+
+
+def test_training_at_the_end_sees_the_tokens_of_all_rounds(settings: dict[str, Any]) -> None:
+    each = peel(config_of(settings))
+    distill = settings["distill"] | {"when": "end"}
+    run = peel(config_of(settings, distill=distill, output=f"{settings['output']}-end"))
+    assert run.finish is not None and run.finish["last_pass"]
+    assert [event["training"]["tokens"] for event in run.rounds] == [0, 0]
+    last = run.finish["last_pass"]["training"]
+    assert last["steps"] == sum(event["training"]["steps"] for event in each.rounds)
+    assert last["layers"] == run.rounds[-1]["kept"] and last["last_loss"] < last["first_loss"]
+    with pytest.raises(InputError, match="with when: end, the training at the end is that of the rounds"):
+        config_of(settings, distill=distill | {"last_pass": {"tokens": 96}})

@@ -1,0 +1,178 @@
+"""Two processes (gloo, on this machine) do what one does: replicated and split, whole runs, and with a fault in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from layerpeel.config.reading import load_config
+from layerpeel.run.folder import Run
+from layerpeel.run.loop import peel
+from layerpeel.training.result import TrainingResult
+from layerpeel.training.state import TrainingState
+from layerpeel.training.student import Student
+from tests.families import save_tiny
+from tests.training.test_rounds import train, write_text
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(*command: str, fsdp: bool = False, dies: bool = False) -> str:
+    """Runs a Python program in two processes, which ends well or dies; gives what they said on stderr."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--standalone",
+            *command,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "ACCELERATE_USE_FSDP": str(fsdp).lower(),
+        },
+    )
+    assert bool(done.returncode) == dies, done.stderr[-9000:]
+    return done.stderr
+
+
+def train_in_two(folder: Path, *, fsdp: bool = False, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Trains as `train` does; gives the student's own weights, and what the training said."""
+    launch("-m", "tests.training.test_parallel", str(folder), json.dumps(options), fsdp=fsdp)
+    return load_file(folder / "owned.safetensors"), json.loads((folder / "result.json").read_text())
+
+
+def _worker(folder: Path, poisoned_call: int = 0, dies_after: int = 0, keeps: bool = False, **options: Any) -> None:
+    """What each of the processes runs."""
+    state = TrainingState(folder / "state.safetensors", "this training", every=0.0)
+    from layerpeel.processes.distributed import RANK
+    from tests.training.test_rounds import Poison
+
+    with pytest.MonkeyPatch.context() as patch:
+        if RANK:
+            Poison(patch, {poisoned_call})
+        if dies_after:
+            _die_after(patch, dies_after)
+        student, result = train(folder / "text.jsonl", state=state if keeps else None, **options)
+    if not RANK:
+        save_file(student.trained_state(), folder / "owned.safetensors")
+        (folder / "result.json").write_text(json.dumps(result.summary() | {"curve": result.curve}))
+    torch.distributed.barrier()  # or one leaves while the other still writes, and may be aborted in gloo's threads
+    torch.distributed.destroy_process_group()
+
+
+def _die_after(patch: pytest.MonkeyPatch, saves: int) -> None:
+    """Both processes end at once, as if killed, after so many states were saved."""
+    save, left = TrainingState.save, [saves]
+
+    def saved(*arguments: Any) -> None:
+        save(*arguments)
+        left[0] -= 1
+        if not left[0]:
+            os._exit(9)
+
+    patch.setattr(TrainingState, "save", saved)
+
+
+def same_training(student: Student, alone: TrainingResult, weights: Any, result: Any) -> None:
+    assert len(result["curve"]) == len(alone.curve)
+    for a, b in zip(alone.curve, result["curve"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["tokens"] == b["tokens"]
+    own = student.trained_state()
+    assert own.keys() == weights.keys()
+    for name, value in own.items():
+        assert (value - weights[name]).norm() <= 1e-4 * value.norm(), name
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_train_the_student_of_one(tmp_path: Path, fsdp: bool) -> None:
+    text = write_text(tmp_path / "text.jsonl")
+    student, alone = train(text, 20, accumulation=2, batch_size=4, train_norm=True)
+    # The steps of `train` are counted for one process, and two take twice the tokens.
+    weights, result = train_in_two(tmp_path, fsdp=fsdp, steps=40, batch_size=4, train_norm=True)
+    same_training(student, alone, weights, result)
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_that_die_go_on_to_the_same_student(tmp_path: Path, fsdp: bool) -> None:
+    write_text(tmp_path / "text.jsonl")
+    options: dict[str, Any] = {"steps": 16, "batch_size": 4, "train_norm": True}
+    weights, whole = train_in_two(tmp_path, fsdp=fsdp, **options)
+    dying = json.dumps(options | {"keeps": True, "dies_after": 5})
+    launch("-m", "tests.training.test_parallel", str(tmp_path), dying, fsdp=fsdp, dies=True)
+    assert (tmp_path / "state.safetensors").exists()
+    again, resumed = train_in_two(tmp_path, fsdp=fsdp, keeps=True, **options)
+    assert resumed["curve"] == whole["curve"] and len(whole["curve"]) == 8
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+
+
+def test_nan_in_one_process_is_skipped_in_both(tmp_path: Path) -> None:
+    write_text(tmp_path / "text.jsonl")
+    weights, result = train_in_two(tmp_path, steps=12, batch_size=4, poisoned_call=3)
+    assert [point["skipped"] for point in result["curve"]] == [0, 0, 1, 0, 0, 0]
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text.jsonl")
+    config: dict[str, Any] = {
+        "teacher": str(save_tiny(tmp_path / "teacher")),
+        "output": str(tmp_path / "one"),
+        "stop": {"target_layers": 4},
+        "score": {"shortlist": {"by": "teacher_kl", "keep": 3}, "tokens": 128},
+        "tasks": [{"kind": "perplexity", "data": str(text), "limit": 9}],
+        "distill": {
+            "text": str(text),
+            "tokens_per_round": 768,
+            "sequence_length": 24,
+            "batch_size": 4,
+            "accumulation": 2,
+            "learning_rate": 1e-3,
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    alone = peel(load_config(tmp_path / "run.yaml"))
+    launch(
+        "-m",
+        "layerpeel",
+        "run",
+        str(tmp_path / "run.yaml"),
+        "--set",
+        f"output={tmp_path / 'two'}",
+        "--set",
+        "distill.accumulation=1",
+    )
+    both = Run(tmp_path / "two")
+    assert both.finish and alone.finish and len(both.rounds) == 2
+    for a, b in zip(alone.rounds, both.rounds, strict=True):
+        assert a["removed"] == b["removed"] and a["training"]["tokens"] == b["training"]["tokens"]
+        assert a["aggregate"] == pytest.approx(b["aggregate"], rel=1e-4)
+        assert a["scores"]["importance"] == pytest.approx(b["scores"]["importance"], rel=1e-3, abs=1e-6)
+    one, two = (AutoModelForCausalLM.from_pretrained(run.student_folder) for run in (alone, both))
+    for value, other in zip(one.parameters(), two.parameters(), strict=True):
+        assert (value - other).norm() <= 1e-4 * value.norm()
+    assert len((tmp_path / "two/journal.jsonl").read_text().splitlines()) == 7  # each event once
+
+
+if __name__ == "__main__":
+    _worker(Path(sys.argv[1]), **json.loads(sys.argv[2]))

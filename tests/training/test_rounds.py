@@ -1,0 +1,294 @@
+"""One round of training: steps that are equal whatever they are cut to, steps that go wrong, the teacher's cache."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from layerpeel.config.distill import DistillConfig
+from layerpeel.errors import RunError
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.training.forward import FINAL, run_both
+from layerpeel.training.result import Log, TrainingResult
+from layerpeel.training.rounds import train_student
+from layerpeel.training.state import TrainingState
+from layerpeel.training.student import Student
+from layerpeel.training.teacher_cache import TeacherCache
+from tests.families import tiny_ids, tiny_model, tiny_tokenizer
+
+
+def write_text(path: Path) -> Path:
+    """Forty documents of 3 to 30 tokens."""
+    lines = [" ".join(f"w{3 + (7 * n + k * k) % 60}" for k in range(3 + 11 * n % 28)) for n in range(40)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_text(tmp_path / "text.jsonl")
+
+
+def train(text: Path, steps: int = 6, family: str = "llama", **options: Any) -> tuple[Student, TrainingResult]:
+    """Trains a student without layers 2 and 4 on unpacked documents, eight of them a step."""
+    call = {name: options.pop(name) for name in ("cache", "log", "state", "storage") if name in options}
+    fields = {
+        "text": str(text),
+        "sequence_length": 24,
+        "packing": False,
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "train": "neighbours",
+        **options,
+    }
+    config = DistillConfig(**fields)
+    config.tokens_per_round = steps * config.batch_size * config.accumulation * config.sequence_length
+    student = Student(tiny_model(family))
+    student.remove([2, 4])
+    return student, train_student(student, tiny_tokenizer(), config, **call)
+
+
+def same(one: Student, other: Student, tolerance: float = 1e-5) -> None:
+    here, there = one.trained_state(), other.trained_state()
+    assert here.keys() == there.keys() and here
+    for name, value in here.items():
+        assert (value - there[name]).norm() <= tolerance * value.norm() + 1e-9, name
+
+
+def test_accumulation_gives_the_step_of_one_batch(text: Path) -> None:
+    losses = {"kl": {"weight": 1.0}, "hidden_mse": {}, "cross_entropy": {"weight": 0.1}}
+    one, whole = train(text, losses=losses)
+    for batch_size in (2, 1):
+        other, parts = train(text, losses=losses, batch_size=batch_size, accumulation=8 // batch_size)
+        same(one, other)
+        for a, b in zip(whole.curve, parts.curve, strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_the_papers_reduction_weighs_by_the_micro_batch(text: Path) -> None:
+    def kl(weight: float) -> dict[str, Any]:
+        return {"kl": {"reduction": "sum/100", "weight": weight}}
+
+    (one, _), (four, _) = train(text, losses=kl(1.0)), train(text, losses=kl(4.0), batch_size=2, accumulation=4)
+    same(one, four)
+
+
+def test_recomputing_activations_changes_nothing(text: Path) -> None:
+    (one, a), (other, b) = train(text), train(text, activation_checkpointing=True)
+    same(one, other)
+    assert a.curve[-1]["loss"] == pytest.approx(b.curve[-1]["loss"], rel=1e-5)
+
+
+def test_training_only_changes_what_was_named(text: Path) -> None:
+    student, result = train(text, train_norm=True, train_head=True)
+    assert result.layers == [1, 3, 5]
+    assert {"model.norm.weight", "lm_head.weight"} < student.trained
+    teacher = dict(student.teacher.model.named_parameters())
+    here = student.parameters()
+    for name, parameter in here.items():
+        assert torch.equal(parameter, teacher[name]) == (name not in student.trained), name
+        assert not parameter.requires_grad and parameter.grad is None
+    assert result.parameters == sum(here[name].numel() for name in student.trained)
+
+
+def test_balance_and_everything_train_without_fault(text: Path) -> None:
+    student, result = train(text, balance_losses=True, train="everything")
+    assert student.trains_embeddings and result.curve[-1]["loss"] < result.curve[0]["loss"]
+
+
+class Poison:
+    """Makes a layer of the teacher give NaN in some of its calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
+        self.calls, run = 0, LayerwiseModel.norm
+
+        def norm(layerwise: LayerwiseModel, hidden: Tensor) -> Tensor:
+            self.calls += torch.is_grad_enabled()
+            return run(layerwise, hidden) * (math.nan if torch.is_grad_enabled() and self.calls in bad else 1.0)
+
+        monkeypatch.setattr(LayerwiseModel, "norm", norm)
+
+
+def test_a_bad_step_is_skipped_and_counted(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Poison(monkeypatch, {3})
+    student, result = train(text)
+    assert (result.skipped, result.restarts, result.steps) == (1, 0, 6)
+    assert [point["skipped"] for point in result.curve] == [0, 0, 1, 0, 0, 0]
+    assert all(value.isfinite().all() for value in student.trained_state().values())
+    assert math.isfinite(result.summary()["first_loss"])
+
+
+def test_too_many_bad_steps_begin_the_round_again_with_half_the_rate(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Poison(monkeypatch, {2, 3, 4})
+    student, result = train(text, max_skipped_steps=2)
+    assert (result.skipped, result.restarts, result.steps) == (3, 1, 6)
+    assert max(point["learning_rate"] for point in result.curve) == pytest.approx(0.5e-2)
+    monkeypatch.undo()
+    again, _ = train(text, learning_rate=0.5e-2)
+    same(student, again)  # nothing is left of the first attempt
+
+
+def test_a_teacher_with_nan_in_a_weight_ends_with_a_message(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[5].mlp.up_proj.weight[0, 0] = math.nan
+    monkeypatch.setattr("tests.training.test_rounds.tiny_model", lambda _: model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RunError, match=r"training diverged: 12 steps had a loss or a gradient that is not finite"):
+        train(text, max_skipped_steps=2)
+    assert all(
+        torch.equal(value, before[n]) or n.endswith("5.mlp.up_proj.weight") for n, value in model.state_dict().items()
+    )
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(step: int) -> Log:
+    """A log that ends the process, as it were, after so many steps."""
+    seen = []
+
+    def log(point: dict[str, float]) -> None:
+        seen.append(point)
+        if len(seen) > step:
+            raise Killed
+
+    return log
+
+
+@pytest.mark.parametrize("bad", [set(), {2, 3, 4}], ids=["plain", "begun again with half the rate"])
+def test_training_goes_on_where_it_was_to_the_last_bit(text: Path, tmp_path: Path, bad: set[int]) -> None:
+    def run(**options: Any) -> tuple[Student, TrainingResult]:
+        return train(text, 8, max_skipped_steps=2, balance_losses=True, train_head=True, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        Poison(patch, bad)
+        whole, expected = run()
+    with pytest.MonkeyPatch.context() as patch:
+        poison = Poison(patch, bad)
+        for step in (6, 7):
+            with pytest.raises(Killed):
+                run(state=TrainingState(tmp_path / "state", "this", 0.0), log=kill_at(step))
+            poison.calls = 99  # what was bad is over
+    seen = list[dict[str, float]]()
+    other, result = run(state=TrainingState(tmp_path / "state", "this", 0.0), log=seen.append)
+    same(whole, other, 0.0)
+    assert result.curve == expected.curve == seen[-8:]
+    assert (result.skipped, result.restarts, result.tokens) == (expected.skipped, expected.restarts, expected.tokens)
+    assert TrainingState(tmp_path / "state", "another", 0.0).load() is None
+
+
+def test_a_damaged_state_is_not_used(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, _ = train(text)
+    state = TrainingState(tmp_path / "state", "this", 0.0)
+    with pytest.raises(Killed):
+        train(text, state=state, log=kill_at(4))
+    content = state.path.read_bytes()
+    for place in (9, 300, len(content) // 2, len(content) - 1):
+        state.path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+        assert state.load() is None
+    state.path.write_bytes(content[:-100])
+    other, _ = train(text, state=state)
+    same(whole, other, 0.0)
+    assert "damaged; the training begins again" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("losses", [{"kl": {}, "hidden_mse": {}}, {"kl": {"reduction": "sum/100"}}])
+def test_out_of_memory_makes_smaller_micro_batches_of_the_same_step(
+    text: Path, monkeypatch: pytest.MonkeyPatch, losses: dict[str, Any]
+) -> None:
+    whole, expected = train(text, losses=losses)
+
+    def small(student: Student, batch: Any, *arguments: Any, **options: Any) -> Any:
+        outputs = run_both(student, batch, *arguments, **options)
+        if len(batch["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return outputs
+
+    monkeypatch.setattr("layerpeel.training.trainer.run_both", small)
+    other, result = train(text, losses=losses)
+    same(whole, other)
+    assert result.halved == 2 and result.summary()["halved"] == 2
+    for a, b in zip(expected.curve, result.curve, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_out_of_memory_with_one_row_says_what_to_do(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("layerpeel.training.trainer.run_both", never)
+    with pytest.raises(RunError, match="out of memory in training, with 1 rows of 24 tokens") as error:
+        train(text)
+    assert "activation_checkpointing" in str(error.value.hint)
+
+
+def test_what_is_left_is_what_will_be_saved(text: Path) -> None:
+    student, _ = train(text, storage=torch.bfloat16)
+    for value in student.trained_state().values():
+        assert value.dtype is torch.float32 and torch.equal(value, value.bfloat16().float())
+
+
+# The cache of the teacher's states
+
+
+def test_with_the_cache_a_second_round_has_the_same_losses_to_bf16(text: Path, tmp_path: Path) -> None:
+    _, plain = train(text, fresh_text=False)
+    cache = TeacherCache(tmp_path / "cache", "teacher", 2**30)
+    _, first = train(text, cache=cache, fresh_text=False)
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert first.cached < 1 and len(files) == 40
+    cache.hits = cache.misses = 0
+    _, second = train(text, cache=cache, fresh_text=False)
+    assert second.cached == 1 and cache.misses == 0
+    for a, b, c in zip(plain.curve, first.curve, second.curve, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
+        assert b["loss"] == c["loss"]  # the first time, too, states are those that are kept
+
+
+def batch_of(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "document": torch.zeros_like(ids)}
+
+
+def states(rows: int = 2) -> tuple[Tensor, dict[int, Tensor]]:
+    return tiny_ids(rows, 5), {3: torch.randn(rows, 5, 8), FINAL: torch.randn(rows, 5, 8)}
+
+
+def test_cached_states_come_back_in_bfloat16(tmp_path: Path) -> None:
+    ids, known = states()
+    cache, model = TeacherCache(tmp_path, "one", 2**20), tiny_model("llama")
+    cache.keep(batch_of(ids), known)
+    found = TeacherCache(tmp_path, "one", 2**20).find(batch_of(ids.flip(0)), [3, FINAL], model)
+    assert found is not None
+    for layer, value in known.items():
+        assert torch.equal(found[layer], value.flip(0).bfloat16().float())
+    assert TeacherCache(tmp_path, "another", 2**20).find(batch_of(ids), [3], model) is None
+    assert cache.find(batch_of(ids), [2], model) is None  # a layer that nobody asked for then
+    assert cache.find(batch_of(torch.cat([ids, ids + 1])), [3], model) is None
+    assert cache.find(batch_of(ids) | {"document": torch.ones_like(ids)}, [3], model) is None
+
+
+def test_the_cache_keeps_to_its_limit_and_finds_damage(tmp_path: Path) -> None:
+    ids, known = states()
+    small = TeacherCache(tmp_path / "small", "one", 700)
+    small.keep(batch_of(ids), known)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) <= 700
+    cache, model = TeacherCache(tmp_path / "large", "one", 2**20), tiny_model("llama")
+    cache.keep(batch_of(ids), known)
+    path = sorted((tmp_path / "large").rglob("*.safetensors"))[0]
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+    assert cache.find(batch_of(ids), [3, FINAL], model) is None
+    path.write_bytes(content[: len(content) // 2])
+    assert cache.find(batch_of(ids), [3, FINAL], model) is None
