@@ -188,7 +188,7 @@ def test_watching_ends_with_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("count", [1, 36])
 def test_figures_hold_runs_of_any_length(run: Run, tmp_path: Path, count: int) -> None:
     """No warning of matplotlib's, which would be an error here."""
-    from layerpeel.report import figures
+    from layerpeel.report import figures, style
 
     rows = [{"round": n, "layer": layer, "importance": 0.0} for n in range(1, count + 1) for layer in range(n, 40)]
     for figure in (
@@ -196,4 +196,4 @@ def test_figures_hold_runs_of_any_length(run: Run, tmp_path: Path, count: int) -
         figures.draw_training({n: [{"loss": 0.0, "tokens": 1.0}] for n in range(1, count + 1)}),
         figures.draw_quality([figures.Line("中", "a $method$", [0], [float("nan")], [0.0], [1])], "aggregate", 0.5),
     ):
-        assert figures.save(figure, tmp_path / "figure").startswith("<svg")
+        assert style.save(figure, tmp_path / "figure").startswith("<svg")

@@ -79,7 +79,7 @@ def test_a_run_ends_at_its_target_with_a_student_that_is_the_one_measured(settin
     assert again.to_json() == run.rounds[-1]["evaluation"]
 
 
-@pytest.mark.parametrize("stage", ["layerpeel.importance.scoring.score_candidates", "layerpeel.run.loop.evaluate"])
+@pytest.mark.parametrize("stage", ["layerpeel.run.loop.score_candidates", "layerpeel.run.loop.evaluate"])
 def test_resumed_is_uninterrupted(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
