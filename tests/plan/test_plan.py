@@ -75,7 +75,7 @@ def test_ranking_once_and_training_once(config: RunConfig) -> None:
 
 
 def test_block_influence_skips_nothing() -> None:
-    work = count_work(make_metric("block_influence"), 6, [1, 2, 3], 10, [], own=6)
+    work = count_work(make_metric("block_influence"), 6, [1, 2, 3], 10, [], teacher_layers=6)
     assert (work.layer_tokens, work.head_tokens, work.one_by_one) == (60, 0, 6)
 
 

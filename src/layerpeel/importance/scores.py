@@ -1,4 +1,4 @@
-"""What a scoring says of the layers, and the order in which they may go."""
+"""The result of a scoring, and the order in which layers are removed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ class LayerScores:
     """The importance of each candidate, by teacher layer: quality lost when it is skipped; low goes first.
 
     Attributes:
-        metric: the metric that decides.
-        importance: of the candidates it scored.
+        metric: the deciding metric, as the config names it.
+        importance: of the candidates that it scored.
         stderr: the standard error of each importance, where the metric runs tasks.
         evaluations: task scores of each candidate, where the metric runs tasks.
-        dropped: candidates that a race gave up, with the share of the samples after which it did.
-        seconds: what it took.
-        layer_tokens: tokens that went through a layer for it, as `work` counts them.
-        from_round: the round whose ranking this is, if it was not made anew.
-        memory: the budget in bytes, and how often memory ran out and it was halved.
-        cheap: the scores that made the shortlist, if one was asked for.
-        healed: aggregate lost to the teacher after a short distillation, of the few that were healed on trial.
-        heal_seconds: what that took.
+        dropped: candidates that a race dropped, with the share of the samples after which it did.
+        seconds: how long the scoring took.
+        layer_tokens: token-layer pairs that were run for it, as `work` counts them.
+        from_round: the round whose ranking this is, if it is an earlier one.
+        memory: the budget in bytes, and how often it was halved because memory ran out.
+        cheap: the scores that made the shortlist, if there is one.
+        healed: aggregate lost to the teacher after a short distillation, of those healed on trial.
+        heal_seconds: how long the trials took.
     """
 
     metric: str
@@ -44,16 +44,17 @@ class LayerScores:
     def ranked(self) -> list[int]:
         """Teacher layers, least important first.
 
-        Those healed on trial come first, by what they lost then; those that a race gave up last; ties go by index.
+        Those healed on trial come first, by what they lost after it; those that a race dropped come last; ties are
+        broken by index.
         """
-        return sorted(self.importance, key=lambda layer: (*self._place(layer), layer))
+        return sorted(self.importance, key=lambda layer: (*self._sort_key(layer), layer))
 
     def tied(self) -> list[int]:
-        """The layers that share the first place to the last digit; the first of them goes, by its index."""
+        """The layers whose score equals the lowest one exactly; the one with the lowest index is removed."""
         ranked = self.ranked()
-        return [layer for layer in ranked if self._place(layer) == self._place(ranked[0])]
+        return [layer for layer in ranked if self._sort_key(layer) == self._sort_key(ranked[0])]
 
-    def _place(self, layer: int) -> tuple[bool, bool, float]:
+    def _sort_key(self, layer: int) -> tuple[bool, bool, float]:
         lost = self.healed.get(layer, self.importance[layer])
         return (layer not in self.healed, layer in self.dropped, lost)
 
