@@ -23,7 +23,7 @@ ON_LOGITS = [name for name, loss in LOSSES.items() if issubclass(loss, LogitLoss
 
 
 class PlainHead:
-    """A stack whose logits are the hidden states, two of them, one position a chunk."""
+    """A model whose logits are the hidden states, two of them, one position a chunk."""
 
     vocab_size, device = 2, torch.device("cpu")
 
@@ -109,7 +109,7 @@ def test_value_and_gradients_are_those_of_the_dense_formula(family: str, name: s
     teacher, model = tiny_model(family), tiny_model(family)
     head = model.get_output_embeddings().requires_grad_(True)
     with torch.no_grad():
-        head.weight.mul_(1.1)  # a head of the student's own
+        head.weight.mul_(1.1)  # so that the heads differ
     mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
     student, final = torch.randn(2, 7, 32, requires_grad=True), torch.randn(2, 7, 32)
     layerwise, options = LayerwiseModel(model), {} if name == "cross_entropy" else {"temperature": 1.5}
@@ -117,7 +117,7 @@ def test_value_and_gradients_are_those_of_the_dense_formula(family: str, name: s
     step = outputs(student, final, mask, layerwise, teacher_head=LayerwiseModel(teacher), micro_batches=4)
     loss_of(name, step, reduction=reduction, weight=2.0, **options).backward()
     value = loss_of(name, step, reduction=reduction, weight=2.0, **options).item()
-    own = student.grad, head.weight.grad
+    gradients = student.grad, head.weight.grad
     student.grad = head.weight.grad = None
 
     labels = step.labels[mask]
@@ -126,9 +126,9 @@ def test_value_and_gradients_are_those_of_the_dense_formula(family: str, name: s
     expected = 2 * dense_loss(name, logits, target, labels, 1.5) / (count if reduction == "token_mean" else 400)
     expected.backward()
     assert value == pytest.approx(expected.item(), rel=1e-5)
-    for found, gradient in zip(own, (student.grad, head.weight.grad), strict=True):
-        assert found is not None and gradient is not None
-        assert (found - gradient).norm() <= 1e-5 * gradient.norm()
+    for gradient, expected_gradient in zip(gradients, (student.grad, head.weight.grad), strict=True):
+        assert gradient is not None and expected_gradient is not None
+        assert (gradient - expected_gradient).norm() <= 1e-5 * expected_gradient.norm()
 
 
 def test_all_losses_in_one_sweep_are_the_sum_of_each() -> None:
@@ -195,15 +195,15 @@ class TestEveryLoss:
 
     def test_where_padding_stands_makes_no_difference(self, name: str) -> None:
         head, (one, other) = LayerwiseModel(tiny_model("llama")), torch.randn(2, 1, 3, 32)
-        whole = torch.ones(1, 3).bool()
+        real = torch.ones(1, 3).bool()
         label = torch.tensor([[5, 6, NO_LABEL]])
-        plain = outputs(one, other, whole, head, labels=label, step_labels=2)
+        plain = outputs(one, other, real, head, labels=label, step_labels=2)
         for left, right in ((2, 0), (0, 2), (1, 1)):
             pad = (0, 0, left, right)
             step = outputs(
                 functional.pad(one, pad),
                 functional.pad(other, pad),
-                functional.pad(whole, pad[2:]),
+                functional.pad(real, pad[2:]),
                 head,
                 labels=functional.pad(label, pad[2:], value=NO_LABEL),
                 step_labels=2,
@@ -213,20 +213,20 @@ class TestEveryLoss:
     def test_a_batch_of_eight_is_eight_batches_of_one(self, name: str) -> None:
         head, mask = LayerwiseModel(tiny_model("llama")), torch.arange(6)[None] < torch.randint(1, 7, (8, 1))
         one, other = torch.randn(2, 8, 6, 32)
-        whole = outputs(one, other, mask, head)
+        batch = outputs(one, other, mask, head)
         alone = [
             outputs(
                 one[i : i + 1],
                 other[i : i + 1],
                 mask[i : i + 1],
                 head,
-                labels=whole.labels[i : i + 1],
-                step_tokens=whole.step_tokens,
-                step_labels=whole.step_labels,
+                labels=batch.labels[i : i + 1],
+                step_tokens=batch.step_tokens,
+                step_labels=batch.step_labels,
             )
             for i in range(8)
         ]
-        assert sum(loss_of(name, step).item() for step in alone) == pytest.approx(loss_of(name, whole).item(), rel=1e-5)
+        assert sum(loss_of(name, step).item() for step in alone) == pytest.approx(loss_of(name, batch).item(), rel=1e-5)
 
     def test_the_gradient_points_downhill(self, name: str) -> None:
         head, mask = LayerwiseModel(tiny_model("llama")), torch.ones(2, 5, dtype=torch.bool)
