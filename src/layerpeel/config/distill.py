@@ -63,8 +63,7 @@ class DistillConfig(Section):
     last_pass: LastPassConfig | None = None
     """One more training after the last removal."""
     losses: dict[str, LossConfig] = {"kl": LossConfig(), "hidden_mse": LossConfig()}
-    """The losses and their weights: kl, reverse_kl, jensen_shannon, cross_entropy, hidden_mse, hidden_cosine, or
-    module:Class."""
+    """The losses and their weights: names from the table of losses, or module:Class."""
     balance_losses: bool = False
     """Scale each loss to the running size of the first one, before its weight."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
