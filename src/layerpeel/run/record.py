@@ -90,9 +90,11 @@ class RunRecord:
 
     Attributes:
         events: all, oldest first.
+        name: what error messages call the run.
     """
 
-    def __init__(self, events: Iterable[AnyEvent]) -> None:
+    def __init__(self, events: Iterable[AnyEvent], name: str = "record") -> None:
+        self.name = name
         self.events: list[AnyEvent] = list(events)
 
     @property
@@ -101,7 +103,7 @@ class RunRecord:
         live: list[AnyEvent] = []
         for event in self.events:
             if isinstance(event, Changed | Back):
-                live = [e for e in live if (getattr(e, "round", 0) or 0) <= event.to and not isinstance(e, Finish)]
+                live = [each for each in live if _round_of(each) <= event.to and not isinstance(each, Finish)]
             live.append(event)
         return live
 
@@ -118,7 +120,7 @@ class RunRecord:
         """
         event = next((event for event in reversed(self.events) if isinstance(event, Start | Changed)), None)
         if event is None:
-            raise InputError("the run has not begun", hint="run it again: `layerpeel run`")
+            raise InputError(f"{self.name}: the run has not begun", hint="run it again: `layerpeel run`")
         return event.config
 
     @property
@@ -169,3 +171,8 @@ class RunRecord:
 
     def _last(self, kind: type[E]) -> E | None:
         return next((event for event in reversed(self.live) if isinstance(event, kind)), None)
+
+
+def _round_of(event: AnyEvent) -> int:
+    """The round that an event is of; 0 if it is of none."""
+    return getattr(event, "round", None) or 0
