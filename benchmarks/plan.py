@@ -140,7 +140,7 @@ def compare(config: str, overrides: list[str], folder: Path) -> dict[str, Any]:
     peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     run = Run(folder / "run")
     seconds = seconds_of(run)
-    measured = seconds | {"in all": run.events[-1]["time"] - run.events[0]["time"], "peak": peak}
+    measured = seconds | {"in all": run.events[-1].time - run.events[0].time, "peak": peak}
     expected = {part: planned["seconds"][part] for part in seconds}
     expected |= {"in all": sum(planned["seconds"].values()), "peak": planned["peak"]}
     return {

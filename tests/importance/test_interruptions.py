@@ -135,12 +135,11 @@ def limited(most: int, error: Callable[[], Exception]) -> LayerwiseModel:
 @pytest.mark.parametrize("error", ERRORS)
 def test_running_out_of_memory_halves_the_budget_and_goes_on(tasks: list[Task], metric: str, error: str) -> None:
     tasks = tasks[:1] if metric == "task_quality" else []
-    full = scored(tasks, decide=metric, memory=None)
-    assert full.to_json()["memory_halved"] == 0
-    scores = scored(tasks, limited(40, ERRORS[error]), decide=metric, memory=2**27)
-    assert scores.importance == pytest.approx(full.importance, abs=1e-5)
-    event = scores.to_json()
-    assert event["memory_halved"] > 0 and event["memory"] == 2**27 >> event["memory_halved"]
+    whole = scored(tasks, decide=metric, memory=None)
+    assert whole.memory_halved == 0
+    found = scored(tasks, limited(40, ERRORS[error]), decide=metric, memory=2**27)
+    assert found.importance == pytest.approx(whole.importance, abs=1e-5)
+    assert found.memory_halved > 0 and found.memory == 2**27 >> found.memory_halved
 
 
 def test_the_deciding_metric_begins_with_what_the_cheap_one_left_of_the_budget(tasks: list[Task]) -> None:
@@ -151,9 +150,10 @@ def test_the_deciding_metric_begins_with_what_the_cheap_one_left_of_the_budget(t
         return failures[-1]
 
     shortlist = {"by": "teacher_kl", "keep": 2}
-    event = scored(tasks[:1], limited(40, error), shortlist=shortlist, memory=2**27).to_json()
-    assert 0 < event["cheap"]["memory_halved"] <= event["memory_halved"] == len(failures)
-    assert event["memory"] == 2**27 >> len(failures)
+    scores = scored(tasks[:1], limited(40, error), shortlist=shortlist, memory=2**27)
+    assert scores.cheap
+    assert 0 < scores.cheap.memory_halved <= scores.memory_halved == len(failures)
+    assert scores.memory == 2**27 >> len(failures)
 
 
 def test_when_not_even_a_row_fits_it_says_so(tasks: list[Task]) -> None:

@@ -143,10 +143,8 @@ def test_the_order_of_layers_and_ties() -> None:
     scores = LayerScores("task_quality", {1: 0.2, 2: 0.1, 3: 0.1, 5: 0.0}, dropped={5: 0.25})
     assert scores.ranked() == [2, 3, 1, 5]  # what a race gave up is last, whatever it had
     assert scores.tied() == [2, 3]
-    assert scores.to_json()["tied"] == [2, 3] and scores.to_json()["dropped"] == {"5": 0.25}
     healed = replace(scores, healed={1: 0.05, 2: 0.07})
     assert healed.ranked() == [1, 2, 3, 5] and healed.tied() == [1]
-    assert "tied" not in healed.to_json()
 
 
 def test_shortlist_and_race_find_the_seven_planted_layers_first(kit: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def _worker(folder: Path, poisoned_call: int = 0, dies_after: int = 0, keeps: bo
         student, result = train(folder / "text.jsonl", state=state if keeps else None, **options)
     if not RANK:
         save_file(student.trained_state(), folder / "owned.safetensors")
-        (folder / "result.json").write_text(json.dumps(result.summary() | {"curve": result.curve}))
+        (folder / "result.json").write_text(json.dumps(asdict(result.summary()) | {"curve": result.curve}))
     torch.distributed.barrier()  # or one leaves while the other still writes, and may be aborted in gloo's threads
     torch.distributed.destroy_process_group()
 
@@ -165,9 +166,9 @@ def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
     both = Run(tmp_path / "two")
     assert both.finish and alone.finish and len(both.rounds) == 2
     for a, b in zip(alone.rounds, both.rounds, strict=True):
-        assert a["removed"] == b["removed"] and a["training"]["tokens"] == b["training"]["tokens"]
-        assert a["aggregate"] == pytest.approx(b["aggregate"], rel=1e-4)
-        assert a["scores"]["importance"] == pytest.approx(b["scores"]["importance"], rel=1e-3, abs=1e-6)
+        assert a.removed == b.removed and a.training.tokens == b.training.tokens
+        assert a.aggregate == pytest.approx(b.aggregate, rel=1e-4)
+        assert a.scores.importance == pytest.approx(b.scores.importance, rel=1e-3, abs=1e-6)
     one, two = (AutoModelForCausalLM.from_pretrained(run.student_folder) for run in (alone, both))
     for value, other in zip(one.parameters(), two.parameters(), strict=True):
         assert (value - other).norm() <= 1e-4 * value.norm()

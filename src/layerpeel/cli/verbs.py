@@ -38,6 +38,7 @@ from layerpeel.report.listing import list_runs
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
 from layerpeel.run.preflight import check, check_output
+from layerpeel.run.results_json import evaluation_to_json, scores_to_json
 from layerpeel.tasks.evaluation import evaluate
 from layerpeel.training.rounds import distill
 
@@ -82,13 +83,13 @@ def score(
     )
     if RANK:
         return
-    found = json.dumps(scores.to_json(), ensure_ascii=False)
+    found = json.dumps(scores_to_json(scores), ensure_ascii=False)
     (folder / "scores.json").write_text(found + "\n", encoding="utf-8")
     from layerpeel.report.figures import draw_importance
 
     draw_importance(scores, folder / "importance.png")
     if as_json:
-        print(json.dumps(scores.to_json()))
+        print(json.dumps(scores_to_json(scores)))
     else:
         output.print(score_table(scores))
         output.print(f"scores   {shown(folder / 'scores.json')}", soft_wrap=True)
@@ -123,7 +124,7 @@ def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Override
     save_model(student, tokenizer, output_, storage)
     ends = result.summary()
     output.print(
-        f"{len(find_architecture(student).layers)} layers, loss {ends['first_loss']:.4f} -> {ends['last_loss']:.4f} "
+        f"{len(find_architecture(student).layers)} layers, loss {ends.first_loss:.4f} -> {ends.last_loss:.4f} "
         f"over {result.tokens:,} tokens in {result.seconds:.0f} s: {shown(output_)}"
     )
 
@@ -141,7 +142,7 @@ def eval_(
     loaded, tokenizer = load_teacher(settings)
     evaluation = evaluate(loaded, tokenizer, tasks)
     if as_json and not RANK:
-        print(json.dumps(evaluation.to_json()))
+        print(json.dumps(evaluation_to_json(evaluation)))
     else:
         output.print(evaluation_table(evaluation))
 

@@ -137,5 +137,6 @@ def _scores(name: str, inputs: ScoringInputs, depth: KeptLayers) -> LayerScores:
         dropped=by_layer(result.dropped),
         seconds=time.monotonic() - started,
         layer_tokens=work_of(metric, inputs, inputs.candidates).layer_tokens,
-        memory={"memory": inputs.budget.bytes, "memory_halved": inputs.budget.halved},
+        memory=inputs.budget.bytes,
+        memory_halved=inputs.budget.halved,
     )

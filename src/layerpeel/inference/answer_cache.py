@@ -31,7 +31,7 @@ class AnswerCache:
         if not events:
             path.unlink(missing_ok=True)
         elif not lines[-1].endswith(b"\n"):
-            append(path, b"\n")
+            append(path, b"\n", each_process=True)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -52,7 +52,7 @@ class AnswerCache:
     def keep_value(self, value: Any, *asked: Any) -> None:
         """Writes a value down that JSON can hold; returns once it is on the disk."""
         event: dict[str, Any] = {"key": _key(asked), "answers": value}
-        append(self.path, to_line(event | {"checksum": checksum(event, self.asked_of)}))
+        append(self.path, to_line(event | {"checksum": checksum(event, self.asked_of)}), each_process=True)
 
 
 def _key(asked: tuple[Any, ...]) -> str:

@@ -22,7 +22,8 @@ from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.requests import Generation, Request
 from layerpeel.model.loading import load_teacher
 from layerpeel.processes.progress import console, plain, progress, shown
-from layerpeel.run.folder import Run, describe_machine
+from layerpeel.run.folder import Run
+from layerpeel.run.machine import describe_machine
 from layerpeel.storage.files import write_whole
 from layerpeel.tasks.generate import Generate
 from layerpeel.tasks.registry import make_tasks

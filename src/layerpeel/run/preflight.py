@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from layerpeel.model.config_fields import text_config
 from layerpeel.model.devices import pick_device, wanted_dtype
 from layerpeel.model.loading import load_config_of
 from layerpeel.model.surgery import KeptLayers
-from layerpeel.processes.distributed import RANK
 from layerpeel.run.folder import Run
+from layerpeel.storage.files import remove_folder
 from layerpeel.tasks.base import Task
 from layerpeel.tasks.registry import make_tasks
 from layerpeel.training.student import Student
@@ -94,13 +94,13 @@ def check_output(folder: Path, model: str) -> None:
     """
     another = "name another folder"
     try:
-        there = folder.resolve()
-        above = next(each for each in (there, *there.parents) if each.exists())
+        resolved = folder.resolve()
+        above = next(each for each in (resolved, *resolved.parents) if each.exists())
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"output: {folder} cannot be a folder ({reason_of(error)})", hint=another) from None
     if not above.is_dir():
         raise InputError(f"output: {folder} cannot be a folder: {above} is a file", hint=another)
-    if os.path.isdir(model) and there.is_relative_to(Path(model).resolve()):
+    if os.path.isdir(model) and resolved.is_relative_to(Path(model).resolve()):
         raise InputError(f"output: {folder} is in the folder of the model, {model}", hint=another)
     if not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"output: you may not write in {above}", hint=another)
@@ -112,11 +112,8 @@ def leaving_nothing(run: Run) -> Iterator[None]:
     try:
         yield
     except InputError:
-        if not RANK and [event["event"] for event in run.events] == ["start"]:
-            for name in ("config.yaml", "journal.jsonl"):
-                (run.folder / name).unlink(missing_ok=True)
-            with suppress(OSError):  # something else is in it
-                run.folder.rmdir()
+        if [event.event for event in run.events] == ["start"]:
+            remove_folder(run.folder, ("config.yaml", "journal.jsonl"))
         raise
 
 
@@ -130,14 +127,14 @@ def check_trained(student: Student, config: DistillConfig) -> None:
         parameters_to_train(student, config.train)
 
 
-def removable(depth: KeptLayers, config: RunConfig, fixed: Iterable[int] = ()) -> tuple[int, ...]:
+def removable(kept_layers: KeptLayers, config: RunConfig, fixed: Iterable[int] = ()) -> tuple[int, ...]:
     """The teacher layers that may go next; at least one layer stays.
 
     Args:
         fixed: those without which the model could not be saved, from `importance.unremovable_teacher_layers`.
     """
     protect = config.score.protect
-    return depth.removable(protect.first, protect.last, [*protect.layers, *fixed]) if len(depth) > 1 else ()
+    return kept_layers.removable(protect.first, protect.last, [*protect.layers, *fixed]) if len(kept_layers) > 1 else ()
 
 
 def _check_sizes(config: RunConfig, teacher: PretrainedConfig) -> None:

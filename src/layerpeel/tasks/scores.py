@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 
 def aggregate_stderr(evaluation: Evaluation, reference: Evaluation, how: str) -> float:
@@ -42,10 +41,6 @@ class TaskScore:
         mean = math.fsum(w * sample for w, sample in zip(weights, samples, strict=True)) / total
         influences = tuple(n * w * (sample - mean) / total for w, sample in zip(weights, samples, strict=True))
         return cls(mean, _stderr_of(influences), n, influences=influences, chance=chance)
-
-    def to_json(self) -> dict[str, Any]:
-        own = {"value": self.value, "stderr": self.stderr, "n": self.n, "lower_is_better": self.lower_is_better}
-        return own if self.chance is None else own | {"chance": self.chance}
 
 
 def _stderr_of(influences: Sequence[float]) -> float:
@@ -111,10 +106,3 @@ class Evaluation:
         slope = -theirs / own.value**2 if own.lower_is_better else 1.0
         whole = 1.0 if own.lower_is_better else theirs  # the reference's quality
         return slope / whole if how == "relative" and whole else slope
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: score.to_json() for name, score in self.scores.items()}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Evaluation:
-        return cls({name: TaskScore(**score) for name, score in value.items()})
