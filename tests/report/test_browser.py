@@ -34,7 +34,7 @@ def test_the_page_in_a_browser(run: Run, browser: Any) -> None:
         messages: list[str] = []
         page.on("console", lambda message, messages=messages: messages.append(message.text))
         page.on("pageerror", lambda error, messages=messages: messages.append(str(error)))
-        page.on("dialog", lambda dialog, said=said: (messages.append("dialog"), dialog.dismiss()))
+        page.on("dialog", lambda dialog, messages=messages: (messages.append("dialog"), dialog.dismiss()))
         page.goto(address)
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == background
         assert page.evaluate("document.documentElement.scrollWidth") <= width  # only tables and figures scroll

@@ -12,12 +12,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from layerpeel.run.events import Finding
 
 from layerpeel.report import page as page_module
 from layerpeel.report.gather import depth_rows, names_of
 from layerpeel.report.page import watch, write_report
 from layerpeel.report.rows import ImportanceRow
+from layerpeel.run.events import Finding
 from layerpeel.run.folder import Run
 from layerpeel.tasks.scores import Evaluation, TaskScore
 from tests.report.conftest import HOSTILE

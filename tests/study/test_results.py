@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from layerpeel.run.events import AnyEvent, Scored, TeacherRecord
 
 from layerpeel.errors import InputError
 from layerpeel.report.tables import Cell, Table
+from layerpeel.run.events import AnyEvent, Scored, TeacherRecord
 from layerpeel.run.folder import Run
 from layerpeel.study.rankings import Rankings, kendall_tau
 from layerpeel.study.results import interval

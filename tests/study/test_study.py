@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from layerpeel.run.writing import open_run
+from safetensors.torch import save_file
 
 from layerpeel.errors import InputError, RunError
+from layerpeel.importance.scores import LayerScores
 from layerpeel.report import gather
+from layerpeel.run.events import Finish, RoundEnd, Scored
 from layerpeel.run.folder import Run
+from layerpeel.run.results_json import evaluation_to_json
+from layerpeel.storage.files import sha256_of
 from layerpeel.study.file import load_study
 from layerpeel.study.writing import run_study
+from layerpeel.tasks.scores import Evaluation
+from layerpeel.training.result import TrainingSummary
 
 
 @pytest.fixture
@@ -107,14 +116,19 @@ def test_processes_give_the_numbers_of_one(study: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_fails_apart_is_named_and_the_others_are_done(study: Path, tmp_path: Path) -> None:
     _, jobs = load_study(study)
-    with Run.open(jobs[0].config) as run:
-        run.record("scored", round=1, removed=1, scores={})
-        run.record("round", round=1, training={"steps": 0}, files={})  # of which a run can make nothing
+    with open_run(jobs[0].config) as run:
+        weights = run.folder / "rounds/01/trained.safetensors"
+        weights.parent.mkdir(parents=True)
+        save_file({"no_such_parameter": torch.zeros(1)}, weights)  # of which a student can make nothing
+        files = {"rounds/01/trained.safetensors": str(sha256_of(weights))}
+        quality = {"parameters": 1, "evaluation": Evaluation({}), "aggregate": 1.0, "kept_quality": 1.0}
+        run.record(Scored(round=1, removed=1, scores=LayerScores("teacher_kl", {1: 0.0})))
+        run.record(RoundEnd(round=1, kept=(0, 2, 3, 4, 5), training=TrainingSummary([]), files=files, **quality))
     for job in jobs[1:3]:
-        with Run.open(job.config) as run:
-            run.record("finish", reason="target_layers", round=0, layers=6, last_pass=None, files={})
+        with open_run(job.config) as run:
+            run.record(Finish(reason="target_layers", round=0, layers=6, last_pass=None, files={}))
     with pytest.raises(
-        RunError, match=r"1 of 2 runs failed, the first of them by KL, seed 0: a bug in layerpeel: .*kept"
+        RunError, match=r"1 of 2 runs failed, the first of them by KL, seed 0: a bug in layerpeel: .*no_such_parameter"
     ):
         from layerpeel.study.running import run_jobs
 

@@ -121,7 +121,7 @@ def _speed(times: Sequence[tuple[float, float]], peak: int) -> DepthSpeed:
 
 
 def _seconds(model: PreTrainedModel, rows: int) -> float:
-    """Of one generation; the fastest of as many as fit into `TURN_SECONDS`, so that short ones are not measured once."""
+    """Of one generation: the fastest of as many as fit into `TURN_SECONDS`."""
     best, total = float("inf"), 0.0
     while total <= TURN_SECONDS:
         _wait(model)
@@ -183,7 +183,7 @@ def most_allocated(profile: torch.profiler.profile) -> int:
 
 
 def sample_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, Generation]]:
-    """A few prompts of the run's generation tasks, else beginnings of its text; each with the task's name, or `text`."""
+    """A few prompts of the run's generation tasks, else beginnings of its text, each with its source."""
     prompts: list[tuple[str, Request]] = []
     for task in (task for task in make_tasks(config.tasks) if isinstance(task, Generate)):
         try:

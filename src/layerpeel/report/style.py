@@ -80,7 +80,7 @@ def inline(svg: str, name: str) -> str:
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Labels a logarithmic axis with plain numbers; the default labels are formulas, which this style does not render."""
+    """Labels a logarithmic axis with plain numbers; the default labels are formulas, which this style shows as text."""
     axis.set_major_formatter(
         lambda value, _: count(value) if abs(value) >= 10_000 else f"{value:g}".replace("-", "\N{MINUS SIGN}")
     )

@@ -13,7 +13,7 @@ from layerpeel.config.run import RunConfig
 from layerpeel.errors import RunError
 from layerpeel.model.loading import load_teacher
 from layerpeel.processes.progress import console
-from layerpeel.run.events import Scored, TeacherRecord
+from layerpeel.run.events import Event, Scored, TeacherRecord
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
 from layerpeel.run.preflight import check_run
@@ -75,7 +75,7 @@ def _scoring_key(config: RunConfig) -> str:
     score = {name: value for name, value in fields["score"].items() if name != "every"}
     text = [fields["score"]["text"] or fields["distill"]["text"], fields["distill"]["sequence_length"], fields["seed"]]
     unshared = fields["output"] if config.score.heal else None
-    return json.dumps([score, text, unshared, *(fields[name] for name in SHARED)])
+    return json.dumps([_teacher_key(config), score, text, unshared])
 
 
 def _share_scores(source: Run, config: RunConfig) -> None:
@@ -92,15 +92,21 @@ def _share_teachers(configs: Sequence[RunConfig]) -> None:
     """Records the teacher in each run's journal; teachers whose scores depend on the same fields are measured once."""
     measured: dict[str, TeacherRecord] = {}
     for config in configs:
-        fields = config.model_dump(mode="json")
-        key = json.dumps([fields[name] for name in SHARED])
+        key = _teacher_key(config)
         with open_run(config) as run:
             if not run.teacher and key in measured:
-                run.record(TeacherRecord(**dict(measured[key]) | {"time": now(), "checksum": ""}))
+                fields = {name: value for name, value in measured[key] if name not in Event.model_fields}
+                run.record(TeacherRecord(**fields))
             elif not run.teacher:
                 _measure(run, config)
             assert run.teacher
             measured[key] = run.teacher
+
+
+def _teacher_key(config: RunConfig) -> str:
+    """A key of all that a teacher's scores depend on."""
+    fields = config.model_dump(mode="json")
+    return json.dumps([fields[name] for name in SHARED])
 
 
 def _measure(run: OpenRun, config: RunConfig) -> None:
