@@ -66,7 +66,7 @@ def _announce(estimates: list[Estimate]) -> None:
         )
 
 
-def _load_stack(settings: RunConfig) -> tuple[LayerwiseModel, Any]:
+def _load_layerwise(settings: RunConfig) -> tuple[LayerwiseModel, Any]:
     if settings.score.weights == "stream":
         files, tokenizer = load_streamed(
             settings.teacher,

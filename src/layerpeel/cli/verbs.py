@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from layerpeel.cli.app import AsJson, ConfigFile, Folder, Layers, Overrides, ScoreFolder, app, output
-from layerpeel.cli.parts import _announce, _check_free, _finish, _load_stack, _parse_layers
+from layerpeel.cli.parts import _announce, _check_free, _finish, _load_layerwise, _parse_layers
 from layerpeel.cli.tables import evaluation_table, listing_table, plan_tables, report_table, score_table
 from layerpeel.config.reading import load_config
 from layerpeel.demo.preparing import prepare_demo
@@ -69,7 +69,7 @@ def score(
     tasks = check(settings)
     folder = output_ or settings.output.with_name(f"{settings.output.name}-score")
     check_output(folder, settings.teacher)
-    layerwise, tokenizer = _load_stack(settings)
+    layerwise, tokenizer = _load_layerwise(settings)
     answer_cache = AnswerCache(folder / f"answers.{RANK}.jsonl", fingerprint(settings.teacher, layerwise.model.dtype))
     scores = score_layers(
         layerwise,
@@ -83,8 +83,8 @@ def score(
     )
     if RANK:
         return
-    found = json.dumps(scores_to_json(scores), ensure_ascii=False)
-    (folder / "scores.json").write_text(found + "\n", encoding="utf-8")
+    text = json.dumps(scores_to_json(scores), ensure_ascii=False)
+    (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
     from layerpeel.report.figures import draw_importance
 
     draw_importance(scores, folder / "importance.png")

@@ -116,19 +116,7 @@ def draw_heat(rows: Sequence[ImportanceRow], removed: Sequence[int], total: int,
             edgecolors=INK,
             linewidth=0.3,
         )
-        for number, layer in enumerate(removed, start=1):
-            axes.text(
-                layer,
-                number,
-                "×",
-                ha="center",
-                va="center",
-                color="#fefefe",
-                fontweight="bold",
-                bbox={"boxstyle": "circle,pad=0.12", "facecolor": "#b91c1c", "edgecolor": "none"},
-            )
-            for gone in removed[: number - 1]:
-                axes.text(gone, number, "–", ha="center", va="center", color=INK, alpha=0.6)
+        _mark_removed(axes, removed)
         clipped = bool(scored.size) and high < scored.max()
         figure.colorbar(mesh, ax=axes, extend="max" if clipped else "neither", pad=0.02).set_label(
             f"{one_line(metric, 40)}:\nlost when skipped", labelpad=10
@@ -137,6 +125,23 @@ def draw_heat(rows: Sequence[ImportanceRow], removed: Sequence[int], total: int,
         axes.xaxis.set_major_locator(MaxNLocator(nbins=24, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=24, integer=True))
     return figure
+
+
+def _mark_removed(axes: Any, removed: Sequence[int]) -> None:
+    """Writes × on the layer that a round removed, and – on those that were removed before."""
+    for number, layer in enumerate(removed, start=1):
+        axes.text(
+            layer,
+            number,
+            "×",
+            ha="center",
+            va="center",
+            color="#fefefe",
+            fontweight="bold",
+            bbox={"boxstyle": "circle,pad=0.12", "facecolor": "#b91c1c", "edgecolor": "none"},
+        )
+        for gone in removed[: number - 1]:
+            axes.text(gone, number, "–", ha="center", va="center", color=INK, alpha=0.6)
 
 
 def draw_training(curves: Mapping[int, Sequence[Mapping[str, float]]]) -> Figure:

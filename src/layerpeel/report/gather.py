@@ -206,7 +206,9 @@ class Costs:
 def costs_of(run: Run) -> Costs:
     """What scoring and training took in all."""
     rows = cost_rows(run)
-    trainings = [each.training for each in [*run.rounds, *([run.last_pass] if run.last_pass else [])]]
+    trainings = [each.training for each in run.rounds]
+    if run.last_pass:
+        trainings.append(run.last_pass.training)
     return Costs(
         scoring_seconds=sum(row.scoring_seconds + row.healing_seconds for row in rows),
         layer_tokens=sum(scores.layer_tokens for each in run.rounds for _, scores in _scorings(each)),
