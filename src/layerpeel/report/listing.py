@@ -17,7 +17,7 @@ class RunStatus:
     Attributes:
         run: its folder.
         state: `running`, `finished`, `interrupted`, or `damaged` where it cannot be read.
-        note: a word more, for people.
+        note: what to do next, or why it is in that state.
         last_activity: when one of its files was last written, in seconds since 1970.
         rounds: number of finished rounds.
         teacher_layers: number of the teacher's layers; None before the teacher was measured, as the fields below.
