@@ -84,11 +84,7 @@ def chosen_by_kl(config: RunConfig) -> RunConfig:
 
 def by_depth(run: Run, depths: list[int]) -> dict[str, Any]:
     """The rounds of a run that ended in one of the depths."""
-    return {
-        str(each.layers): row(run, each.evaluation, each.kept)
-        for each in run.rounds
-        if each.layers in depths
-    }
+    return {str(each.layers): row(run, each.evaluation, each.kept) for each in run.rounds if each.layers in depths}
 
 
 def one_shot(config: RunConfig, run: Run, depths: list[int]) -> dict[str, Any]:

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
-from layerpeel.run.writing import open_run
 
 from layerpeel.errors import InputError
 from layerpeel.report.listing import list_runs
 from layerpeel.run.folder import Run
+from layerpeel.run.opening import open_run
 
 
 def test_states(run: Run, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from layerpeel.run.writing import open_run
 from safetensors.torch import save_file
 
 from layerpeel.errors import InputError, RunError
@@ -18,6 +17,7 @@ from layerpeel.importance.scores import LayerScores
 from layerpeel.report import gather
 from layerpeel.run.events import Finish, RoundEnd, Scored
 from layerpeel.run.folder import Run
+from layerpeel.run.opening import open_run
 from layerpeel.run.results_json import evaluation_to_json
 from layerpeel.storage.files import sha256_of
 from layerpeel.study.file import load_study

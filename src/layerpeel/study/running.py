@@ -16,8 +16,9 @@ from layerpeel.processes.progress import console
 from layerpeel.run.events import Event, Scored, TeacherRecord
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
+from layerpeel.run.opening import open_run
 from layerpeel.run.preflight import check_run
-from layerpeel.run.writing import OpenRun, open_run
+from layerpeel.run.writing import OpenRun
 from layerpeel.study.file import Job
 from layerpeel.tasks.evaluation import evaluate
 from layerpeel.tasks.registry import make_tasks
