@@ -79,10 +79,10 @@ def test_a_teacher_is_measured_once_and_a_study_goes_on_where_it_stopped(
 
 
 def test_runs_that_score_alike_score_once(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layerpeel.run import loop
+    from layerpeel.run import loop, peeling
 
-    scored, score = [], loop.score_candidates
-    monkeypatch.setattr(loop, "score_candidates", lambda *a: scored.append(1) or score(*a))
+    scored, score = [], peeling.score_candidates
+    monkeypatch.setattr(peeling, "score_candidates", lambda *a: scored.append(1) or score(*a))
     variants = {
         "one": {},
         "other losses": {"distill.losses": {"kl": {}}},
