@@ -30,7 +30,7 @@ from layerpeel.inference.requests import Generation, LogLikelihood, Request
 from layerpeel.plan.planning import Plan, plan_run
 from layerpeel.plan.speed import Speed
 from layerpeel.processes.text import count, size
-from layerpeel.report.gather import seconds_of
+from layerpeel.report.gather import costs_of
 from layerpeel.run.folder import Run
 
 # The public config.json of each model on the hub.
@@ -139,7 +139,8 @@ def compare(config: str, overrides: list[str], folder: Path) -> dict[str, Any]:
     subprocess.run([*layerpeel, "run", path, *own, "--no-report", "--json"], check=True, stdout=subprocess.DEVNULL)
     peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     run = Run(folder / "run")
-    seconds = seconds_of(run)
+    costs = costs_of(run)
+    seconds = {"scoring": costs.scoring_seconds, "training": costs.training_seconds}
     measured = seconds | {"in all": run.events[-1].time - run.events[0].time, "peak": peak}
     expected = {part: planned["seconds"][part] for part in seconds}
     expected |= {"in all": sum(planned["seconds"].values()), "peak": planned["peak"]}

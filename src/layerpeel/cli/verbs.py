@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +12,8 @@ import typer
 from rich.table import Table
 
 from layerpeel.cli.app import AsJson, ConfigFile, Folder, Layers, Overrides, ScoreFolder, app, output
-from layerpeel.cli.parts import _announce, _check_free, _finish, _load_stack, _parse_layers
-from layerpeel.cli.tables import evaluation_table, plan_tables, report_table, score_table
+from layerpeel.cli.parts import _announce, _check_free, _finish, _load_layerwise, _parse_layers
+from layerpeel.cli.tables import evaluation_table, listing_table, plan_tables, report_table, score_table
 from layerpeel.config.reading import load_config
 from layerpeel.demo.preparing import prepare_demo
 from layerpeel.errors import InputError
@@ -33,7 +34,6 @@ from layerpeel.plan.shape import Shape
 from layerpeel.plan.speed import Speed
 from layerpeel.processes.distributed import RANK
 from layerpeel.processes.progress import shown
-from layerpeel.processes.text import moment, one_line, percent
 from layerpeel.report.listing import list_runs
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
@@ -69,7 +69,7 @@ def score(
     tasks = check(settings)
     folder = output_ or settings.output.with_name(f"{settings.output.name}-score")
     check_output(folder, settings.teacher)
-    layerwise, tokenizer = _load_stack(settings)
+    layerwise, tokenizer = _load_layerwise(settings)
     answer_cache = AnswerCache(folder / f"answers.{RANK}.jsonl", fingerprint(settings.teacher, layerwise.model.dtype))
     scores = score_layers(
         layerwise,
@@ -83,8 +83,8 @@ def score(
     )
     if RANK:
         return
-    found = json.dumps(scores_to_json(scores), ensure_ascii=False)
-    (folder / "scores.json").write_text(found + "\n", encoding="utf-8")
+    text = json.dumps(scores_to_json(scores), ensure_ascii=False)
+    (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
     from layerpeel.report.figures import draw_importance
 
     draw_importance(scores, folder / "importance.png")
@@ -185,13 +185,14 @@ def study(
     """Run the variants of a study, with each seed, to one table and one figure. Running again goes on."""
     from layerpeel.study.writing import run_study
 
-    done = run_study(file, set_, processes)
+    finished = run_study(file, set_, processes)
     if as_json:
-        print(json.dumps({"output": str(done.folder), **done.rows}, ensure_ascii=False))
+        rows = {name: [row.columns() for row in rows] for name, rows in finished.rows.tables().items()}
+        print(json.dumps({"output": str(finished.folder), **rows}, ensure_ascii=False))
         return
-    for each in done.tables.values():
-        output.print(report_table(each), "")
-    output.print(f"page     {shown(done.folder / 'index.html')}", soft_wrap=True)
+    for table in finished.tables.values():
+        output.print(report_table(table), "")
+    output.print(f"page     {shown(finished.folder / 'index.html')}", soft_wrap=True)
 
 
 @app.command()
@@ -224,7 +225,7 @@ def plan(
     planned = plan_run(
         teacher,
         settings,
-        [[r for own in task.requests(tokenizer) for r in own] for task in tasks],
+        [[request for requests in task.requests(tokenizer) for request in requests] for task in tasks],
         speed,
         dtype=dtype,
         device=target.type,
@@ -273,14 +274,8 @@ def export(
 @app.command()
 def ls(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"), as_json: AsJson = False) -> None:
     """List the runs below a folder, and how far each has come."""
-    found = list_runs(folder)
+    statuses = list_runs(folder)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps([asdict(status) for status in statuses]))
         return
-    table = Table("run", "state", "rounds", "layers", "% kept", "last activity", "", box=None, header_style="bold")
-    for row in found:
-        depth = f"{row['teacher_layers']} → {row['layers']}" if row["layers"] else "–"
-        cells = [row["run"], row["state"], row["rounds"], depth, percent(row["kept_quality"])]
-        cells += [moment(row["last_activity"]), one_line(row["note"])]
-        table.add_row(*(shown(cell) for cell in cells))
-    output.print(table if found else f"no runs below {shown(folder)}")
+    output.print(listing_table(statuses) if statuses else f"no runs below {shown(folder)}")

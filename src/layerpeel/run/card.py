@@ -12,11 +12,9 @@ from jinja2 import Environment, StrictUndefined
 from layerpeel.config.fields import TextConfig
 from layerpeel.config.run import RunConfig
 from layerpeel.processes.text import count, number, one_line, percent
-from layerpeel.run.events import StudentRecord, TeacherRecord
+from layerpeel.run.events import StudentRecord
 from layerpeel.run.folder import Run
-from layerpeel.run.record import Round
 from layerpeel.storage.files import write_whole
-from layerpeel.tasks.scores import aggregate_stderr
 
 CARRIED = ("license", "license_name", "license_link", "language")  # from the teacher's own card
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -94,13 +92,11 @@ def card_facts(run: Run, round_number: int, metadata: ModelCardData, last_pass: 
         "tokens": sum(training.tokens for training in trainings),
         "last_pass": last_pass,
         "sources": [_source(text) for text in run.config.distill.text],
-        "errors": [_aggregate_stderr(run, model) for model in (run.teacher, student)],
+        "errors": [
+            model.evaluation.aggregate_stderr(run.reference, run.config.aggregate) for model in (run.teacher, student)
+        ],
         "versions": run.start.versions,
     }
-
-
-def _aggregate_stderr(run: Run, model: TeacherRecord | Round | StudentRecord) -> float:
-    return aggregate_stderr(model.evaluation, run.reference, run.config.aggregate)
 
 
 def _source(text: TextConfig) -> str:

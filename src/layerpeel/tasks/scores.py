@@ -7,12 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 
-def aggregate_stderr(evaluation: Evaluation, reference: Evaluation, how: str) -> float:
-    """The standard error of an aggregate, from those of its tasks; the teacher's scores are taken as exact."""
-    exact = Evaluation({name: replace(score, stderr=0.0) for name, score in reference.scores.items()})
-    return evaluation.difference_stderr(exact, reference, how)
-
-
 @dataclass(frozen=True)
 class TaskScore:
     """A task's score: its value as people read it, its standard error, and the number of samples.
@@ -67,6 +61,11 @@ class Evaluation:
         if how == "relative":
             own = {name: value / theirs[name] if theirs[name] else 1.0 for name, value in own.items()}
         return sum(own.values()) / len(own)
+
+    def aggregate_stderr(self, reference: Evaluation, how: str = "mean") -> float:
+        """The standard error of the aggregate, from those of its tasks; the teacher's scores are taken as exact."""
+        exact = Evaluation({name: replace(score, stderr=0.0) for name, score in reference.scores.items()})
+        return self.difference_stderr(exact, reference, how)
 
     def difference_stderr(
         self, other: Evaluation, reference: Evaluation, how: str = "mean", seen: Mapping[str, float] | None = None
