@@ -135,11 +135,11 @@ def limited(most: int, error: Callable[[], Exception]) -> LayerwiseModel:
 @pytest.mark.parametrize("error", ERRORS)
 def test_running_out_of_memory_halves_the_budget_and_goes_on(tasks: list[Task], metric: str, error: str) -> None:
     tasks = tasks[:1] if metric == "task_quality" else []
-    whole = scored(tasks, decide=metric, memory=None)
-    assert whole.memory_halved == 0
-    found = scored(tasks, limited(40, ERRORS[error]), decide=metric, memory=2**27)
-    assert found.importance == pytest.approx(whole.importance, abs=1e-5)
-    assert found.memory_halved > 0 and found.memory == 2**27 >> found.memory_halved
+    full = scored(tasks, decide=metric, memory=None)
+    assert full.memory_halved == 0
+    scores = scored(tasks, limited(40, ERRORS[error]), decide=metric, memory=2**27)
+    assert scores.importance == pytest.approx(full.importance, abs=1e-5)
+    assert scores.memory_halved > 0 and scores.memory == 2**27 >> scores.memory_halved
 
 
 def test_the_deciding_metric_begins_with_what_the_cheap_one_left_of_the_budget(tasks: list[Task]) -> None:

@@ -66,7 +66,7 @@ class LayerScores:
 
 
 def last_ranking(last: LayerScores, finished: int, every: int, free: Sequence[int]) -> LayerScores | None:
-    """What the last scoring of a run said of the layers that may still go; None if it is time to score again.
+    """The last scoring of a run, of the layers that may still be removed; None if it is time to score again.
 
     Args:
         last: the scores of the last finished round.
