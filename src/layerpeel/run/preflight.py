@@ -19,7 +19,7 @@ from layerpeel.errors import InputError, reason_of
 from layerpeel.importance.metrics import check_metrics
 from layerpeel.losses.loss_sum import LossSum
 from layerpeel.model.checkpoint import least_parameters
-from layerpeel.model.config_fields import text_config
+from layerpeel.model.config_fields import context_length, text_config
 from layerpeel.model.devices import pick_device, wanted_dtype
 from layerpeel.model.loading import load_config_of
 from layerpeel.model.surgery import KeptLayers
@@ -161,8 +161,8 @@ def _check_sizes(config: RunConfig, teacher: PretrainedConfig) -> None:
                 f"{name}: it takes {size / 1e9:,.1f} GB of memory or more, and there are {limit / 1e9:,.1f} GB",
                 hint="lower it, or set memory_limit to what there is, as in --set memory_limit=200GB",
             )
-    longest = getattr(text, "max_position_embeddings", None)
-    if distill.text and isinstance(longest, int) and distill.sequence_length > longest > 0:
+    longest = context_length(teacher)
+    if distill.text and longest and distill.sequence_length > longest:
         raise InputError(
             f"distill.sequence_length: {distill.sequence_length} is more than the {longest} tokens that the teacher "
             "was made for",
