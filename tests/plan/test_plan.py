@@ -161,22 +161,22 @@ def test_scoring_memory_by_hand() -> None:
     texts: list[list[Request]] = [[Generation((1,) * 5, 7, ())] * 3]
     score, budget = ScoreConfig(decide="task_quality", tokens=50), 2**20
     parts = scoring_memory(shape, score, texts, 200, {"text": 0, "tasks": 3}, budget, "cuda")
-    # 9 rows of 5 + 7 tokens go in and out of a layer; two of three streams, on average, leave keys of 4 layers behind.
+    # 9 rows of 5 + 7 tokens go in and out of a layer; two of three branches, on average, leave keys of 4 layers behind.
     # In the layer, half of the 10 bytes that a backward pass would want.
     read = 2 * 9 * 12 * 8 * 2 + 9 * 12 * 5 + 9 * 12 * 6 * 4 * 2 / 3
-    assert parts["streams of candidates and their caches"] == read
-    assert (parts["weights"], parts["the student's own"]) == (2000, 400)
+    assert parts["branches of candidates and their caches"] == read
+    assert (parts["weights"], parts["trained weights of the student"]) == (2000, 400)
     parts = scoring_memory(shape, score, [], 200, {"text": 3, "tasks": 1}, budget, "cuda")
-    assert parts["streams of candidates and their caches"] == 2 * 150 * 8 * 2 + 150 * 5
+    assert parts["branches of candidates and their caches"] == 2 * 150 * 8 * 2 + 150 * 5
     asked: list[list[Request]] = [[LogLikelihood((1, 2, 3), (4, 5))] * 6]
     parts = scoring_memory(shape, score, asked, 200, {"text": 0, "tasks": 3}, budget, "cuda")
-    assert parts["streams of candidates and their caches"] == 2 * 90 * 8 * 2 + 90 * 5
+    assert parts["branches of candidates and their caches"] == 2 * 90 * 8 * 2 + 90 * 5
     here = scoring_memory(shape, score, asked, 200, {"text": 0, "tasks": 3}, budget, "cpu")
-    changing = here["streams of candidates and their caches"] + here["chunks of logits"]
+    changing = here["branches of candidates and their caches"] + here["chunks of logits"]
     assert here["unused, between tensors"] == pytest.approx(0.4 * changing) and "unused, between tensors" not in parts
     wide = replace(shape, cache=60)  # what the rows that write on keep is more than what is read
     parts = scoring_memory(wide, score, texts, 200, {"text": 0, "tasks": 3}, budget, "cuda")
-    assert parts["streams of candidates and their caches"] == 9 * 12 * 60 * 4
+    assert parts["branches of candidates and their caches"] == 9 * 12 * 60 * 4
 
 
 def test_a_plan_is_json(config: RunConfig) -> None:

@@ -215,7 +215,7 @@ def test_out_of_memory_makes_smaller_micro_batches_of_the_same_step(
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return outputs
 
-    monkeypatch.setattr("layerpeel.training.trainer.run_both", small)
+    monkeypatch.setattr("layerpeel.training.gradients.run_both", small)
     other, result = train(text, losses=losses)
     same(whole, other)
     assert result.halved == 2 and result.summary().halved == 2
@@ -227,7 +227,7 @@ def test_out_of_memory_with_one_row_says_what_to_do(text: Path, monkeypatch: pyt
     def never(*_: Any, **__: Any) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("layerpeel.training.trainer.run_both", never)
+    monkeypatch.setattr("layerpeel.training.gradients.run_both", never)
     with pytest.raises(RunError, match="out of memory in training, with 1 rows of 24 tokens") as error:
         train(text)
     assert "activation_checkpointing" in str(error.value.hint)

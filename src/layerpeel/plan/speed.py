@@ -1,4 +1,8 @@
-"""How fast a model's parts run: measured on this machine with random weights, or from a processor's figures."""
+"""How fast a model's parts run: measured on this machine with random weights, or from a processor's figures.
+
+What is timed is what runs do: layers and head as `training/forward.py` and `losses/` run them, the optimizer of
+`training/recipe.py`, and `generate` in place of `inference/decoding.py`.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from layerpeel.losses.loss_sum import LossSum
 from layerpeel.model.config_fields import rewrite_config, text_config
 from layerpeel.model.devices import pick_device
 from layerpeel.plan.shape import Shape
+from layerpeel.training.recipe import MASTER_DTYPE, TrainingRecipe, autocast
 
 NEW = 6  # tokens that are generated for a time
 REPEATS, LEAST_SECONDS = 5, 0.5  # of what is timed, at least
@@ -47,11 +52,15 @@ class Speed:
     update: float
 
     @classmethod
-    def of_processor(cls, shape: Shape, flops: float, bandwidth: float) -> Speed:
+    def of_processor(cls, shape: Shape, flops: float, bandwidth: float, distill: DistillConfig | None = None) -> Speed:
         """From floating-point operations a second that are reached, and bytes of memory a second.
 
         A multiply-add is two operations for each weight; backward takes twice as many as forward. A step of
-        generation reads the layer's weights, and an update reads and writes 28 bytes (weight, gradient, two moments).
+        generation reads the layer's weights; an update reads and writes weight, gradient and optimizer state (28 bytes
+        with AdamW), and its own arithmetic is not counted.
+
+        Args:
+            distill: names the optimizer; the default one's if not given.
         """
         layer, head = 2 * shape.layer_parameters / flops, 2 * shape.head_parameters / flops
         return cls(
@@ -61,13 +70,13 @@ class Speed:
             head_loss=3 * head,
             decode_call=shape.layer_parameters * shape.itemsize / bandwidth,
             decode_row=layer,
-            update=28 / bandwidth,
+            update=TrainingRecipe(distill or DistillConfig()).update_bytes / bandwidth,
         )
 
     @classmethod
     def measure(cls, config: PretrainedConfig, distill: DistillConfig, dtype: torch.dtype, device: str) -> Speed:
         """Times a random model of one layer, and one of two, of this shape."""
-        target = pick_device(device)
+        target, recipe = pick_device(device), TrainingRecipe(distill)
         # As in a run: until glibc has seen a large tensor go, it gives all back at once, and layers are slower by half.
         torch.empty(MOST_KEPT_BY_MALLOC, dtype=torch.uint8)
         one, two = (_random_model(config, layers, dtype).to(target) for layers in (1, 2))
@@ -75,23 +84,23 @@ class Speed:
         rows, length = distill.batch_size, distill.sequence_length
         ids = torch.randint(0, layerwise.vocab_size, (rows, length), device=target)
         packed = torch.arange(length).remainder(max(1, length // 2)).expand(rows, -1)
-        hidden, arguments = layerwise.begin(ids, packed if distill.packing and layerwise.runs_packed else None)
+        hidden, arguments = layerwise.begin(ids, packed if recipe.packs(layerwise) else None)
         mask = torch.ones_like(ids, dtype=torch.bool)
         tokens = ids.numel()
         trained = list(layerwise.layers[0].parameters())
-        few = hidden.flatten(0, 1)[: layerwise.logit_rows()].detach()
+        head_inputs = hidden.flatten(0, 1)[: layerwise.logit_rows()].detach()
 
         def forward() -> None:
             with torch.no_grad():
                 layerwise.layer(0, hidden.detach(), arguments[0])
 
         def both_ways() -> None:
-            with torch.autocast(target.type, dtype, enabled=dtype is not torch.float32):
+            with autocast(target.type, dtype):
                 layerwise.layer(0, hidden.detach().requires_grad_(), arguments[0]).float().square().mean().backward()
 
         def head() -> None:
             with torch.no_grad():
-                layerwise.logits(few).logsumexp(-1).sum()
+                layerwise.logits(head_inputs).logsumexp(-1).sum()
 
         losses = LossSum(distill.losses)
 
@@ -115,18 +124,18 @@ class Speed:
         layer, head_time, loss_time = (_seconds(work, target) for work in (forward, head, head_loss))
         one.requires_grad_(False)
         for parameter in trained:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(MASTER_DTYPE)
             parameter.requires_grad_(True)
         trained_layer = _seconds(both_ways, target)
-        optimizer = torch.optim.AdamW(trained)
-        update = _seconds(optimizer.step, target)
+        optimizers = recipe.optimizers(trained, [True] * len(trained), rate=distill.learning_rate, steps=1)
+        update = _seconds(optimizers.step, target)
         for parameter in trained:
             parameter.data = parameter.data.to(dtype)
         call, row = _decode_times(one, two, target)
         return cls(
             layer / tokens,
             trained_layer / tokens,
-            head_time / len(few),
+            head_time / len(head_inputs),
             loss_time / tokens,
             call,
             max(row, layer / tokens),  # a small difference of large ones: not less than in a batch
@@ -136,9 +145,9 @@ class Speed:
 
 def _random_model(config: PretrainedConfig, layers: int, dtype: torch.dtype) -> PreTrainedModel:
     """A model of the first layers of this shape, with random weights."""
-    own = copy.deepcopy(config)
-    rewrite_config(text_config(own), list(range(min(layers, text_config(own).num_hidden_layers))))
-    return AutoModelForCausalLM.from_config(own, dtype=dtype).eval()
+    config = copy.deepcopy(config)
+    rewrite_config(text_config(config), list(range(min(layers, text_config(config).num_hidden_layers))))
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def _decode_times(one: PreTrainedModel, two: PreTrainedModel, device: torch.device) -> tuple[float, float]:
@@ -158,10 +167,10 @@ def _decode_times(one: PreTrainedModel, two: PreTrainedModel, device: torch.devi
 
         return (_seconds(lambda: generate(2 + NEW), device) - _seconds(lambda: generate(2), device)) / NEW
 
-    few, many = 4, 256
-    low, high = (max(step(two, rows) - step(one, rows), 0.0) for rows in (few, many))
-    row = max(high - low, 0.0) / (many - few)
-    return max(low - few * row, 0.0), row
+    least, most = 4, 256
+    low, high = (max(step(two, rows) - step(one, rows), 0.0) for rows in (least, most))
+    row = max(high - low, 0.0) / (most - least)
+    return max(low - least * row, 0.0), row
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

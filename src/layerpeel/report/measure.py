@@ -18,8 +18,8 @@ from layerpeel.data.batches import load_rows
 from layerpeel.errors import LayerpeelError
 from layerpeel.inference.engine import Engine
 from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.model.config_fields import context_length
 from layerpeel.inference.requests import Generation, Request
+from layerpeel.model.config_fields import context_length
 from layerpeel.model.loading import load_teacher
 from layerpeel.processes.progress import console, plain, progress, shown
 from layerpeel.report.measurements import (
