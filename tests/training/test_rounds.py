@@ -166,6 +166,34 @@ def kill_at(step: int) -> Log:
     return log
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer_options": {"fused": True}},
+        {"optimizer": "Muon"},
+        {"optimizer": "Adafactor"},
+        {"optimizer": "SGD", "optimizer_options": {"momentum": 0.9}},
+        {"optimizer": "tests.training.test_optimizer_state:KeepsAll"},
+    ],
+    ids=["fused AdamW", "Muon", "Adafactor", "SGD", "one with all kinds of state"],
+)
+def test_any_optimizer_goes_on_where_it_was_to_the_last_bit(
+    text: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    fields = {"train": "everything", "learning_rate": 1e-3, **options}
+    uninterrupted, expected = train(text, 8, **fields)
+    with pytest.raises(Killed):
+        train(text, 8, state=TrainingState(tmp_path / "state", "this", 0.0), log=kill_at(4), **fields)
+    resumed, result = train(text, 8, state=TrainingState(tmp_path / "state", "this", 0.0), **fields)
+    same(uninterrupted, resumed, 0.0)
+    assert result.curve == expected.curve
+
+
+def test_each_optimizer_trains_in_its_way(text: Path) -> None:
+    losses = [train(text, 3, optimizer=name)[1].curve[-1]["loss"] for name in ("AdamW", "Muon", "SGD")]
+    assert len(set(losses)) == 3
+
+
 @pytest.mark.parametrize("bad", [set(), {2, 3, 4}], ids=["plain", "begun again with half the rate"])
 def test_training_goes_on_where_it_was_to_the_last_bit(text: Path, tmp_path: Path, bad: set[int]) -> None:
     def run(**options: Any) -> tuple[Student, TrainingResult]:

@@ -96,9 +96,8 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         full = gather(value)
         if not RANK:
             tensors[path] = full
-        split = (
-            [p.dim if isinstance(p, Shard) else None for p in value.placements] if isinstance(value, DTensor) else None
-        )
+        placements = value.placements if isinstance(value, DTensor) else None
+        split = [each.dim if isinstance(each, Shard) else None for each in placements] if placements else None
         return {"tensor": path, "split": split}
     if isinstance(value, Mapping):
         return {"mapping": [[key, _encode(each, f"{path} {key}", tensors)] for key, each in value.items()]}
@@ -128,7 +127,7 @@ def _decode(value: Any, tensor: Callable[[str], Tensor], parameter: nn.Parameter
 
 
 def _split_as(parameter: DTensor, full: Tensor, split: list[int | None] | None) -> Tensor:
-    """The tensor on the mesh of a parameter, split as it was; as the parameter is, where it was not and has its shape."""
+    """The tensor on a parameter's mesh, split as it was; if it was not, as the parameter is where shapes agree."""
     if split is None and full.shape != parameter.shape:
         return full.clone()
     placements = [Replicate() if dim is None else Shard(dim) for dim in split] if split else parameter.placements
