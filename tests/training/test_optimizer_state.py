@@ -124,5 +124,5 @@ def test_what_cannot_be_saved_is_named() -> None:
     named = parameters()
     optimizer = KeepsAll([named["a"]])
     optimizer.state[named["a"]]["when"] = object()
-    with pytest.raises(InputError, match="distill.optimizer: it keeps a object, which cannot be saved"):
+    with pytest.raises(InputError, match=r"distill\.optimizer: it keeps a object, which cannot be saved"):
         collect([optimizer], named)

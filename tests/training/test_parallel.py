@@ -127,9 +127,9 @@ def same_training(student: Student, alone: TrainingResult, weights: Any, result:
     assert len(result["curve"]) == len(alone.curve)
     for a, b in zip(alone.curve, result["curve"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["tokens"] == b["tokens"]
-    own = student.trained_state()
-    assert own.keys() == weights.keys()
-    for name, value in own.items():
+    trained = student.trained_state()
+    assert trained.keys() == weights.keys()
+    for name, value in trained.items():
         assert (value - weights[name]).norm() <= 1e-4 * value.norm(), name
 
 
@@ -146,12 +146,12 @@ def test_two_processes_train_the_student_of_one(tmp_path: Path, fsdp: bool) -> N
 def test_two_processes_that_die_go_on_to_the_same_student(tmp_path: Path, fsdp: bool) -> None:
     write_text(tmp_path / "text.jsonl")
     options: dict[str, Any] = {"steps": 16, "batch_size": 4, "train_norm": True}
-    weights, whole = train_in_two(tmp_path, fsdp=fsdp, **options)
+    weights, uninterrupted = train_in_two(tmp_path, fsdp=fsdp, **options)
     dying = json.dumps(options | {"keeps": True, "dies_after": 5})
     launch("-m", "tests.training.test_parallel", str(tmp_path), dying, fsdp=fsdp, dies=True)
     assert (tmp_path / "state.safetensors").exists()
     again, resumed = train_in_two(tmp_path, fsdp=fsdp, keeps=True, **options)
-    assert resumed["curve"] == whole["curve"] and len(whole["curve"]) == 8
+    assert resumed["curve"] == uninterrupted["curve"] and len(resumed["curve"]) == 8
     assert all(torch.equal(value, again[name]) for name, value in weights.items())
 
 

@@ -76,71 +76,99 @@ class Speed:
     @classmethod
     def measure(cls, config: PretrainedConfig, distill: DistillConfig, dtype: torch.dtype, device: str) -> Speed:
         """Times a random model of one layer, and one of two, of this shape."""
-        target, recipe = pick_device(device), TrainingRecipe(distill)
+        target = pick_device(device)
         # As in a run: until glibc has seen a large tensor go, it gives all back at once, and layers are slower by half.
         torch.empty(MOST_KEPT_BY_MALLOC, dtype=torch.uint8)
         one, two = (_random_model(config, layers, dtype).to(target) for layers in (1, 2))
-        layerwise = LayerwiseModel(one)
-        rows, length = distill.batch_size, distill.sequence_length
-        ids = torch.randint(0, layerwise.vocab_size, (rows, length), device=target)
+        timed = _Timed(one, TrainingRecipe(distill))
+        layer, head, head_loss = timed.layer(), timed.head(), timed.head_loss()
+        trained_layer, update = timed.training()
+        call, row = _decode_times(one, two, target)
+        return cls(
+            layer,
+            trained_layer,
+            head,
+            head_loss,
+            call,
+            max(row, layer),  # a small difference of large ones: not less than in a batch
+            update,
+        )
+
+
+class _Timed:
+    """A model of one layer, with a training batch of random tokens, whose parts are timed; seconds a token."""
+
+    def __init__(self, model: PreTrainedModel, recipe: TrainingRecipe) -> None:
+        self.model, self.recipe, self.layerwise = model, recipe, LayerwiseModel(model)
+        rows, length = recipe.config.batch_size, recipe.config.sequence_length
+        self.ids = torch.randint(0, self.layerwise.vocab_size, (rows, length), device=model.device)
         packed = torch.arange(length).remainder(max(1, length // 2)).expand(rows, -1)
-        hidden, arguments = layerwise.begin(ids, packed if recipe.packs(layerwise) else None)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        tokens = ids.numel()
-        trained = list(layerwise.layers[0].parameters())
-        head_inputs = hidden.flatten(0, 1)[: layerwise.logit_rows()].detach()
+        positions = packed if recipe.packs(self.layerwise) else None
+        self.hidden, self.arguments = self.layerwise.begin(self.ids, positions)
+        self.losses = LossSum(recipe.config.losses)
+
+    def layer(self) -> float:
+        """Through the layer, forward."""
 
         def forward() -> None:
             with torch.no_grad():
-                layerwise.layer(0, hidden.detach(), arguments[0])
+                self.layerwise.layer(0, self.hidden.detach(), self.arguments[0])
+
+        return _seconds(forward, self.model.device) / self.ids.numel()
+
+    def head(self) -> float:
+        """Through the head."""
+        inputs = self.hidden.flatten(0, 1)[: self.layerwise.logit_rows()].detach()
+
+        def logits() -> None:
+            with torch.no_grad():
+                self.layerwise.logits(inputs).logsumexp(-1).sum()
+
+        return _seconds(logits, self.model.device) / len(inputs)
+
+    def head_loss(self) -> float:
+        """Through the head of teacher and student and the losses, and back."""
 
         def both_ways() -> None:
-            with autocast(target.type, dtype):
-                layerwise.layer(0, hidden.detach().requires_grad_(), arguments[0]).float().square().mean().backward()
-
-        def head() -> None:
-            with torch.no_grad():
-                layerwise.logits(head_inputs).logsumexp(-1).sum()
-
-        losses = LossSum(distill.losses)
-
-        def head_loss() -> None:
-            final = hidden.detach().requires_grad_()
+            final = self.hidden.detach().requires_grad_()
             outputs = StepOutputs(
                 student_final=final,
-                teacher_final=hidden.detach(),
+                teacher_final=self.hidden.detach(),
                 student_hidden={0: final},
-                teacher_hidden={0: hidden.detach()},
-                mask=mask,
-                labels=ids,
-                student_head=layerwise,
-                teacher_head=layerwise,
-                step_tokens=tokens,
-                step_labels=tokens,
+                teacher_hidden={0: self.hidden.detach()},
+                mask=torch.ones_like(self.ids, dtype=torch.bool),
+                labels=self.ids,
+                student_head=self.layerwise,
+                teacher_head=self.layerwise,
+                step_tokens=self.ids.numel(),
+                step_labels=self.ids.numel(),
                 micro_batches=1,
             )
-            losses(outputs)[0].backward()
+            self.losses(outputs)[0].backward()
 
-        layer, head_time, loss_time = (_seconds(work, target) for work in (forward, head, head_loss))
-        one.requires_grad_(False)
+        return _seconds(both_ways, self.model.device) / self.ids.numel()
+
+    def training(self) -> tuple[float, float]:
+        """Through the layer both ways; and, for each parameter, a step of the optimizer."""
+        device, dtype = self.model.device, self.model.dtype
+        self.model.requires_grad_(False)
+        trained = list(self.layerwise.layers[0].parameters())
         for parameter in trained:
             parameter.data = parameter.data.to(MASTER_DTYPE)
             parameter.requires_grad_(True)
-        trained_layer = _seconds(both_ways, target)
-        optimizers = recipe.optimizers(trained, [True] * len(trained), rate=distill.learning_rate, steps=1)
-        update = _seconds(optimizers.step, target)
+
+        def both_ways() -> None:
+            hidden = self.hidden.detach().requires_grad_()
+            with autocast(device.type, dtype):
+                self.layerwise.layer(0, hidden, self.arguments[0]).float().square().mean().backward()
+
+        layer = _seconds(both_ways, device) / self.ids.numel()
+        rate = self.recipe.config.learning_rate
+        optimizers = self.recipe.optimizers(trained, [True] * len(trained), rate=rate, steps=1)
+        update = _seconds(optimizers.step, device) / sum(parameter.numel() for parameter in trained)
         for parameter in trained:
             parameter.data = parameter.data.to(dtype)
-        call, row = _decode_times(one, two, target)
-        return cls(
-            layer / tokens,
-            trained_layer / tokens,
-            head_time / len(head_inputs),
-            loss_time / tokens,
-            call,
-            max(row, layer / tokens),  # a small difference of large ones: not less than in a batch
-            update / sum(parameter.numel() for parameter in trained),
-        )
+        return layer, update
 
 
 def _random_model(config: PretrainedConfig, layers: int, dtype: torch.dtype) -> PreTrainedModel:

@@ -47,17 +47,9 @@ def run_both(
             common = teacher.layer(index, common, arguments[index])
         teacher_states = teacher_states or _upper_states(teacher, common, arguments, shared, layers)
     hidden = student.layerwise.begin(input_ids, positions)[0] if student.trains_embeddings else common
-    student_states: dict[int, Tensor] = {}
-    for position in range(shared, len(student.kept_layers)):
-        index = student.kept_layers.kept[position]
-        if recompute and torch.is_grad_enabled():
-            hidden = checkpoint(student.layerwise.layer, position, hidden, arguments[index], use_reentrant=False)
-        else:
-            hidden = student.layerwise.layer(position, hidden, arguments[index])
-        if index in layers:
-            student_states[index] = hidden
+    final, student_states = _student_states(student, hidden, arguments, layers, recompute)
     return StepOutputs(
-        student_final=student.layerwise.norm(hidden),
+        student_final=final,
         teacher_final=teacher_states[FINAL],
         student_hidden=student_states,
         teacher_hidden=teacher_states,
@@ -69,6 +61,22 @@ def run_both(
         step_labels=step_labels,
         micro_batches=micro_batches,
     )
+
+
+def _student_states(
+    student: Student, hidden: Tensor, arguments: list[LayerInputs], layers: Collection[int], recompute: bool
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Runs the student after the shared prefix; returns the output of the final norm, and those of `layers`."""
+    states: dict[int, Tensor] = {}
+    for position in range(student.shared_prefix, len(student.kept_layers)):
+        index = student.kept_layers.kept[position]
+        if recompute and torch.is_grad_enabled():
+            hidden = checkpoint(student.layerwise.layer, position, hidden, arguments[index], use_reentrant=False)
+        else:
+            hidden = student.layerwise.layer(position, hidden, arguments[index])
+        if index in layers:
+            states[index] = hidden
+    return student.layerwise.norm(hidden), states
 
 
 def _upper_states(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from layerpeel.config.distill import DistillConfig
 from layerpeel.config.run import RunConfig
 from layerpeel.data.batches import load_rows
+from layerpeel.data.rows import Rows
 from layerpeel.errors import InputError
 from layerpeel.processes.distributed import processes_of
 from layerpeel.processes.progress import console
@@ -57,10 +58,23 @@ def train_student(
     if student.model.dtype is torch.float16:
         raise InputError("dtype: float16 gradients would underflow", hint="train with dtype: bfloat16 or float32")
     started = time.monotonic()
-    names, packing = recipe.parameters(student), recipe.packs(student.teacher)
+    names = recipe.parameters(student)
+    rows = _rows(student, tokenizer, recipe, seed, round_number)
+    trainer = Trainer(student, names, recipe, cache=cache, state=state, log=log, description=description)
+    result = trainer.train(rows, seed + round_number)
+    student.load_trained({n: value.to(storage) for n, value in student.trained_state().items() if n in names})
+    result.seconds += time.monotonic() - started
+    return result
+
+
+def _rows(
+    student: Student, tokenizer: PreTrainedTokenizerBase, recipe: TrainingRecipe, seed: int, round_number: int
+) -> Rows:
+    """The text of a round."""
+    config, packing = recipe.config, recipe.packs(student.teacher)
     if packing != config.packing:
         console.print("distill.packing: this model cannot keep documents of a row apart; one document a row")
-    rows = load_rows(
+    return load_rows(
         config.text,
         tokenizer,
         sequence_length=config.sequence_length,
@@ -69,11 +83,6 @@ def train_student(
         seed=seed,
         skip_rows=(round_number - 1) * recipe.rows if config.fresh_text else 0,
     )
-    trainer = Trainer(student, names, recipe, cache=cache, state=state, log=log, description=description)
-    result = trainer.train(rows, seed + round_number)
-    student.load_trained({n: value.to(storage) for n, value in student.trained_state().items() if n in names})
-    result.seconds += time.monotonic() - started
-    return result
 
 
 def train_last(
