@@ -217,7 +217,7 @@ def plan(
 
     def speed(shape: Shape) -> Speed:
         return (
-            Speed.of_processor(shape, flops, bandwidth)
+            Speed.of_processor(shape, flops, bandwidth, settings.distill)
             if flops
             else Speed.measure(teacher, settings.distill, dtype, settings.device)
         )

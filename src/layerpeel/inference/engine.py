@@ -20,7 +20,7 @@ from layerpeel.inference.budget import Budget
 from layerpeel.inference.decoding import Decoder
 from layerpeel.inference.kv_cache import PrefillCache
 from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.inference.likelihoods import context_length, log_likelihoods
+from layerpeel.inference.likelihoods import log_likelihoods, window_length
 from layerpeel.inference.requests import Answer, Generation, Likelihood, LogLikelihood, Request, len_of
 from layerpeel.processes.interrupts import stop_if_asked
 from layerpeel.processes.progress import Advance, progress
@@ -61,7 +61,7 @@ class Engine:
         Raises:
             RunError: memory does not suffice for a single row.
         """
-        windows = [_windows(request, context_length(self.layerwise)) for request in requests]
+        windows = [_windows(request, window_length(self.layerwise)) for request in requests]
         streams = []
         for answers in self._answer([window for own in windows for window in own], description):
             rest = iter(answers)
@@ -119,7 +119,7 @@ class Engine:
         gives the same, it is the candidate's text too. From where it does not, the candidates write on, in one loop.
         """
         decoder = Decoder(self.layerwise, self.tokenizer, requests[0].stop, requests[0].max_new_tokens)
-        prompts = [r.prompt[-max(1, context_length(self.layerwise) - r.max_new_tokens) :] for r in requests]
+        prompts = [r.prompt[-max(1, window_length(self.layerwise) - r.max_new_tokens) :] for r in requests]
         texts = {(index, 0): own for index, own in enumerate(decoder.write(prompts, [None] * len(prompts)))}
         if self.candidates:
             asked = [LogLikelihood(prompt, tuple(texts[index, 0])) for index, prompt in enumerate(prompts)]

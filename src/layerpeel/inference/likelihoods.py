@@ -14,7 +14,7 @@ from layerpeel.inference.kv_cache import PrefillCache
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.prefix_tree import Row, pack, pad_rows, single
 from layerpeel.inference.requests import LogLikelihood
-from layerpeel.model.config_fields import attention_reach
+from layerpeel.model.config_fields import attention_reach, context_length
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def log_likelihoods(
         the log-probability of each continuation, [S, requests] of float64; and how many of its first tokens greedy
         decoding gives too, [S, requests].
     """
-    limit, streams = context_length(layerwise), 1 + len(candidates)
+    limit, streams = window_length(layerwise), 1 + len(candidates)
     sequences = [(r.context + r.continuation)[-(limit + 1) :] for r in requests]
     lengths = [len(r.continuation) for r in requests]
     rows = list(_rows(layerwise, [sequence[:-1] for sequence in sequences]))
@@ -100,6 +100,6 @@ def _rows(layerwise: LayerwiseModel, sequences: Sequence[Sequence[int]]) -> Iter
     return single(sequences)
 
 
-def context_length(layerwise: LayerwiseModel) -> int:
-    """Tokens that the model was made for."""
-    return getattr(layerwise.model.config, "max_position_embeddings", None) or 2048
+def window_length(layerwise: LayerwiseModel) -> int:
+    """Tokens that the model reads at a time: its context length, or 2,048 where its config does not say."""
+    return context_length(layerwise.model.config) or 2048

@@ -19,6 +19,7 @@ from layerpeel.errors import LayerpeelError
 from layerpeel.inference.engine import Engine
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.requests import Generation, Request
+from layerpeel.model.config_fields import context_length
 from layerpeel.model.loading import load_teacher
 from layerpeel.processes.progress import console, plain, progress, shown
 from layerpeel.report.measurements import (
@@ -136,7 +137,7 @@ def _seconds(model: PreTrainedModel, rows: int) -> float:
 @torch.no_grad()
 def _generate(model: PreTrainedModel, rows: int, new: int) -> None:
     """Generates exactly `new` tokens greedily after a prompt of `PROMPT` tokens (fewer, where the context is short)."""
-    context = getattr(model.config, "max_position_embeddings", None) or PROMPT + NEW
+    context = context_length(model.config) or PROMPT + NEW
     width = max(1, min(PROMPT, context - NEW))
     ids = torch.arange(rows * width, device=model.device).view(rows, width) % model.config.vocab_size
     config = GenerationConfig(

@@ -8,6 +8,7 @@ from layerpeel.config.run import RunConfig
 from layerpeel.importance.base import ScoringInputs
 from layerpeel.importance.scores import LayerScores
 from layerpeel.tasks.evaluation import evaluate
+from layerpeel.training.recipe import TrainingRecipe
 from layerpeel.training.rounds import train_student
 from layerpeel.training.student import Student
 
@@ -20,9 +21,8 @@ def heal_candidates(student: Student, inputs: ScoringInputs, scores: LayerScores
     """
     assert config.score.heal and inputs.reference
     started = time.monotonic()
-    distill = config.distill
-    per_step = distill.batch_size * distill.accumulation * distill.sequence_length
-    distill = distill.model_copy(update={"tokens_per_round": config.score.heal.steps * per_step})
+    tokens = config.score.heal.steps * TrainingRecipe(config.distill).step_tokens
+    distill = config.distill.model_copy(update={"tokens_per_round": tokens})
     teacher = inputs.reference.aggregate(inputs.reference, config.aggregate)
     for layer in scores.ranked()[: config.score.heal.keep]:
         trial = student.fork()

@@ -19,7 +19,7 @@ from layerpeel.errors import InputError, reason_of
 from layerpeel.importance.metrics import check_metrics
 from layerpeel.losses.loss_sum import LossSum
 from layerpeel.model.checkpoint import least_parameters
-from layerpeel.model.config_fields import text_config
+from layerpeel.model.config_fields import context_length, text_config
 from layerpeel.model.devices import pick_device, wanted_dtype
 from layerpeel.model.loading import load_config_of
 from layerpeel.model.surgery import KeptLayers
@@ -27,8 +27,8 @@ from layerpeel.run.folder import Run
 from layerpeel.storage.files import remove_folder
 from layerpeel.tasks.base import Task
 from layerpeel.tasks.registry import make_tasks
+from layerpeel.training.recipe import TrainingRecipe
 from layerpeel.training.student import Student
-from layerpeel.training.trainable import parameters_to_train
 
 BYTES_PER_TOKEN = 9  # of text that waits in memory: its id, which document, and whether it is padding
 
@@ -49,6 +49,8 @@ def check(config: RunConfig) -> list[Task]:
     tasks = make_tasks(config.tasks)
     check_metrics(config.score, has_text=bool(config.score.text or config.distill.text), has_tasks=bool(tasks))
     LossSum(config.distill.losses)
+    if config.distill.tokens_per_round or config.distill.last_pass:
+        TrainingRecipe(config.distill).check(pick_device(config.device))
     for task in tasks:
         task.check()
     for source in [*config.distill.text, *(config.score.text or [])]:
@@ -124,7 +126,7 @@ def check_trained(student: Student, config: DistillConfig) -> None:
         InputError: it does not.
     """
     if config.tokens_per_round and config.train not in ("neighbours", "above"):  # those need a gap
-        parameters_to_train(student, config.train)
+        TrainingRecipe(config).parameters(student)
 
 
 def removable(kept_layers: KeptLayers, config: RunConfig, fixed: Iterable[int] = ()) -> tuple[int, ...]:
@@ -161,8 +163,8 @@ def _check_sizes(config: RunConfig, teacher: PretrainedConfig) -> None:
                 f"{name}: it takes {size / 1e9:,.1f} GB of memory or more, and there are {limit / 1e9:,.1f} GB",
                 hint="lower it, or set memory_limit to what there is, as in --set memory_limit=200GB",
             )
-    longest = getattr(text, "max_position_embeddings", None)
-    if distill.text and isinstance(longest, int) and distill.sequence_length > longest > 0:
+    longest = context_length(teacher)
+    if distill.text and longest and distill.sequence_length > longest:
         raise InputError(
             f"distill.sequence_length: {distill.sequence_length} is more than the {longest} tokens that the teacher "
             "was made for",
