@@ -124,7 +124,8 @@ def remove_folder(folder: Path, names: Sequence[str]) -> None:
 
 def sweep(folder: Path) -> None:
     """Removes what writers that were killed have left half written; the main process does."""
-    remove_paths(*folder.rglob(".*.partial"), *folder.rglob(".*.old"))
+    if is_main_process():
+        remove_paths(*folder.rglob(".*.partial"), *folder.rglob(".*.old"))
 
 
 def hash_files(folder: Path, root: Path, *, but: Sequence[str] = ()) -> dict[str, str]:
