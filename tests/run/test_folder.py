@@ -231,7 +231,7 @@ def test_a_run_of_another_version_is_refused_with_what_to_do(
     assert "the version that made it" in str(error.value.hint) and "a new output folder" in str(error.value.hint)
     assert journal.read_bytes() == before
     (row,) = list_runs(config.output)
-    assert row["state"] == "damaged" and "made by another version of layerpeel" in row["note"]
+    assert row.state == "damaged" and "made by another version of layerpeel" in row.note
     run_again = ["run", str(config.output / "config.yaml"), "--set", f"output={config.output}"]
     for arguments in (["report", str(config.output)], run_again):
         monkeypatch.setattr("sys.argv", ["layerpeel", *arguments])
