@@ -69,12 +69,25 @@ def load_model(
     """
     config = load_config_of(path, trust_remote_code=trust_remote_code)
     target = pick_device(device)
-    wanted = wanted_dtype(config, target, dtype)
     check_weights(config, path)
+    model = _load_weights(path, wanted_dtype(config, target, dtype), trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    check_vocabulary(model, tokenizer, path)
+    model = model.to(target).eval()
+    _check_finite(model, path)
+    return model, tokenizer
+
+
+def _load_weights(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """Loads a model with all of its weights, on the CPU.
+
+    Raises:
+        InputError: they are not in safetensors, do not fit the config, or are incomplete.
+    """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path),
-            dtype=wanted,
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -97,11 +110,7 @@ def load_model(
             f"{path}: the checkpoint lacks weights of its model: {', '.join(sorted(info['missing_keys'])[:3])}",
             hint="the model would run on random values; fetch a complete checkpoint",
         )
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    check_vocabulary(model, tokenizer, path)
-    model = model.to(target).eval()
-    _check_finite(model, path)
-    return model, tokenizer
+    return model
 
 
 def load_teacher(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
