@@ -1,14 +1,15 @@
-# make demo | test | docs | faults | check | fuzz | format | clean    (needs python3.11 or newer; make PYTHON=python3.12 … picks one)
+# make demo | quick | test | docs | faults | check | fuzz | format | clean    (needs python3.11 or newer; make PYTHON=python3.12 … picks one)
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test docs faults check fuzz format clean
+.PHONY: help demo quick test docs faults lint check fuzz format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo     prune the bundled tiny teacher, from scoring to report"
+	@echo "make quick    lint, formatting, types, fast tests: two minutes, while you work"
 	@echo "make test     run the tests"
 	@echo "make docs     build the documentation into site/"
 	@echo "make faults   kill, fill up and damage demo runs, and compare what comes of them (a quarter of an hour)"
@@ -20,6 +21,9 @@ help:
 demo: .venv/.installed
 	$(BIN)/layerpeel demo
 
+quick: .venv/.installed lint
+	$(BIN)/python -m pytest -x -m "not slow and not browser"
+
 test: .venv/.installed
 	$(BIN)/python -m pytest
 
@@ -30,11 +34,13 @@ docs: .venv/.installed
 faults: .venv/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -m tests.faults --kills 100 --disks 10 --flips 50
 
-check: .venv/.installed
+check: .venv/.installed lint
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
 
 fuzz: .venv/.installed
 	FUZZ_SECONDS=600 $(BIN)/python -m pytest tests/test_fuzz.py

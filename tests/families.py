@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +116,11 @@ OTHERS = {
 def tiny_config(family: str, **changes: object) -> PretrainedConfig:
     """A small config of a family, by its `model_type`."""
     kind = CONFIG_MAPPING[family]
-    own = (FAMILIES | UNLISTED | OTHERS).get(family, {}) | changes
+    fields = (FAMILIES | UNLISTED | OTHERS).get(family, {}) | changes
     if "text_config" in kind.sub_configs:
         text = {n: v for n, v in SMALL.items() if n in _fields(kind.sub_configs["text_config"])}
-        return kind(text_config=text | ALTERNATING, **own)
-    return kind(**({name: value for name, value in SMALL.items() if name in _fields(kind)} | own))
+        return kind(text_config=text | ALTERNATING, **fields)
+    return kind(**({name: value for name, value in SMALL.items() if name in _fields(kind)} | fields))
 
 
 def _fields(kind: type[PretrainedConfig]) -> set[str]:
@@ -155,6 +157,20 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_ids(batch: int = 3, tokens: int = 17) -> torch.Tensor:
     """[B, T] random tokens, none of them special."""
     return torch.randint(3, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def tiny_texts(lengths: Iterable[int] = (30,) * 40) -> list[str]:
+    """Different texts of `tiny_tokenizer`'s words, of these numbers of words."""
+    return [
+        " ".join(f"w{3 + (7 * line + word * word) % 60}" for word in range(length))
+        for line, length in enumerate(lengths)
+    ]
+
+
+def save_texts(path: Path, texts: Iterable[str] | None = None) -> Path:
+    """Writes texts (`tiny_texts()` if none are given) to a .jsonl file, and returns its path."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts or tiny_texts()))
+    return path
 
 
 def save_tiny(folder: Path, family: str = "llama") -> Path:

@@ -199,6 +199,7 @@ def runs_something(page: str) -> bool:
     return any(not why_not_run(command) for command in commands) or bool(blocks_of(page, "python"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if runs_something(page)])
 def test_commands_and_python_run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_module, "load_config", lambda path, sets=(): load_config(path, [*sets, *QUICK]))
@@ -373,6 +374,7 @@ def outside(address: str) -> bool:
     return bool(re.match(r"(?:[a-z]+:)?//", address.strip(), re.IGNORECASE))
 
 
+@pytest.mark.slow
 def test_the_site_builds_and_loads_nothing_from_outside(tmp_path: Path) -> None:
     site = tmp_path / "site"
     built = subprocess.run(

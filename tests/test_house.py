@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from layerpeel.model.families import FAMILIES, REFUSED
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "layerpeel"
 
@@ -40,6 +42,10 @@ ROOMS = [
     "__main__",
 ]
 
+
+MOST_ROOMS = 18
+MOST_MODULE_LINES = 300
+MOST_FUNCTION_LINES = 45
 
 PUBLIC = {"RunConfig", "peel", "score_layers", "remove_layers", "distill", "evaluate", "load_model", "Run"}
 
@@ -85,6 +91,15 @@ def mentions_model_type(node: ast.expr) -> bool:
     )
 
 
+def family_names(source: str) -> list[str]:
+    """Names of model families among a module's strings."""
+    return [
+        f"line {node.lineno}: {node.value}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in {*FAMILIES, *REFUSED}
+    ]
+
+
 def family_conditions(source: str) -> list[int]:
     """Lines that compare or match on `model_type`."""
     return [
@@ -93,6 +108,97 @@ def family_conditions(source: str) -> list[int]:
         if (isinstance(node, ast.Compare) and any(map(mentions_model_type, [node.left, *node.comparators])))
         or (isinstance(node, ast.Match) and mentions_model_type(node.subject))
     ]
+
+
+# Names that say nothing of the value: call it by what it holds.
+VAGUE_NAMES = {
+    *("own", "ours", "theirs", "mine", "its", "here", "there", "found", "known", "said", "whole", "few"),
+}
+
+
+def bound_names(node: ast.AST) -> Iterator[str]:
+    """Names that a node gives to values: variables, attributes, parameters, fields, functions and captures."""
+    match node:
+        case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+            yield name
+        case ast.arg(arg=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+            yield name
+        case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+            yield name
+
+
+def vague_names(source: str) -> list[str]:
+    """Values that are called by a word that says nothing of them."""
+    return [
+        f"line {getattr(node, 'lineno', 0)}: {name}"
+        for node in ast.walk(ast.parse(source))
+        for name in bound_names(node)
+        if name.strip("_") in VAGUE_NAMES
+    ]
+
+
+def long_functions(source: str) -> list[str]:
+    """Functions of more than MOST_FUNCTION_LINES lines, docstring and signature included."""
+    return [
+        f"line {node.lineno}: {node.name} has {lines} lines"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := (node.end_lineno or node.lineno) - node.lineno + 1) > MOST_FUNCTION_LINES
+    ]
+
+
+# What a run's events hold; outside of the modules that read and write their JSON they are attributes.
+RECORD_FIELDS = {
+    *("kept_quality", "evaluation", "evaluations", "training", "removed", "scores", "importance", "aggregate"),
+}
+RECORD_JSON = {Path("run/record.py"), Path("run/events.py"), Path("run/results_json.py")}
+
+
+def record_lookups(source: str) -> list[str]:
+    """Fields of a run's record that are looked up by their names, as keys of a dict."""
+    faults = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Subscript(slice=ast.Constant(value=str(field)), ctx=ast.Load() | ast.Store()):
+                pass
+            case ast.Call(func=ast.Attribute(attr="get" | "pop" | "setdefault"), args=[ast.Constant(str(field)), *_]):
+                pass
+            case ast.Compare(left=ast.Constant(value=str(field)), ops=[ast.In() | ast.NotIn()]):
+                pass
+            case _:
+                continue
+        if field in RECORD_FIELDS:
+            faults.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return faults
+
+
+LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
+
+
+def process_questions(source: str) -> list[str]:
+    """Where a module asks which process it is: by the launcher's variables, `PartialState` or `get_rank`."""
+    faults = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Constant(value=str(text)) if text in LAUNCHER_VARIABLES:
+                faults.append(f"line {node.lineno}: {text}")
+            case ast.Name(id=name) | ast.Attribute(attr=name) if name in {"PartialState", "get_rank"}:
+                faults.append(f"line {node.lineno}: {name}")
+    return faults
+
+
+def code_in_init(source: str) -> list[int]:
+    """Lines of statements that are neither docstring, nor import, nor `__all__`."""
+
+    def allowed(node: ast.stmt) -> bool:
+        match node:
+            case ast.Expr(value=ast.Constant(value=str())) | ast.Import() | ast.ImportFrom():
+                return True
+            case ast.Assign(targets=[ast.Name(id="__all__")]):
+                return True
+        return False
+
+    return [node.lineno for node in ast.parse(source).body if not allowed(node)]
 
 
 UNSAFE_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
@@ -106,7 +212,7 @@ UNSAFE_CALLS = {
 
 def unsafe(source: str) -> list[str]:
     """Lines that run code found in data: unpickling, YAML tags, `eval`, `exec`."""
-    found = []
+    faults = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -116,12 +222,12 @@ def unsafe(source: str) -> list[str]:
             names = [ast.unparse(node)]
         else:
             continue
-        found += [
+        faults += [
             f"line {node.lineno}: {name}"
             for name in names
             if name in UNSAFE_CALLS or name.split(".")[0] in UNSAFE_MODULES
         ]
-    return found
+    return faults
 
 
 def lines_of_code(source: str) -> int:
@@ -162,10 +268,46 @@ def test_imports_run_one_way(path: Path) -> None:
     assert imports_against_the_order(path, path.read_text(encoding="utf-8")) == []
 
 
+def test_the_house_has_few_doors() -> None:
+    doors = [path.name for path in PACKAGE.iterdir() if not path.name.startswith(("_", "."))]
+    doors.remove("py.typed")
+    assert len(doors) <= MOST_ROOMS, f"{len(doors)} entries, put the new one into a room: {sorted(doors)}"
+
+
+@every_module
+def test_modules_and_functions_are_short(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MOST_MODULE_LINES
+    assert long_functions(source) == []
+
+
+@every_module
+def test_names_say_what_they_hold(path: Path) -> None:
+    assert vague_names(path.read_text(encoding="utf-8")) == []
+
+
+@every_module
+def test_the_record_is_read_as_objects(path: Path) -> None:
+    if path.relative_to(PACKAGE) not in RECORD_JSON:
+        assert record_lookups(path.read_text(encoding="utf-8")) == []
+
+
+@every_module
+def test_one_module_says_which_process_this_is(path: Path) -> None:
+    if path.relative_to(PACKAGE) != Path("processes/distributed.py"):
+        assert process_questions(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.name == "__init__.py"], ids=room_of)
+def test_a_package_holds_no_code_of_its_own(path: Path) -> None:
+    assert code_in_init(path.read_text(encoding="utf-8")) == []
+
+
 @every_module
 def test_model_families_are_known_in_one_place(path: Path) -> None:
     if path.relative_to(PACKAGE).parts[:1] != ("model",):
-        assert family_conditions(path.read_text(encoding="utf-8")) == []
+        source = path.read_text(encoding="utf-8")
+        assert family_conditions(source) == [] and family_names(source) == []
 
 
 @every_module
@@ -205,14 +347,14 @@ def test_no_file_holds_a_path_of_one_machine() -> None:
     files = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
     assert ROOT / "pyproject.toml" in files
     contents = {path: path.read_bytes() for path in files if path.is_file()}
-    found = [
+    faults = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path, content in contents.items()
         if b"\0" not in content[:8192]
         for number, line in enumerate(content.decode("utf-8", errors="replace").splitlines(), start=1)
         if HOME_PATH.search(line)
     ]
-    assert found == []
+    assert faults == []
 
 
 # The rules would hold of anything if their readers saw nothing.
@@ -254,6 +396,79 @@ def test_the_order_of_imports_is_seen(source: str, faults: int) -> None:
 )
 def test_family_conditions_are_seen(source: str, lines: list[int]) -> None:
     assert family_conditions(source) == lines
+
+
+def test_family_names_are_seen() -> None:
+    source = '"""Of llama."""\nodd = name in ("gpt2", "rwkv")\nlayers = {"phi": "layers"}'
+    assert set(family_names(source)) == {"line 2: gpt2", "line 2: rwkv", "line 3: phi"}
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("own = 1\nself.found = own", 2),
+        ("def here(few, *, _said=None): ...", 3),
+        ("rows = [whole for whole in there]", 1),
+        ("try: ...\nexcept ValueError as known: ...", 1),
+        ("with open(path) as mine: ...", 1),
+        ("class Row:\n    its: int", 1),
+        ("match value:\n    case [ours, *theirs]: ...", 2),
+        ("if (own := 1): ...", 1),
+        ("print(own, row.found)  # own\nowner = finding = knowledge = 1", 0),
+    ],
+)
+def test_vague_names_are_seen(source: str, count: int) -> None:
+    assert len(vague_names(source)) == count
+
+
+def test_long_functions_are_seen() -> None:
+    body = "\n".join(f"        x = {n}" for n in range(MOST_FUNCTION_LINES - 1))
+    assert long_functions(f"class A:\n    def short(self):\n{body}") == []
+    assert long_functions(f"class A:\n    def long(self):\n{body}\n        y = 0") == ["line 2: long has 46 lines"]
+    assert len(long_functions(f"async def outer():\n    def inner():\n{body}\n        y = 0")) == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("event['kept_quality']", 1),
+        ("run.rounds[-1]['scores']['importance'][layer]", 2),
+        ("event['training']['seconds'] = 1", 1),
+        ("event.get('evaluation', {}).pop('aggregate')", 2),
+        ("if 'removed' in event: ...", 1),
+        ("event.kept_quality\nnames[0]\noptions['weight']\nprint('removed')", 0),
+    ],
+)
+def test_lookups_in_the_record_are_seen(source: str, count: int) -> None:
+    assert len(record_lookups(source)) == count
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("os.environ['RANK']", 1),
+        ("int(os.environ.get('LOCAL_RANK', 0))", 1),
+        ("accelerate.PartialState().process_index", 1),
+        ("PartialState(cpu=True)", 1),
+        ("torch.distributed.get_rank()", 1),
+        ("RANK = rank = 0\nprint('RANK of this')", 0),
+    ],
+)
+def test_questions_for_the_process_are_seen(source: str, count: int) -> None:
+    assert len(process_questions(source)) == count
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ('"""Doc."""\nfrom a import b\nimport c\n\n__all__ = ["b", "c"]', []),
+        ('"""Doc."""\nNAMES = {}', [2]),
+        ("def make():\n    return 1", [1]),
+        ("try:\n    import a\nexcept ImportError:\n    a = None", [1]),
+    ],
+)
+def test_code_in_a_package_is_seen(source: str, lines: list[int]) -> None:
+    assert code_in_init(source) == lines
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What goes wrong by a user's doing, or in a run: said without a traceback."""
+"""Errors that are shown as a message and a hint, without a traceback; and lookups that raise them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any
 
 
 class LayerpeelError(Exception):
-    """An error to be shown as a message: what was wrong, where, what was expected; `hint` says what to do."""
+    """An error whose message says what is wrong, where, and what was expected.
+
+    Attributes:
+        hint: what the user can do about it.
+    """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -17,21 +21,21 @@ class LayerpeelError(Exception):
 
 
 class InputError(LayerpeelError, ValueError):
-    """Bad input from a user."""
+    """Invalid input: a config, a file, a model, an option or the environment (exit code 2)."""
 
 
 class RunError(LayerpeelError, RuntimeError):
-    """A run that cannot go on."""
+    """A run that cannot continue, though its input was valid (exit code 1)."""
 
 
 def reason_of(error: BaseException) -> str:
-    """What a library's error says, in one line of its own length or less; its kind, if it says nothing."""
+    """The message of a library's exception on one line, cut to 300 characters; its class name if it has none."""
     text = " ".join(str(error).split())
     return (text if len(text) <= 300 else text[:299] + "…") or type(error).__name__
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """The end of an "unknown ..." message: the nearest name, and those there are."""
+    """The end of an "unknown ..." message: the closest option, and all of them."""
     options = sorted(options)
     close = difflib.get_close_matches(name, options, n=1)
     meant = f"; did you mean '{close[0]}'?" if close else ";"
@@ -39,13 +43,16 @@ def nearest(name: str, options: Iterable[str]) -> str:
 
 
 def resolve_class(name: str, table: dict[str, type[Any]], kind: str, base: type[Any] = object) -> type[Any]:
-    """The class listed under `name`, or the one that a `module:Class` names: that module is imported, which runs it.
+    """Resolves the name of a class in a config; `module:Class` imports the module, and so runs its code.
 
     Args:
-        base: what the class has to be derived from.
+        name: a key of `table`, or `module:Class`.
+        table: the package's classes by name.
+        kind: what the class is, for messages: metric, loss or task.
+        base: the class it has to be derived from.
 
     Raises:
-        InputError: there is none.
+        InputError: `name` is neither, cannot be imported, or is no class derived from `base`.
     """
     if name in table:
         return table[name]
@@ -56,17 +63,17 @@ def resolve_class(name: str, table: dict[str, type[Any]], kind: str, base: type[
             hint="or name a class of your own as module:Class",
         )
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # the user's module runs, and raises what it likes
+        resolved = getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as error:  # importing runs the user's code
         raise InputError(
             f"{kind} '{name}' cannot be imported ({reason_of(error)})",
             hint="the module must be on the Python path, and import without an error",
         ) from None
-    if not isinstance(found, type):
+    if not isinstance(resolved, type):
         raise InputError(f"{kind} '{name}' is no class", hint="name a class as module:Class")
-    if not issubclass(found, base):
+    if not issubclass(resolved, base):
         raise InputError(
             f"{kind} '{name}' is not derived from {base.__name__}",
             hint=f"write class {attribute}({base.__name__}), from {base.__module__}",
         )
-    return found
+    return resolved

@@ -53,6 +53,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
     return int(stopped.value.code or 0), output.out, output.err
 
 
+@pytest.mark.slow
 def test_run_score_eval_remove_distill(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,6 +75,7 @@ def test_run_score_eval_remove_distill(
     assert ok("score", "run.yaml").count("\n") >= 5 and ok("eval", "teacher", "run.yaml").count("choice") == 1
 
 
+@pytest.mark.slow
 def test_report_ls_export(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def ok(*arguments: str) -> str:
         code, out, err = call(monkeypatch, capsys, *arguments)
@@ -93,6 +95,7 @@ def test_report_ls_export(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert code == 2 and "out has no round 2: it has rounds 1 to 1" in err and not Path("none").exists()
 
 
+@pytest.mark.slow
 def test_score_shows_a_ranking_a_picture_and_an_estimate(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +119,7 @@ def test_score_shows_a_ranking_a_picture_and_an_estimate(
     assert again["importance"] == scores["importance"] and again["cheap"]["importance"] == scores["cheap"]["importance"]
 
 
+@pytest.mark.slow
 def test_a_floor_exits_with_three(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,6 +190,7 @@ def test_mistakes_get_a_message_and_exit_code_two(
     assert not left
 
 
+@pytest.mark.slow
 def test_words_from_outside_cannot_style_the_terminal(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,6 +131,7 @@ def test_the_shipped_files_are_those_that_were_measured() -> None:
     assert sum(path.stat().st_size for path in TEACHER.iterdir()) <= 9e6
 
 
+@pytest.mark.slow
 def test_the_teacher_is_small_and_able_and_deep_for_a_reason(tmp_path: Path) -> None:
     model, tokenizer = load_model(TEACHER)
     assert model.config.model_type == "qwen2" and model.config.num_hidden_layers == 12
@@ -145,6 +146,7 @@ def test_the_teacher_is_small_and_able_and_deep_for_a_reason(tmp_path: Path) -> 
     assert again.aggregate(again) == pytest.approx(scores["aggregate"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_demo_runs(tmp_path: Path) -> None:
     config = load_config(prepare_demo(tmp_path), ["stop.target_layers=11", "distill.tokens_per_round=5000"])
     for task in config.tasks:

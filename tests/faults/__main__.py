@@ -34,7 +34,7 @@ from layerpeel.run.events import event_to_json
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
 from layerpeel.storage.files import sha256_of
-from tests.families import save_tiny
+from tests.families import save_texts, save_tiny
 
 TIMES = {"time", "seconds", "heal_seconds", "cached", "checksum", "files", "process", "memory", "memory_halved"}
 LIMIT = 300.0  # seconds that any run may take
@@ -42,17 +42,16 @@ LIMIT = 300.0  # seconds that any run may take
 
 def tiny_config(folder: Path) -> RunConfig:
     """Six layers to four, with a shortlist, a cache of the teacher's states and a last pass: about a second."""
-    words = [" ".join(f"w{3 + (7 * line + word * word) % 60}" for word in range(30)) for line in range(40)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+    text = str(save_texts(folder / "text.jsonl"))
     return parse_config(
         {
             "teacher": str(save_tiny(folder / "teacher")),
             "output": str(folder / "whole"),
             "stop": {"target_layers": 4},
             "score": {"decide": "task_quality", "shortlist": {"by": "teacher_kl", "keep": 2}, "tokens": 64},
-            "tasks": [{"kind": "perplexity", "data": str(folder / "text.jsonl"), "limit": 5}],
+            "tasks": [{"kind": "perplexity", "data": text, "limit": 5}],
             "distill": {
-                "text": str(folder / "text.jsonl"),
+                "text": text,
                 "tokens_per_round": 512,
                 "sequence_length": 16,
                 "batch_size": 4,

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 SHORT = ("--kills", "5", "--disks", "2", "--flips", "6")
 
 
+@pytest.mark.slow
 def test_runs_that_are_killed_filled_up_and_damaged_end_as_if_they_were_not() -> None:
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,20 +12,19 @@ from layerpeel.run.loop import peel
 from layerpeel.tasks.evaluation import evaluate
 from layerpeel.tasks.registry import make_tasks
 from layerpeel.training.rounds import distill
-from tests.families import save_tiny
+from tests.families import save_texts, save_tiny
 
 
 def test_the_best_few_are_healed_before_the_choice(tmp_path: Path) -> None:
-    words = [" ".join(f"w{3 + (7 * line + word * word) % 60}" for word in range(30)) for line in range(40)]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+    text = str(save_texts(tmp_path / "text.jsonl"))
     settings = {
         "teacher": str(save_tiny(tmp_path / "teacher")),
         "output": str(tmp_path / "run"),
         "stop": {"target_layers": 5},
         "score": {"heal": {"keep": 3, "steps": 4}},
-        "tasks": [{"kind": "perplexity", "data": str(tmp_path / "text.jsonl"), "limit": 5}],
+        "tasks": [{"kind": "perplexity", "data": text, "limit": 5}],
         "distill": {
-            "text": str(tmp_path / "text.jsonl"),
+            "text": text,
             "tokens_per_round": 0,
             "sequence_length": 16,
             "batch_size": 4,

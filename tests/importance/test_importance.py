@@ -80,6 +80,7 @@ def test_unknown_metrics_are_named() -> None:
         make_metric("no_such_module:Metric")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["task_quality", "teacher_kl"])
 def test_the_seven_planted_layers_go_first_and_cost_nothing(kit: Path, metric: str) -> None:
     model, tokenizer = load_model(kit / "models/stories260K-planted12-hf")

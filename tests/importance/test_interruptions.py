@@ -24,7 +24,7 @@ from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.tasks.base import Task
 from layerpeel.tasks.registry import make_tasks
-from tests.families import save_tiny, tiny_ids, tiny_model, tiny_tokenizer
+from tests.families import save_tiny, tiny_ids, tiny_model, tiny_texts, tiny_tokenizer
 
 TEXT = Rows(tiny_ids(12), torch.ones(12, 17, dtype=torch.bool))
 
@@ -32,8 +32,7 @@ TEXT = Rows(tiny_ids(12), torch.ones(12, 17, dtype=torch.bool))
 @pytest.fixture
 def tasks(tmp_path: Path) -> list[Task]:
     """Tasks that read and that write."""
-    words = [" ".join(f"w{3 + (7 * line + word * word) % 60}" for word in range(20)) for line in range(12)]
-    rows = [{"text": text, "prompt": text[:12], "target": text[12:20]} for text in words]
+    rows = [{"text": text, "prompt": text[:12], "target": text[12:20]} for text in tiny_texts([20] * 12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = str(tmp_path / "rows.jsonl")
     return make_tasks(
@@ -71,6 +70,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> l
     return passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["task_quality", "teacher_kl"])
 def test_an_interrupted_scoring_goes_on_where_it_was(
     tasks: list[Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str
@@ -164,6 +164,7 @@ def test_when_not_even_a_row_fits_it_says_so(tasks: list[Task]) -> None:
         scored(tasks[:1], limited(10, lambda: ValueError("another mistake")))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tasks: list[Task], tmp_path: Path) -> None:
     config = {
         "teacher": str(save_tiny(tmp_path / "teacher")),

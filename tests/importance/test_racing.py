@@ -147,6 +147,7 @@ def test_the_order_of_layers_and_ties() -> None:
     assert healed.ranked() == [1, 2, 3, 5] and healed.tied() == [1]
 
 
+@pytest.mark.slow
 def test_shortlist_and_race_find_the_seven_planted_layers_first(kit: Path) -> None:
     model, tokenizer = load_model(kit / "models/stories260K-planted12-hf")
     tasks = make_tasks(

@@ -32,10 +32,14 @@ FIXED = {
     "jamba": {1, 2, 4},
     "modernbert-decoder": {0},
 }
+# One family of each kind (GPT-2's names, hybrid, sparse, multimodal, shared KV, ...); `make check` runs them all.
+QUICK = {"llama", "gpt2", "gemma3", "gemma4_text", "jamba", "mamba", "qwen2_moe"}
 TEXT = " ".join(f"w{3 + 7 * word % 60}" for word in range(40))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(FAMILIES)]
+)
 def test_a_family_is_right(family: str, tmp_path: Path) -> None:
     model, ids = tiny_model(family), tiny_ids()
     fixed = unremovable_layers(model)
@@ -63,15 +67,15 @@ def test_a_family_is_right(family: str, tmp_path: Path) -> None:
 @torch.no_grad()
 def one_pass_and_skipping_are_removing(model: PreTrainedModel, ids: torch.Tensor, free: list[int]) -> None:
     layerwise = LayerwiseModel(model)
-    streams, whole = layerwise.forward_with_skips(ids, free), model(ids, use_cache=False).logits
-    for stream, layer in zip(streams, [None, *free], strict=True):
+    branches, logits = layerwise.forward_with_skips(ids, free), model(ids, use_cache=False).logits
+    for branch, layer in zip(branches, [None, *free], strict=True):
         shorter = model if layer is None else remove_layers(copy.deepcopy(model), [layer])
         expected = shorter(ids, use_cache=False).logits
-        torch.testing.assert_close(layerwise.logits(stream.flatten(0, 1)).view_as(whole), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(layerwise.logits(branch.flatten(0, 1)).view_as(logits), expected, rtol=0, atol=1e-5)
         if layer is not None:
             with replaced_forward(layerwise.layers[layer], lambda hidden, *_, **__: layerwise.calls.form(hidden, None)):
                 torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=0, atol=1e-5)
-    assert torch.equal(model(ids, use_cache=False).logits, whole)
+    assert torch.equal(model(ids, use_cache=False).logits, logits)
     padded = torch.cat([ids[:, :9], torch.zeros(3, 6, dtype=torch.long)], dim=1)
     torch.testing.assert_close(
         layerwise.forward_with_skips(padded)[:, :, :9], layerwise.forward_with_skips(ids[:, :9]), rtol=0, atol=1e-4

@@ -22,7 +22,7 @@ def test_a_config_that_cannot_express_a_removal_is_refused_and_the_model_left_al
     remove_layers(model, [5])  # what lies below keeps its index
 
 
-def test_fixed_layers_are_those_that_may_not_go_alone() -> None:
+def test_unremovable_layers_are_those_that_cannot_go_alone() -> None:
     model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
     before = copy.deepcopy(model.config.to_dict())
     fixed = unremovable_layers(model)
@@ -37,12 +37,12 @@ def test_a_list_of_another_name_that_the_forward_reads_by_index_is_seen() -> Non
     model = tiny_model("gemma2")
     model.model.config.layer_types = model.config.layer_types
     kinds = list(model.config.layer_types)
-    own = model.model.forward
+    original = model.model.forward
 
     def forward(*args, **kwargs):  # a model that keeps its kinds where no config field says them
         shown, model.config.layer_types = model.config.layer_types, kinds[: len(model.model.layers)]
         try:
-            return own(*args, **kwargs)
+            return original(*args, **kwargs)
         finally:
             model.config.layer_types = shown
 

@@ -48,10 +48,10 @@ def test_models_that_do_more_than_run_their_layers_are_refused(family: str, mess
 def test_what_happens_after_the_norm_is_seen() -> None:
     model = tiny_model("llama")
     architecture = find_architecture(model)
-    own = model.model.forward
+    forward = model.model.forward
 
     def doubled(*args, **kwargs):
-        output = own(*args, **kwargs)
+        output = forward(*args, **kwargs)
         output.last_hidden_state = output.last_hidden_state * 2
         return output
 

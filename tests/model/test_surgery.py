@@ -1,4 +1,4 @@
-"""Depth's index arithmetic, and that a model without layers is the same model saved, loaded and generating."""
+"""Index arithmetic of `KeptLayers`; a shortened model is the same model when it is saved, loaded and generating."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from layerpeel.model.layer_inputs import replaced_forward
 from layerpeel.model.surgery import KeptLayers, remove_layers
 from tests.families import FAMILIES, LAYERS, UNLISTED, tiny_ids, tiny_model
 
-depths = st.integers(2, 12).flatmap(
+kept_layers = st.integers(2, 12).flatmap(
     lambda total: st.sets(st.integers(0, total - 1), max_size=total - 1).map(
         lambda gone: (KeptLayers.full(total).without(gone), gone)
     )
 )
 
 
-@given(depths)
-def test_depth_keeps_what_was_not_removed(case: tuple[KeptLayers, set[int]]) -> None:
-    depth, gone = case
-    assert set(depth.removed) == gone
-    assert [depth.kept[depth.position(layer)] for layer in depth.kept] == list(depth.kept)
-    assert len(depth) == depth.total - len(gone)
+@given(kept_layers)
+def test_kept_layers_are_those_not_removed(case: tuple[KeptLayers, set[int]]) -> None:
+    layers, gone = case
+    assert set(layers.removed) == gone
+    assert [layers.kept[layers.position(layer)] for layer in layers.kept] == list(layers.kept)
+    assert len(layers) == layers.total - len(gone)
 
 
-@given(depths, st.integers(1, 3))
+@given(kept_layers, st.integers(1, 3))
 def test_neighbours_are_the_survivors_nearest_to_a_gap(case: tuple[KeptLayers, set[int]], radius: int) -> None:
-    depth, gone = case
+    layers, gone = case
     expected = set()
     for layer in gone:
-        below = [kept for kept in depth.kept if kept < layer][-radius:]
-        above = [kept for kept in depth.kept if kept > layer][:radius]
+        below = [kept for kept in layers.kept if kept < layer][-radius:]
+        above = [kept for kept in layers.kept if kept > layer][:radius]
         expected |= {*below, *above}
-    assert set(depth.neighbours(radius)) == expected
+    assert set(layers.neighbours(radius)) == expected
 
 
-@given(depths)
+@given(kept_layers)
 def test_above_is_all_from_the_first_gap_up(case: tuple[KeptLayers, set[int]]) -> None:
-    depth, gone = case
-    expected = [kept for kept in depth.kept if gone and kept > min(gone)]
-    assert list(depth.above()) == (expected or (list(depth.kept[-1:]) if gone else []))
+    layers, gone = case
+    expected = [kept for kept in layers.kept if gone and kept > min(gone)]
+    assert list(layers.above()) == (expected or (list(layers.kept[-1:]) if gone else []))
 
 
-@given(depths)
+@given(kept_layers)
 def test_first_changed_is_where_the_shared_prefix_ends(case: tuple[KeptLayers, set[int]]) -> None:
-    depth, gone = case
-    assert depth.first_changed == min([*gone, depth.total]) or depth.first_changed == len(depth) < min(gone)
+    layers, gone = case
+    assert layers.first_changed == min([*gone, layers.total]) or layers.first_changed == len(layers) < min(gone)
 
 
 def test_removable_leaves_out_protected_layers() -> None:

@@ -128,6 +128,7 @@ def test_a_processor_by_its_figures() -> None:
     assert (speed.decode_call, speed.decode_row, speed.update) == pytest.approx((4.0, 0.4, 0.28))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "bloom"])  # the second cannot keep documents of a row apart
 def test_measured_speeds_are_times(family: str) -> None:
     teacher = tiny_model(family).config
@@ -137,6 +138,7 @@ def test_measured_speeds_are_times(family: str) -> None:
     assert speed.decode_call >= 0 and speed.decode_row >= 0 and speed.head_loss > 0
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(__file__).parents[2]
     page = (root / "docs" / "plan.md").read_text(encoding="utf-8").splitlines()

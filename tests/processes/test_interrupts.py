@@ -31,6 +31,6 @@ def test_a_second_one_ends_the_process_unless_it_comes_with_the_first(monkeypatc
         monkeypatch.setattr("layerpeel.processes.interrupts.os.kill", lambda pid, number: sent.append(number))
         kill(os.getpid(), signal.SIGTERM)  # a launcher's copy of it
         assert not sent
-        monkeypatch.setattr(interrupts, "SAME", 0.0)
+        monkeypatch.setattr(interrupts, "DUPLICATE_WINDOW", 0.0)
         kill(os.getpid(), signal.SIGTERM)
         assert sent == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

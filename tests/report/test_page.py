@@ -171,6 +171,7 @@ def test_a_run_at_its_beginning_has_a_page(run: Run) -> None:
     assert "6 → 6 layers" in write_report(Run(run.folder), measure=False).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_watching_ends_with_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = run.journal.read_text(encoding="utf-8").splitlines(keepends=True)
     run.journal.write_text("".join(lines[:4]), encoding="utf-8")

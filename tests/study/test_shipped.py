@@ -37,6 +37,7 @@ def test_there_are_seven() -> None:
     assert {path.stem for path in STUDIES} == SEVEN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_shipped_study_says_what_its_journals_say(path: Path, base: Path, tmp_path: Path) -> None:
     seeds = [0, 1] if path.stem == "loss-ablation" else [0]

@@ -51,6 +51,7 @@ def journals(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("journal.jsonl")}
 
 
+@pytest.mark.slow
 def test_a_teacher_is_measured_once_and_a_study_goes_on_where_it_stopped(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +79,7 @@ def test_a_teacher_is_measured_once_and_a_study_goes_on_where_it_stopped(
     assert run_study(study).rows == first.rows and journals(tmp_path) == after
 
 
+@pytest.mark.slow
 def test_runs_that_score_alike_score_once(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from layerpeel.run import loop, peeling
 
@@ -106,6 +108,7 @@ def test_runs_that_score_alike_score_once(study: Path, tmp_path: Path, monkeypat
         assert getattr(alone.rounds[0], name) == getattr(runs["other-losses"].rounds[0], name)
 
 
+@pytest.mark.slow
 def test_processes_give_the_numbers_of_one(study: Path, tmp_path: Path) -> None:
     alone = run_study(study)
     apart = run_study(study, [f"output={tmp_path / 'apart'}"], processes=2)
@@ -114,6 +117,7 @@ def test_processes_give_the_numbers_of_one(study: Path, tmp_path: Path) -> None:
         assert replace(one, **dict.fromkeys(drop, 0.0)) == replace(other, **dict.fromkeys(drop, 0.0))
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_apart_is_named_and_the_others_are_done(study: Path, tmp_path: Path) -> None:
     _, jobs = load_study(study)
     with open_run(jobs[0].config) as run:

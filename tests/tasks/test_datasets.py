@@ -37,6 +37,7 @@ ON_DISK: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_DISK)
 def test_published_datasets_are_choices(kit: Path, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     folder = kit / "eval" / "hf_datasets" / name / "validation"

@@ -106,6 +106,7 @@ def ours(model: PreTrainedModel, tokenizer: Any, task: Task, candidates: list[in
     return [scores[task.name] for scores in score_tasks(Engine(LayerwiseModel(model), tokenizer, candidates), [task])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "metric"),
     [
@@ -130,6 +131,7 @@ def test_every_kind_of_task_scores_as_the_harness_does(tiny: Any, folder: Path, 
         assert score.n == (24 if name in ("both", "halves") else 12)
 
 
+@pytest.mark.slow
 def test_zorro_and_next_sentence_are_the_harnesss_for_every_removal(kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load_model(kit / "models/stories260K-hf")
     folder = kit / "eval" / "lm_eval"
@@ -152,6 +154,7 @@ def test_paired_errors_need_samples(tiny: Any, folder: Path) -> None:
         assert score.stderr > 0
 
 
+@pytest.mark.slow
 def test_what_is_said_of_harness_tasks(folder: Path) -> None:
     def of(**options: Any) -> tuple[str, str]:
         return said(task_of(**({"kind": "harness", "name": "t", "include_path": str(folder)} | options)).check)

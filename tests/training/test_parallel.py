@@ -133,6 +133,7 @@ def same_training(student: Student, alone: TrainingResult, weights: Any, result:
         assert (value - weights[name]).norm() <= 1e-4 * value.norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
 def test_two_processes_train_the_student_of_one(tmp_path: Path, fsdp: bool) -> None:
     text = write_text(tmp_path / "text.jsonl")
@@ -142,6 +143,7 @@ def test_two_processes_train_the_student_of_one(tmp_path: Path, fsdp: bool) -> N
     same_training(student, alone, weights, result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
 def test_two_processes_that_die_go_on_to_the_same_student(tmp_path: Path, fsdp: bool) -> None:
     write_text(tmp_path / "text.jsonl")
@@ -155,6 +157,7 @@ def test_two_processes_that_die_go_on_to_the_same_student(tmp_path: Path, fsdp: 
     assert all(torch.equal(value, again[name]) for name, value in weights.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
 def test_any_optimizer_goes_on_to_the_same_student_in_two_processes(tmp_path: Path, fsdp: bool) -> None:
     write_text(tmp_path / "text.jsonl")
@@ -189,6 +192,7 @@ def test_a_student_has_its_own_layers_back(monkeypatch: pytest.MonkeyPatch, faul
         assert torch.equal(value, weights[name] + (0.0 if fault else 1.0)), name
 
 
+@pytest.mark.slow
 def test_nan_in_one_process_is_skipped_in_both(tmp_path: Path) -> None:
     write_text(tmp_path / "text.jsonl")
     weights, result = train_in_two(tmp_path, steps=12, batch_size=4, poisoned_call=3)
@@ -196,6 +200,7 @@ def test_nan_in_one_process_is_skipped_in_both(tmp_path: Path) -> None:
     assert all(value.isfinite().all() for value in weights.values())
 
 
+@pytest.mark.slow
 def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text.jsonl")
     config: dict[str, Any] = {

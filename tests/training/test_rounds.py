@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,12 @@ from layerpeel.training.rounds import train_student
 from layerpeel.training.state import TrainingState
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache
-from tests.families import tiny_ids, tiny_model, tiny_tokenizer
+from tests.families import save_texts, tiny_ids, tiny_model, tiny_texts, tiny_tokenizer
 
 
 def write_text(path: Path) -> Path:
     """Forty documents of 3 to 30 tokens."""
-    lines = [" ".join(f"w{3 + (7 * n + k * k) % 60}" for k in range(3 + 11 * n % 28)) for n in range(40)]
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return path
+    return save_texts(path, tiny_texts(3 + 11 * line % 28 for line in range(40)))
 
 
 @pytest.fixture

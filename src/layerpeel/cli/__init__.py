@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: one thin function a verb, over the other rooms."""

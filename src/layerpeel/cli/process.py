@@ -1,4 +1,4 @@
-"""The command as a process: what its environment must be, its exit codes, and what it says of errors.
+"""The `layerpeel` command as a process: its environment, its exit codes, and its messages for exceptions.
 
 Exit codes: 0 done, 1 failed, 2 bad input, 3 stopped by a quality floor. Launchers of several processes start it as a
 module: `accelerate launch -m layerpeel run ...`.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import re
 import signal
 import sys
 import tempfile
@@ -20,70 +19,57 @@ import torch
 
 from layerpeel.cli.verbs import app
 from layerpeel.errors import InputError, LayerpeelError, reason_of
+from layerpeel.processes.distributed import check_launcher
 from layerpeel.processes.progress import console, shown
 from layerpeel.storage.files import disk_is_full
 
-LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # what it sets, and what no launcher means
+LESS_MEMORY = "lower distill.batch_size, distill.sequence_length or score.memory"
 
 
 def main() -> None:
-    """The `layerpeel` command."""
+    """Runs the `layerpeel` command, and exits with its code."""
     _quiet_libraries()
     try:
-        _check_environment()
+        check_launcher()
         app(standalone_mode=True)
-    except LayerpeelError as error:
-        console.print(f"[bold red]error:[/] {shown(error)}", soft_wrap=True)
-        if error.hint:
-            console.print(f"[bold]hint:[/] {shown(error.hint)}", soft_wrap=True)
-        sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt as stop:
         console.print("stopped; run the same command again to go on from here")
         sys.exit(128 + getattr(stop, "signal", signal.SIGINT))
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        console.print(f"[bold red]error:[/] out of memory{'' if isinstance(error, MemoryError) else ' on the GPU'}")
-        console.print("[bold]hint:[/] lower distill.batch_size, distill.sequence_length or score.memory")
-        sys.exit(1)
-    except OSError as error:
-        console.print(f"[bold red]error:[/] {shown(error)}", soft_wrap=True)
-        if disk_is_full(error):
-            console.print("[bold]hint:[/] free some space, then run the same command again")
-        sys.exit(1)
     except Exception as error:
-        console.print(f"[bold red]error:[/] a bug in layerpeel: {shown(reason_of(error))}", soft_wrap=True)
-        console.print(f"[bold]hint:[/] please report it, with {shown(_keep_traceback())}", soft_wrap=True)
-        sys.exit(1)
+        message, hint = _explain(error)
+        console.print(f"[bold red]error:[/] {shown(message)}", soft_wrap=True)
+        if hint:
+            console.print(f"[bold]hint:[/] {shown(hint)}", soft_wrap=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def _explain(error: Exception) -> tuple[str, str | None]:
+    """The message and the hint that the user gets for an exception; its traceback goes to a file if it is a bug."""
+    match error:
+        case LayerpeelError():
+            return str(error), error.hint
+        case torch.OutOfMemoryError():
+            return "out of memory on the GPU", LESS_MEMORY
+        case MemoryError():
+            return "out of memory", LESS_MEMORY
+        case OSError():
+            full = disk_is_full(error)
+            return str(error), "free some space, then run the same command again" if full else None
+        case _:
+            return f"a bug in layerpeel: {reason_of(error)}", f"please report it, with {_keep_traceback()}"
 
 
 def _keep_traceback() -> str:
-    """Writes where an error came from to a file of its own; gives its path."""
+    """Writes the traceback of the exception in hand to a temporary file, and returns its path."""
     with tempfile.NamedTemporaryFile("w", prefix="layerpeel-", suffix=".txt", delete=False, encoding="utf-8") as file:
         file.write(f"{platform.platform()}\n{traceback.format_exc()}")
     return file.name
 
 
-def _check_environment() -> None:
-    """Checks what a launcher of several processes sets, before a library stumbles over it."""
-    numbers = {name: os.environ.get(name, default) for name, default in LAUNCHER.items()}
-    for name, value in numbers.items():
-        if not re.fullmatch("[0-9]{1,9}", value):
-            raise InputError(f"environment: {name} is '{value}', expected a number", hint=f"unset {name}")
-    if int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
-        raise InputError(
-            f"environment: RANK is {numbers['RANK']} of WORLD_SIZE {numbers['WORLD_SIZE']} processes",
-            hint="start several processes by torchrun or accelerate launch, or unset both",
-        )
-    if int(numbers["WORLD_SIZE"]) > 1 and "MASTER_ADDR" not in os.environ:
-        raise InputError(
-            f"environment: WORLD_SIZE is {numbers['WORLD_SIZE']}, and MASTER_ADDR is not set",
-            hint="start several processes by torchrun or accelerate launch, or unset WORLD_SIZE",
-        )
-
-
 def _quiet_libraries() -> None:
-    """Our own messages say what matters; those of the libraries beneath would bury them."""
+    """Silences warnings, logs and progress bars of libraries, among which layerpeel's messages would be lost."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # if it is not imported yet
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # read when datasets is imported
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

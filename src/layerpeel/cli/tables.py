@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from layerpeel.importance.scores import LayerScores
+from layerpeel.model.family_table import family_statuses
 from layerpeel.plan.planning import Plan
 from layerpeel.processes.progress import shown
 from layerpeel.processes.text import count, duration, moment, one_line, percent, size
@@ -76,6 +77,14 @@ def listing_table(statuses: Sequence[RunStatus]) -> Table:
         cells = [status.run, status.state, status.rounds, layers, percent(status.kept_quality)]
         cells += [moment(status.last_activity), one_line(status.note)]
         table.add_row(*(shown(cell) for cell in cells))
+    return table
+
+
+def families_table() -> Table:
+    """The model families, tested or refused."""
+    table = Table("family", "layers", "status", "note", box=None, header_style="bold")
+    for status in family_statuses():
+        table.add_row(status.family, status.layers, status.status, status.note)
     return table
 
 

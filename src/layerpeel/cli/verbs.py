@@ -1,4 +1,4 @@
-"""The command line: one thin function a verb. Results go to stdout, progress and hints to stderr."""
+"""The commands, one thin function each. Results go to stdout, progress and hints to stderr."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.table import Table
 
-from layerpeel.cli.app import AsJson, ConfigFile, Folder, Layers, Overrides, ScoreFolder, app, output
-from layerpeel.cli.parts import _announce, _check_free, _finish, _load_layerwise, _parse_layers
-from layerpeel.cli.tables import evaluation_table, listing_table, plan_tables, report_table, score_table
+from layerpeel.cli.app import app
+from layerpeel.cli.inputs import (
+    AsJson,
+    ConfigFile,
+    Folder,
+    Layers,
+    Overrides,
+    ScoreFolder,
+    check_new_folder,
+    load_layerwise,
+    parse_layers,
+)
+from layerpeel.cli.output import finish_run, print_estimates, stdout, write_scores
+from layerpeel.cli.tables import evaluation_table, families_table, listing_table, plan_tables, report_table
 from layerpeel.config.reading import load_config
 from layerpeel.demo.preparing import prepare_demo
 from layerpeel.errors import InputError
@@ -25,20 +35,20 @@ from layerpeel.model.architecture import count_parameters, find_architecture
 from layerpeel.model.checkpoint import stored_dtype
 from layerpeel.model.devices import pick_device, wanted_dtype
 from layerpeel.model.digests import fingerprint
-from layerpeel.model.family_table import OTHERS, TESTED, families_json, families_markdown, family_statuses
+from layerpeel.model.family_table import OTHERS, TESTED, families_json, families_markdown
 from layerpeel.model.loading import load_config_of, load_model, load_teacher, load_tokenizer
 from layerpeel.model.saving import save_model
 from layerpeel.model.surgery import remove_layers
 from layerpeel.plan.planning import plan_run
 from layerpeel.plan.shape import Shape
 from layerpeel.plan.speed import Speed
-from layerpeel.processes.distributed import RANK
+from layerpeel.processes.distributed import RANK, is_main_process
 from layerpeel.processes.progress import shown
 from layerpeel.report.listing import list_runs
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
 from layerpeel.run.preflight import check, check_output
-from layerpeel.run.results_json import evaluation_to_json, scores_to_json
+from layerpeel.run.results_json import evaluation_to_json
 from layerpeel.tasks.evaluation import evaluate
 from layerpeel.training.rounds import distill
 
@@ -54,7 +64,7 @@ def run(
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
     """Score, remove, distil, evaluate, and again, until the target. Running again resumes."""
-    _finish(peel(load_config(config, set_), accept_changes=accept_changes), as_json, report)
+    finish_run(peel(load_config(config, set_), accept_changes=accept_changes), as_json, report)
 
 
 @app.command()
@@ -69,7 +79,7 @@ def score(
     tasks = check(settings)
     folder = output_ or settings.output.with_name(f"{settings.output.name}-score")
     check_output(folder, settings.teacher)
-    layerwise, tokenizer = _load_layerwise(settings)
+    layerwise, tokenizer = load_layerwise(settings)
     answer_cache = AnswerCache(folder / f"answers.{RANK}.jsonl", fingerprint(settings.teacher, layerwise.model.dtype))
     scores = score_layers(
         layerwise,
@@ -79,21 +89,10 @@ def score(
         text=scoring_text(settings, tokenizer),
         aggregate=settings.aggregate,
         answer_cache=answer_cache,
-        announce=_announce,
+        announce=print_estimates,
     )
-    if RANK:
-        return
-    text = json.dumps(scores_to_json(scores), ensure_ascii=False)
-    (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
-    from layerpeel.report.figures import draw_importance
-
-    draw_importance(scores, folder / "importance.png")
-    if as_json:
-        print(json.dumps(scores_to_json(scores)))
-    else:
-        output.print(score_table(scores))
-        output.print(f"scores   {shown(folder / 'scores.json')}", soft_wrap=True)
-        output.print(f"picture  {shown(folder / 'importance.png')}", soft_wrap=True)
+    if is_main_process():
+        write_scores(scores, folder, as_json)
 
 
 @app.command()
@@ -101,29 +100,29 @@ def remove(
     model: Annotated[str, typer.Argument(help="A model folder or a hub name.")], layers: Layers, output_: Folder
 ) -> None:
     """Remove layers, without training, and write the shallower model."""
-    chosen = _parse_layers(layers)
-    _check_free(output_, model)
+    chosen = parse_layers(layers)
+    check_new_folder(output_, model)
     shorter, tokenizer = load_model(model)
     remove_layers(shorter, chosen)
     save_model(shorter, tokenizer, output_, stored_dtype(model))
     depth = len(find_architecture(shorter).layers)
-    output.print(f"{depth} layers, {count_parameters(shorter):,} parameters: {shown(output_)}")
+    stdout.print(f"{depth} layers, {count_parameters(shorter):,} parameters: {shown(output_)}")
 
 
 @app.command(name="distill")
 def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Overrides = []) -> None:  # noqa: B006
     """Remove layers from the config's teacher, distil the gap once as its `distill` says, and write the student."""
     settings = load_config(config, set_)
-    chosen = _parse_layers(layers)
+    chosen = parse_layers(layers)
     if not settings.distill.tokens_per_round:
         raise InputError("distill.tokens_per_round: 0, so there is nothing to do", hint="set it, or use `remove`")
-    _check_free(output_, settings.teacher)
+    check_new_folder(output_, settings.teacher)
     teacher, tokenizer = load_teacher(settings)
     storage = stored_dtype(settings.teacher)
     student, result = distill(teacher, tokenizer, chosen, settings.distill, seed=settings.seed, storage=storage)
     save_model(student, tokenizer, output_, storage)
     ends = result.summary()
-    output.print(
+    stdout.print(
         f"{len(find_architecture(student).layers)} layers, loss {ends.first_loss:.4f} -> {ends.last_loss:.4f} "
         f"over {result.tokens:,} tokens in {result.seconds:.0f} s: {shown(output_)}"
     )
@@ -141,10 +140,10 @@ def eval_(
     tasks = check(settings)
     loaded, tokenizer = load_teacher(settings)
     evaluation = evaluate(loaded, tokenizer, tasks)
-    if as_json and not RANK:
+    if as_json and is_main_process():
         print(json.dumps(evaluation_to_json(evaluation)))
     else:
-        output.print(evaluation_table(evaluation))
+        stdout.print(evaluation_table(evaluation))
 
 
 @app.command()
@@ -158,10 +157,7 @@ def families(
     elif as_markdown:
         print(families_markdown(), end="")
     else:
-        table = Table("family", "layers", "status", "note", box=None, header_style="bold")
-        for each in family_statuses():
-            table.add_row(each.family, each.layers, each.status, each.note)
-        output.print(table, TESTED, OTHERS, sep="\n")
+        stdout.print(families_table(), TESTED, OTHERS, sep="\n")
 
 
 @app.command()
@@ -170,7 +166,7 @@ def demo(
     set_: Overrides = [],  # noqa: B006
 ) -> None:
     """Run the main job on the bundled teacher: 12 layers to 8."""
-    _finish(peel(load_config(prepare_demo(output_), [f"output={output_ / 'run'}", *set_])), as_json=False)
+    finish_run(peel(load_config(prepare_demo(output_), [f"output={output_ / 'run'}", *set_])), as_json=False)
 
 
 @app.command()
@@ -191,8 +187,8 @@ def study(
         print(json.dumps({"output": str(finished.folder), **rows}, ensure_ascii=False))
         return
     for table in finished.tables.values():
-        output.print(report_table(table), "")
-    output.print(f"page     {shown(finished.folder / 'index.html')}", soft_wrap=True)
+        stdout.print(report_table(table), "")
+    stdout.print(f"page     {shown(finished.folder / 'index.html')}", soft_wrap=True)
 
 
 @app.command()
@@ -212,15 +208,13 @@ def plan(
     tasks = check(settings)
     teacher = load_config_of(settings.teacher, trust_remote_code=settings.trust_remote_code)
     tokenizer = load_tokenizer(settings.teacher, trust_remote_code=settings.trust_remote_code)
-    target = torch.device("cuda") if flops else pick_device(settings.device)
-    dtype = wanted_dtype(teacher, target, settings.dtype)
+    device = torch.device("cuda") if flops else pick_device(settings.device)
+    dtype = wanted_dtype(teacher, device, settings.dtype)
 
     def speed(shape: Shape) -> Speed:
-        return (
-            Speed.of_processor(shape, flops, bandwidth, settings.distill)
-            if flops
-            else Speed.measure(teacher, settings.distill, dtype, settings.device)
-        )
+        if flops:
+            return Speed.of_processor(shape, flops, bandwidth, settings.distill)
+        return Speed.measure(teacher, settings.distill, dtype, settings.device)
 
     planned = plan_run(
         teacher,
@@ -228,14 +222,14 @@ def plan(
         [[request for requests in task.requests(tokenizer) for request in requests] for task in tasks],
         speed,
         dtype=dtype,
-        device=target.type,
+        device=device.type,
         gpus=gpus,
         fsdp=fsdp,
     )
     if as_json:
         print(json.dumps(planned.to_json()))
     else:
-        output.print(*plan_tables(planned), sep="\n")
+        stdout.print(*plan_tables(planned), sep="\n")
 
 
 @app.command()
@@ -250,7 +244,7 @@ def report(
     from layerpeel.report.page import watch, write_report
 
     page = watch(first, others, output_) if watch_ else write_report(first, others, output_, measure=measure)
-    output.print(f"report   {shown(page)}", soft_wrap=True)
+    stdout.print(f"report   {shown(page)}", soft_wrap=True)
 
 
 @app.command()
@@ -264,11 +258,11 @@ def export(
 ) -> None:
     """Write the student of a round as a full Hugging Face checkpoint with its model card."""
     opened = Run(run)
-    _check_free(output_, opened.config.teacher)
+    check_new_folder(output_, opened.config.teacher)
     number = export_student(opened, output_, round_)
-    output.print(f"student  {shown(output_)} (round {number})", soft_wrap=True)
+    stdout.print(f"student  {shown(output_)} (round {number})", soft_wrap=True)
     if repository:
-        output.print(f"hub      {shown(push(output_, repository))}", soft_wrap=True)
+        stdout.print(f"hub      {shown(push(output_, repository))}", soft_wrap=True)
 
 
 @app.command()
@@ -278,4 +272,4 @@ def ls(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("ru
     if as_json:
         print(json.dumps([asdict(status) for status in statuses]))
         return
-    output.print(listing_table(statuses) if statuses else f"no runs below {shown(folder)}")
+    stdout.print(listing_table(statuses) if statuses else f"no runs below {shown(folder)}")

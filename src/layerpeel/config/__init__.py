@@ -1,4 +1,4 @@
-"""A run's config: what it holds, and how it is read."""
+"""A run's config: its sections and fields, and reading it from YAML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sections of a config are made of, and text sources."""
+"""The base class of config sections, text sources, and numbers with units."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A part of the config; unknown keys are refused."""
+    """A section of the config; unknown keys are an error."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -38,24 +38,22 @@ class TextConfig(Section):
 
 
 def _as_list(value: Any) -> Any:
-    """One source or several, each a mapping or just a path."""
+    """Makes a list of mappings from one source or several, each a mapping or a path."""
     values = [value] if isinstance(value, (str, dict)) else value
     return [{"path": item} if isinstance(item, str) else item for item in values] if isinstance(values, list) else value
 
 
 Texts = Annotated[list[TextConfig], BeforeValidator(_as_list)]
-
-
 NUMBER = r"[0-9]{1,18}(?:\.[0-9]{0,18})?"
 
 
 def _parse_count(value: Any) -> Any:
-    """Reads 2.5B, 300M, 40k as numbers."""
+    """Converts 2.5B, 300M, 40k to integers; leaves other values to pydantic."""
     match = re.fullmatch(rf"\s*({NUMBER})\s*([kKmMbB])\s*", value) if isinstance(value, str) else None
     return int(float(match[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[match[2].lower()]) if match else value
 
 
 def _parse_bytes(value: Any) -> Any:
-    """Reads 8GB, 500 MB as numbers of bytes."""
+    """Converts 8GB, 500 MB (powers of 1024) to bytes; leaves other values to pydantic."""
     match = re.fullmatch(rf"\s*({NUMBER})\s*([KMGT]?)i?B\s*", value, re.IGNORECASE) if isinstance(value, str) else None
     return int(float(match[1]) * 2 ** (10 * " KMGT".index(match[2].upper() or " "))) if match else value

@@ -1,4 +1,4 @@
-"""Configs as people write them: YAML and --set, paths, and complaints that name the field."""
+"""Reads configs: YAML files and --set, relative paths, and error messages that name the field."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError, nearest, reason_of
 
-MOST_VALUES = 100_000  # in a config
+MAX_VALUES = 100_000  # in a config, aliases expanded
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -26,7 +26,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         overrides: `section.field=value`, the value in YAML.
 
     Raises:
-        InputError: the file cannot be read, or a field will not do.
+        InputError: the file cannot be read, or a field is invalid.
     """
     path = Path(path)
     raw = read_file(path, "config", "configs")
@@ -36,11 +36,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def read_file(path: Path, kind: str, examples: str) -> dict[str, Any]:
-    """The fields of a YAML file.
+    """Reads the top-level mapping of a YAML file.
 
     Args:
-        kind: what it should be, in errors: config or study.
-        examples: the folder that holds some.
+        kind: what the file is, for messages: config or study.
+        examples: a folder of examples, for hints.
 
     Raises:
         InputError: it cannot be read, or is no mapping.
@@ -59,7 +59,7 @@ def read_file(path: Path, kind: str, examples: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only, and no key twice: of two, one would be left out without a word."""
+    """Loads plain values only, and refuses duplicate keys, of which YAML would silently drop one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -70,10 +70,15 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(text: str, wrong: str, hint: str) -> Any:
-    """The plain values of a YAML text; whatever is wrong with it is said as `wrong (reason)`.
+    """Parses a YAML text of plain values.
+
+    Args:
+        wrong: beginning of the message of an error; the reason follows in brackets.
+        hint: of an error.
 
     Raises:
-        InputError: it is no YAML, or has tags, a key twice, or more values (its aliases written out) than a config.
+        InputError: it is not YAML, or has tags, duplicate keys, an integer of over 64 bits, or more than `MAX_VALUES`
+            values.
     """
     loader = _Loader("")
     try:
@@ -88,26 +93,29 @@ def read_yaml(text: str, wrong: str, hint: str) -> Any:
 
 
 def _check_extent(value: Any) -> None:
-    """Checks that a nested value is of an extent that all who read it can take.
+    """Checks the size of a nested value.
 
     Raises:
-        ValueError: it holds more than `MOST_VALUES` values (aliases may repeat them), or a number of over 64 bits.
+        ValueError: it holds more than `MAX_VALUES` values, or an integer of over 64 bits.
     """
-    count, left = 0, [value]
-    while left:
-        count, here = count + 1, left.pop()
-        if count > MOST_VALUES:
-            raise ValueError(f"it holds more than {MOST_VALUES:,} values")
-        if isinstance(here, int) and abs(here) >= 2**63:
-            raise ValueError(f"the number {_short(here)} is too large")
-        left += [*here, *here.values()] if isinstance(here, dict) else here if isinstance(here, list) else []
+    count, stack = 0, [value]
+    while stack:
+        count, item = count + 1, stack.pop()
+        if count > MAX_VALUES:
+            raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+        if isinstance(item, int) and abs(item) >= 2**63:
+            raise ValueError(f"the number {_short(item)} is too large")
+        stack += [*item, *item.values()] if isinstance(item, dict) else item if isinstance(item, list) else []
 
 
 def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
-    """Checks a config.
+    """Validates the fields of a config.
+
+    Args:
+        where: the file, for messages.
 
     Raises:
-        InputError: it names the field.
+        InputError: a field is invalid; the message names it.
     """
     try:
         return RunConfig.model_validate(raw)
@@ -116,27 +124,27 @@ def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first of pydantic's complaints, as a message that names the field."""
+    """The first of pydantic's errors, unknown keys last, as a message that names the field."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     field = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         section = _section(model, first["loc"][:-1])
         return f"{field}: unknown key{nearest(str(first['loc'][-1]), section.model_fields)}"
     message = first["msg"].removeprefix("Value error, ")
-    found = "" if first["type"] in ("missing", "value_error") else f", found {_short(first['input'])}"
-    return f"{field}: {message[:1].lower()}{message[1:]}{found}".removeprefix(": ")
+    value = "" if first["type"] in ("missing", "value_error") else f", found {_short(first['input'])}"
+    return f"{field}: {message[:1].lower()}{message[1:]}{value}".removeprefix(": ")
 
 
 def _short(value: Any) -> str:
-    """How a value is written, without the inside of long ones."""
+    """The repr of a value, abbreviated if it is long."""
     try:
         return reprlib.repr(value)
-    except ValueError:  # a number of more digits than Python writes out
+    except ValueError:  # an integer of more digits than Python converts
         return f"a very long {type(value).__name__}"
 
 
 def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
-    """The config with each path that exists from `folder` in place of how it was written."""
+    """Replaces, in place, each path of a config that exists relative to `folder` or the working folder."""
     config.teacher = _resolve(config.teacher, folder)
     for text in [*config.distill.text, *(config.score.text or [])]:
         text.path = _resolve(text.path, folder)
@@ -150,18 +158,18 @@ def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
 
 def _resolve(path: str, folder: Path) -> str:
     for base in (folder, Path()):
-        with suppress(OSError, ValueError, RuntimeError):  # no name that a file can have: others say so
-            there = (base / Path(path).expanduser()).absolute()
-            if there.exists() or (glob.has_magic(path) and glob.glob(str(there))):
-                return os.path.normpath(there)
+        with suppress(OSError, ValueError, RuntimeError):  # not a valid file name; reported where it is opened
+            candidate = (base / Path(path).expanduser()).absolute()
+            if candidate.exists() or (glob.has_magic(path) and glob.glob(str(candidate))):
+                return os.path.normpath(candidate)
     return path
 
 
 def override(raw: dict[str, Any], text: str) -> None:
-    """Puts `section.field=value`, the value in YAML, into a config that is not checked yet.
+    """Sets `section.field=value`, the value in YAML, in an unvalidated config.
 
     Raises:
-        InputError: it is no such text, or names a field of something that is no section.
+        InputError: the text has another form, or a section that it names is not a mapping.
     """
     key, separator, value = text.partition("=")
     if not separator or not all(key.strip().split(".")):
@@ -175,7 +183,7 @@ def override(raw: dict[str, Any], text: str) -> None:
 
 
 def _section(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:
-    """The section of the config that a location of pydantic's points into."""
+    """The section of the config that a pydantic error location is in."""
     for part in location:
         field = model.model_fields.get(str(part))
         sections = sections_in(field.annotation) if field else []
@@ -184,7 +192,7 @@ def _section(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseMode
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a field's type names, its own or inside of lists and unions."""
+    """The pydantic models in a field's type annotation, at any depth of lists and unions."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for argument in getattr(annotation, "__args__", ()) for found in sections_in(argument)]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in sections_in(argument)]

@@ -1,4 +1,4 @@
-"""`RunConfig` and its sections: a docstring for each field, and what must hold between them."""
+"""`RunConfig`, its top-level fields, and the checks across sections."""
 
 from __future__ import annotations
 

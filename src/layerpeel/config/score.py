@@ -1,4 +1,4 @@
-"""The section `score`."""
+"""The section `score`: how layers are scored."""
 
 from __future__ import annotations
 

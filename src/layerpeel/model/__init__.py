@@ -1,1 +1,1 @@
-"""A causal language model: where its layers are, how it runs them, loading, shortening and saving it."""
+"""Causal language models: finding, removing and recording layers; loading and saving checkpoints."""

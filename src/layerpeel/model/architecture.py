@@ -1,7 +1,8 @@
-"""All that is known of model families: where their layers and final norms are, and which config fields are per layer.
+"""Finds the parts of a causal language model: its base model, its list of layers, and its final norm.
 
-A family is a row of `FAMILIES`. A family without a row works too, if its layers can be found without doubt. Either
-way, `expressible` refuses what a config cannot express, and `calls` what cannot be run layer by layer.
+The table `FAMILIES` (families.py) says where a family keeps them. A family without a row is supported too, if one list
+of layers and one norm are the only candidates. `config_check` then refuses removals that the config cannot express, and
+`LayerInputRecorder` models that cannot be run layer by layer.
 """
 
 from __future__ import annotations
@@ -15,20 +16,22 @@ from transformers import PreTrainedModel
 from layerpeel.errors import InputError
 from layerpeel.model.families import FAMILIES, Family
 
-# Attributes by which a module knows its layer's place, such as where its part of the KV cache is.
+# Module attributes that hold the index of the layer they are in, for instance to index the KV cache.
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
-
-
-# Attributes outside the layers that follow from the config's lists.
+# Attributes of modules outside the layers that are derived from the config's per-layer lists.
 LIST_ATTRIBUTES = ("has_sliding_layers",)
-
-
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The parts of one causal language model."""
+    """The parts of one causal language model.
+
+    Attributes:
+        base: the model without its head, such as `LlamaModel`.
+        base_name: its name in the causal model, such as `model`.
+        family: where the base model keeps its layers and final norm.
+    """
 
     base: nn.Module
     base_name: str
@@ -40,16 +43,13 @@ class Architecture:
 
     @property
     def device(self) -> torch.device:
-        """Where the embeddings are, and so the input has to be."""
+        """The device of the embeddings, and so of the input."""
         return next(self.base.parameters()).device
 
     def set_layers(self, layers: list[nn.Module] | nn.ModuleList) -> None:
         parent, _, name = self.family.layers.rpartition(".")
-        setattr(
-            self.base.get_submodule(parent),
-            name,
-            layers if isinstance(layers, nn.ModuleList) else nn.ModuleList(layers),
-        )
+        modules = layers if isinstance(layers, nn.ModuleList) else nn.ModuleList(layers)
+        setattr(self.base.get_submodule(parent), name, modules)
 
     @property
     def norm(self) -> nn.Module:
@@ -64,18 +64,18 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
     """Finds the layers and the final norm of a causal language model.
 
     Raises:
-        InputError: the family has no row, and its layers or norm cannot be found without doubt; or it has one, and
-            this model of it lacks a part.
+        InputError: the family has no row and its layers or norm are ambiguous, or it has a row and this model lacks
+            one of the parts.
     """
     family = FAMILIES.get(model.config.model_type) or _guess_family(model)
     name = family.base or model.base_model_prefix
     architecture = Architecture(model.get_submodule(name), name, family)
     for part in (family.layers, family.norm):
         try:
-            found = isinstance(architecture.base.get_submodule(part), nn.Module)
+            exists = isinstance(architecture.base.get_submodule(part), nn.Module)
         except AttributeError:
-            found = False
-        if not found:
+            exists = False
+        if not exists:
             raise InputError(
                 f"this {model.config.model_type} model has no {name}.{part}, so it cannot be run layer by layer",
                 hint="models of this family with a final norm are supported",

@@ -1,4 +1,4 @@
-"""What can be said of a checkpoint before its weights are read."""
+"""Checks of a checkpoint's files, and its dtype, before its weights are read."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import (
-    PretrainedConfig,
-)
+from transformers import PretrainedConfig
 
 from layerpeel.errors import InputError, reason_of
 from layerpeel.model.config_fields import text_config
 
-MOST_PER_BYTE = 8  # parameters in a byte of a checkpoint, however it is quantised
+MOST_PER_BYTE = 8  # parameters in one byte of a checkpoint, at one bit each
 
 
 def least_parameters(config: PretrainedConfig) -> int:
-    """Surely no more than a model has: embeddings, and one square matrix a layer."""
+    """A lower bound of a model's parameters: its embeddings, and one square matrix for each layer."""
     text = text_config(config)
     sizes = [getattr(text, name, 0) for name in ("vocab_size", "hidden_size", "num_hidden_layers")]
     vocabulary, width, depth = (size if isinstance(size, int) else 0 for size in sizes)
@@ -26,11 +24,11 @@ def least_parameters(config: PretrainedConfig) -> int:
 
 
 def check_weights(config: PretrainedConfig, path: str | Path) -> None:
-    """Checks a folder's weights by the headers of its files, before anything is allocated for them.
+    """Checks the headers of a folder's weight files, before memory is allocated for the weights.
 
     Raises:
-        InputError: a file is damaged or absent, its index leaves the folder, or config.json asks for a far larger model
-            than the files hold.
+        InputError: a file is damaged or missing, the index names a file outside the folder, or config.json describes a
+            far larger model than the files can hold.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -72,9 +70,9 @@ def _indexed_files(folder: Path) -> set[str]:
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:
-    """The dtype that a checkpoint is stored in, by its config (float32 if it does not say)."""
-    held, _ = PretrainedConfig.get_config_dict(str(path))  # as it is written: no code of the checkpoint's own runs
-    places = [held, held.get("text_config") or {}]
-    names = [place.get(key) for place in places for key in ("dtype", "torch_dtype")]
-    found = getattr(torch, str(next(filter(None, names), "float32")), None)
-    return found if isinstance(found, torch.dtype) else torch.float32
+    """The dtype that a checkpoint's config names; float32 if it names none."""
+    fields, _ = PretrainedConfig.get_config_dict(str(path))  # only parsed: no remote code runs
+    sections = [fields, fields.get("text_config") or {}]
+    names = [section.get(key) for section in sections for key in ("dtype", "torch_dtype")]
+    dtype = getattr(torch, str(next(filter(None, names), "float32")), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32

@@ -1,8 +1,8 @@
-"""Whether a config can express a model without some of its layers: right, or refused.
+"""Checks that a config can express a model without some of its layers, and refuses the removal if not.
 
-A config that derives a property of a layer from its index (sparse steps, shared KV, scaling by depth) would load into
-another model than was pruned. So what transformers builds from the rewritten config, as it would be read from disk, is
-compared with what is meant.
+Some configs derive a property of a layer from its index (sparse steps, shared KV, scaling by depth); after a removal
+they would load as another model than the one that was pruned. So the model that transformers builds from the rewritten
+config, on the meta device, is compared with the pruned one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from layerpeel.model.config_fields import (
 )
 from layerpeel.model.layer_inputs import LayerInputRecorder, LayerInputs, leaves
 
-# Attributes that say a module's place, follow from the config's lists, or do not change what it computes.
+# Attributes that hold a layer's index, are derived from the config's lists, or do not change what a module computes.
 NOT_COMPARED = {
     *INDEX_ATTRIBUTES,
     *LIST_ATTRIBUTES,
@@ -42,13 +42,13 @@ NOT_COMPARED = {
 
 
 def check_config(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
-    """Checks that a model built from the rewritten config is the given one without the other layers.
+    """Checks that the rewritten config builds the given model without the other layers.
 
-    Compared are classes, tensor shapes and every plain attribute, of the layers that stay and of all around them; and
-    what the base model's forward hands to each layer (masks, rotary embeddings).
+    Compares classes, tensor shapes and every plain attribute of all modules, and the arguments that the base model's
+    forward passes to each layer (masks, rotary embeddings).
 
     Args:
-        model: stays as it is.
+        model: is not changed.
         kept: indices of the layers that stay, ascending.
 
     Returns:
@@ -57,103 +57,108 @@ def check_config(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
     Raises:
         InputError: they differ; the message names the first difference.
     """
-    comparison = _Comparison(model)
-    if difference := comparison.difference(kept):
+    check = _ConfigCheck(model)
+    if difference := check.difference(kept):
         raise InputError(
             f"a {model.config.model_type} config cannot express this removal: {difference}",
             hint="remove other layers, or protect this one (score.protect.layers)",
         )
-    return comparison.built(kept).model
+    return check.build(kept).model
 
 
 def unremovable_layers(model: PreTrainedModel) -> dict[int, str]:
-    """The layers that may not go next, each with the reason: what its config cannot express of the others."""
-    comparison, total = _Comparison(model), len(find_architecture(model).layers)
+    """The layers that cannot be removed next, each with the reason: what the config could not express without it."""
+    check, total = _ConfigCheck(model), len(find_architecture(model).layers)
     if total == 1:
         return {0: "no layer would be left"}
-    found = {layer: comparison.difference([n for n in range(total) if n != layer]) for layer in range(total)}
-    return {layer: difference for layer, difference in found.items() if difference}
+    differences = {layer: check.difference([n for n in range(total) if n != layer]) for layer in range(total)}
+    return {layer: difference for layer, difference in differences.items() if difference}
 
 
 def first_difference(
     expected: nn.Module, actual: nn.Module, without: str = "", depths: tuple[int, int] | None = None
 ) -> str | None:
-    """The first difference in structure between two modules: classes, shapes, or plain attributes of any part.
+    """The first difference in structure between two modules: submodules, classes, shapes or plain attributes.
 
     Args:
-        without: a part to leave out, by its name.
-        depths: numbers of layers that may stand for each other, of the expected module and of the actual one.
+        without: name of a submodule to leave out.
+        depths: numbers of layers of the expected module and of the actual one, which count as equal attributes.
     """
 
-    def parts(module: nn.Module) -> dict[str, nn.Module]:
+    def submodules(module: nn.Module) -> dict[str, nn.Module]:
         named = module.named_modules(remove_duplicate=False)
-        return {name: part for name, part in named if not without or not f"{name}.".startswith(f"{without}.")}
+        return {name: submodule for name, submodule in named if not without or not f"{name}.".startswith(f"{without}.")}
 
-    ours, theirs = parts(actual), parts(expected)
-    if ours.keys() != theirs.keys():
-        return f"other modules ({', '.join(sorted(ours.keys() ^ theirs.keys())[:3])})"
-    for name, module in ours.items():
-        built = theirs[name]
+    actual_modules, expected_modules = submodules(actual), submodules(expected)
+    if actual_modules.keys() != expected_modules.keys():
+        return f"other modules ({', '.join(sorted(actual_modules.keys() ^ expected_modules.keys())[:3])})"
+    for name, module in actual_modules.items():
+        built = expected_modules[name]
         if type(module) is not type(built):
             return f"{name or 'the layer'} = {type(built).__name__} instead of {type(module).__name__}"
-        mine, its = _plain_attributes(module), _plain_attributes(built)
-        for key in sorted(mine.keys() & its.keys()):
-            if mine[key] != its[key] and (its[key], mine[key]) != depths:
-                return f"{'.'.join(filter(None, (name, key)))} = {_short(its[key])} instead of {_short(mine[key])}"
+        attributes, loaded = _plain_attributes(module), _plain_attributes(built)
+        for key in sorted(attributes.keys() & loaded.keys()):
+            value, other = attributes[key], loaded[key]
+            if value != other and (other, value) != depths:
+                return f"{'.'.join(filter(None, (name, key)))} = {_short(other)} instead of {_short(value)}"
     return None
 
 
 @dataclass
-class _Built:
-    """What a rewritten config gives, on the meta device, and what is wrong with it for any layers."""
+class _BuiltModel:
+    """The model that a rewritten config builds, on the meta device.
+
+    Attributes:
+        difference: from the pruned model, outside the layers.
+    """
 
     model: PreTrainedModel
-    fault: str | None
+    difference: str | None
 
     @cached_property
     def structures(self) -> list[dict[str, Any]]:
         return [_structure(layer) for layer in find_architecture(self.model).layers]
 
 
-class _Comparison:
-    """A model and what is built from its config without some layers; what many removals have in common is done once."""
+class _ConfigCheck:
+    """Compares a model with those that its config builds without some layers; caches what several removals share."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.architecture = model, find_architecture(model)
         self.config, self.layers = text_config(model.config), self.architecture.layers
-        self._built: dict[str, _Built] = {}
+        self._built: dict[str, _BuiltModel] = {}
 
     def difference(self, kept: list[int]) -> str | None:
-        """How the model that the rewritten config gives differs from the one that is meant."""
+        """The first difference between the model that the rewritten config builds and the pruned one."""
         if self._shares_weights(kept):
             return "layers share their weights"
         try:
-            built = self.built(kept)
-        except Exception as error:  # whatever the family has against such a config
+            built = self.build(kept)
+        except Exception as error:  # families reject configs with many types
             return f"there would be no such model ({' '.join(str(error).split())})"
-        layerwise = find_architecture(built.model).layers
-        if len(layerwise) != len(kept):
-            return f"{len(layerwise)} layers would be loaded instead of {len(kept)}"
-        for index, expected, structure in zip(kept, layerwise, built.structures, strict=True):
+        built_layers = find_architecture(built.model).layers
+        if len(built_layers) != len(kept):
+            return f"{len(built_layers)} layers would be loaded instead of {len(kept)}"
+        for index, expected, structure in zip(kept, built_layers, built.structures, strict=True):
             if self._structures[index] != structure and (other := first_difference(expected, self.layers[index])):
                 return f"layer {index} would be loaded with {other}"
-        return built.fault or self._called_otherwise(kept)
+        return built.difference or self._argument_difference(kept)
 
-    def built(self, kept: list[int]) -> _Built:
-        """The model that the rewritten config gives; the same config gives the same model."""
-        shorter = copy.deepcopy(self.model.config)
-        rewrite_config(text_config(shorter), kept)
-        fields = shorter.to_diff_dict()
+    def build(self, kept: list[int]) -> _BuiltModel:
+        """The model that the rewritten config builds; removals that give the same config share it."""
+        rewritten = copy.deepcopy(self.model.config)
+        rewrite_config(text_config(rewritten), kept)
+        fields = rewritten.to_diff_dict()
         key = json.dumps(fields, sort_keys=True, default=str)
         if key not in self._built:
-            config = type(shorter).from_dict(copy.deepcopy(fields))  # as it would be read from disk
+            config = type(rewritten).from_dict(copy.deepcopy(fields))  # as it would be read from disk
             config._attn_implementation = self.model.config._attn_implementation
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=hasattr(config, "auto_map"))
-            self._built[key] = _Built(model, self._fault(model, len(kept)))
+            self._built[key] = _BuiltModel(model, self._outer_difference(model, len(kept)))
         return self._built[key]
 
-    def _fault(self, built: PreTrainedModel, depth: int) -> str | None:
+    def _outer_difference(self, built: PreTrainedModel, depth: int) -> str | None:
         prefix = self.architecture.layer_prefix()
         if difference := first_difference(built, self.model, prefix, (depth, len(self.layers))):
             return f"the model would be loaded with {difference}"
@@ -162,8 +167,9 @@ class _Comparison:
         return None
 
     def _shares_weights(self, kept: list[int]) -> bool:
-        stay = {tensor for index in kept for tensor in self._tensors[index]}
-        return any(not stay.isdisjoint(own) for index, own in enumerate(self._tensors) if index not in kept)
+        """Whether a layer that stays shares a parameter with one that is removed."""
+        kept_tensors = {tensor for index in kept for tensor in self._tensors[index]}
+        return any(not kept_tensors.isdisjoint(ids) for index, ids in enumerate(self._tensors) if index not in kept)
 
     @cached_property
     def _tensors(self) -> list[set[int]]:
@@ -173,8 +179,8 @@ class _Comparison:
     def _structures(self) -> list[dict[str, Any]]:
         return [_structure(layer) for layer in self.layers]
 
-    def _called_otherwise(self, kept: list[int]) -> str | None:
-        """Which layer would be handed other arguments by the base model's forward, once the config is rewritten."""
+    def _argument_difference(self, kept: list[int]) -> str | None:
+        """The first layer to which the base model's forward passes other arguments with the rewritten config."""
         before = self._arguments
         try:
             self.architecture.set_layers([self.layers[index] for index in kept])
@@ -183,14 +189,14 @@ class _Comparison:
         finally:
             self.architecture.set_layers(self.layers)
         for index, now in zip(kept, after, strict=True):
-            theirs = dict(leaves(now))
+            arguments = dict(leaves(now))
             for path, value in leaves(before[index]):
-                if not _same(value, theirs.get(path)):
+                if not _same(value, arguments.get(path)):
                     return f"layer {index} would be given another {path[-1]}"
         return None
 
     @cached_property
-    def _calls(self) -> LayerInputRecorder:
+    def _recorder(self) -> LayerInputRecorder:
         return LayerInputRecorder(self.architecture)
 
     @cached_property
@@ -199,16 +205,15 @@ class _Comparison:
 
     @torch.no_grad()
     def _record(self) -> list[LayerInputs]:
-        """Arguments of each layer for a few tokens; with short sight, so that masks show which layers have it."""
-        calls = self._calls
+        """Each layer's arguments for eight tokens, with attention windows cut to 3 so that the masks show them."""
         ids = torch.arange(1, 9, device=self.architecture.device)[None]
         reaches = {name: 3 for name in ATTENTION_REACHES if isinstance(vars(self.config).get(name), int)}
         with _changed(self.config, reaches):
-            return calls.record({"input_ids": ids})[1]
+            return self._recorder.record({"input_ids": ids})[1]
 
 
 def _counts_tokens(config: PretrainedConfig) -> bool:
-    """Whether a cache for such a model knows how many tokens it holds: that of a recurrent layer does not."""
+    """Whether the KV cache of such a model knows its sequence length; one with only recurrent layers does not."""
     try:
         return DynamicCache(config=config).get_seq_length() == 0
     except ValueError:
@@ -217,6 +222,7 @@ def _counts_tokens(config: PretrainedConfig) -> bool:
 
 @contextmanager
 def _changed(config: PretrainedConfig, fields: dict[str, Any]) -> Iterator[None]:
+    """Sets fields of the config while the context lasts."""
     before = dict(vars(config))
     try:
         for name, value in fields.items():
@@ -235,18 +241,18 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _structure(layer: nn.Module) -> dict[str, Any]:
-    parts = layer.named_modules(remove_duplicate=False)
-    return {name: (type(module), _plain_attributes(module)) for name, module in parts}
+    modules = layer.named_modules(remove_duplicate=False)
+    return {name: (type(module), _plain_attributes(module)) for name, module in modules}
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, object]:
-    """Numbers, words and lists of them, and shapes; but not those that say the layer's place or the mode."""
+    """A module's attributes of plain types, and the shapes of its tensors; without those in NOT_COMPARED."""
     plain: dict[str, object] = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in vars(module).items()
         if all(isinstance(leaf, (bool, int, float, str, type(None))) for _, leaf in leaves(value))
         and not name.startswith("_")
-        and not (name in PER_LAYER_LISTS and isinstance(value, (list, tuple)))  # the config's own, compared through it
+        and not (name in PER_LAYER_LISTS and isinstance(value, (list, tuple)))  # compared through the config
         and name not in NOT_COMPARED
     }
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}

@@ -1,4 +1,4 @@
-"""Config fields that say something of each layer, and their values once layers are gone."""
+"""Config fields whose values depend on layer indices, in any family, and their values after layers are removed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# Config fields, in whatever family they occur.
-PER_LAYER_LISTS = (
+PER_LAYER_LISTS = (  # one entry for each layer
     "layer_types",
     "mlp_layer_types",
     "layers_block_type",
@@ -40,14 +39,12 @@ PERIODS = (  # "the layers whose index divided by the period leaves the offset a
     ("attn_layer_period", "attn_layer_offset"),
     ("expert_layer_period", "expert_layer_offset"),
 )
-
-
 # Fields that limit how far back a layer attends.
 ATTENTION_REACHES = ("sliding_window", "attention_chunk_size", "window_size")
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The part of a config that describes the language model: all of it, unless the model reads images or sound too."""
+    """The language model's part of a config: all of it, unless the model is multimodal."""
     return config.get_text_config(decoder=True)
 
 
@@ -58,67 +55,80 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 
 def attention_reach(config: PretrainedConfig) -> int | None:
-    """Tokens that the shortest-sighted layer attends to; None if every layer sees all before."""
+    """The shortest attention window of any layer, in tokens; None if every layer attends to all earlier tokens."""
     reaches = [getattr(text_config(config), name, None) for name in ATTENTION_REACHES]
     return min((reach for reach in reaches if isinstance(reach, int)), default=None)
 
 
 def shortened_fields(config: PretrainedConfig, kept: list[int]) -> dict[str, Any]:
-    """The config fields that change when only the layers `kept` (indices, ascending) stay, with their new values.
+    """The config fields that change when only some layers stay, with their new values.
 
     Args:
         config: of the language model itself (`text_config`).
+        kept: indices of the layers that stay, ascending.
     """
-    total, own = config.num_hidden_layers, vars(config)
+    total, values = config.num_hidden_layers, vars(config)
     fields: dict[str, Any] = {"num_hidden_layers": len(kept)}
-    for name in PER_LAYER_LISTS:
-        values = own.get(name)
-        if isinstance(values, (list, tuple)) and len(values) == total:
-            fields[name] = [values[index] for index in kept]
-    for name in REPEATED_LISTS:
-        if pattern := own.get(name):
-            fields[name] = [pattern[index % len(pattern)] for index in kept]
-    for name in RUN_LISTS:
-        if runs := own.get(name):
-            kinds = [kind for pattern, repeats in runs for _ in range(repeats) for kind in pattern]
-            fields[name] = [[[kinds[index]], 1] for index in kept]
-    for name in LAYER_COUNTERS:
-        count = own.get(name)
-        if isinstance(count, int) and count < total:  # a larger count means all layers, and still does
-            fields[name] = sum(index < count for index in kept)
-    for name in LAST_INDICES:
-        if name in own:
-            fields[name] = sum(index <= own[name] for index in kept) - 1
-    for name in LAST_COUNTERS:
-        if count := own.get(name):
-            fields[name] = sum(index >= total - count for index in kept)
-    if (step := own.get("decoder_sparse_step") or 1) > 1:  # the list says the same of any layers, and the step does not
+    fields |= _shortened_lists(values, kept, total)
+    fields |= _shortened_counters(values, kept, total)
+    if (step := values.get("decoder_sparse_step") or 1) > 1:  # replaced by a list, which can say the same of any layers
         dense = {index for index in range(total) if (index + 1) % step}
-        own = own | {"mlp_only_layers": sorted(dense.union(own.get("mlp_only_layers") or ()))}
+        values = values | {"mlp_only_layers": sorted(dense.union(values.get("mlp_only_layers") or ()))}
         fields["decoder_sparse_step"] = 1
     for name in LAYER_INDEX_LISTS:
-        if indices := own.get(name):
+        if indices := values.get(name):
             fields[name] = [position for position, index in enumerate(kept) if index in indices]
     for period, offset in PERIODS:
-        if period in own:
-            fields |= _shortened_period(kept, own, period, offset)
-    if overrides := config.to_dict().get("per_layer_config"):  # by layer, whose index is written as a word
-        own_to = {int(index): values for index, values in overrides.items()}
-        fields["per_layer_config"] = {p: own_to[index] for p, index in enumerate(kept) if index in own_to}
+        if period in values:
+            fields |= _shortened_period(values, kept, period, offset)
+    if overrides := config.to_dict().get("per_layer_config"):  # its keys are layer indices as strings
+        by_index = {int(index): override for index, override in overrides.items()}
+        fields["per_layer_config"] = {p: by_index[index] for p, index in enumerate(kept) if index in by_index}
     return fields
 
 
-def _shortened_period(kept: list[int], own: dict[str, Any], period: str, offset: str) -> dict[str, int]:
-    """The period and offset that choose the same ones among the layers `kept`; none if there are no such numbers."""
-    chosen = [index % own[period] == own[offset] for index in kept]
-    for length in (own[period], *range(1, len(kept) + 2)):
+def _shortened_lists(values: dict[str, Any], kept: list[int], total: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name in PER_LAYER_LISTS:
+        entries = values.get(name)
+        if isinstance(entries, (list, tuple)) and len(entries) == total:
+            fields[name] = [entries[index] for index in kept]
+    for name in REPEATED_LISTS:
+        if pattern := values.get(name):
+            fields[name] = [pattern[index % len(pattern)] for index in kept]
+    for name in RUN_LISTS:
+        if runs := values.get(name):
+            kinds = [kind for pattern, repeats in runs for _ in range(repeats) for kind in pattern]
+            fields[name] = [[[kinds[index]], 1] for index in kept]
+    return fields
+
+
+def _shortened_counters(values: dict[str, Any], kept: list[int], total: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name in LAYER_COUNTERS:
+        count = values.get(name)
+        if isinstance(count, int) and count < total:  # a larger count means all layers, and still does
+            fields[name] = sum(index < count for index in kept)
+    for name in LAST_INDICES:
+        if name in values:
+            fields[name] = sum(index <= values[name] for index in kept) - 1
+    for name in LAST_COUNTERS:
+        if count := values.get(name):
+            fields[name] = sum(index >= total - count for index in kept)
+    return fields
+
+
+def _shortened_period(values: dict[str, Any], kept: list[int], period: str, offset: str) -> dict[str, int]:
+    """The period and offset that select the same layers among those `kept`; empty if no such pair exists."""
+    selected = [index % values[period] == values[offset] for index in kept]
+    for length in (values[period], *range(1, len(kept) + 2)):
         for first in range(length):
-            if chosen == [position % length == first for position in range(len(kept))]:
+            if selected == [position % length == first for position in range(len(kept))]:
                 return {period: length, offset: first}
     return {}
 
 
 def rewrite_config(config: PretrainedConfig, kept: list[int]) -> None:
-    """Lets a config (a `text_config`) say that only the layers `kept` are there."""
+    """Rewrites a config (a `text_config`), in place, for the model with only the layers `kept`."""
     for name, value in shortened_fields(config, kept).items():
         setattr(config, name, value)

@@ -1,4 +1,4 @@
-"""What tells one checkpoint from another."""
+"""Fingerprints of checkpoints: which weights a path holds, without reading all of them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 from layerpeel.model.loading import load_config_of
 
-BLOCK, BLOCKS = 2**16, 256  # of a file that is told from another: bytes of each, and how many
+BLOCK, BLOCKS = 2**16, 256  # of a file, those that are hashed: bytes of each, and about how many
 
 
 def fingerprint(path: str | Path, dtype: torch.dtype) -> str:
-    """Says which weights a path holds, without reading them: names, sizes and times of its files, and the dtype."""
+    """A hash of the path, the dtype, and the names, sizes and modification times of a folder's files."""
     folder = Path(path)
     files = sorted(folder.glob("*")) if folder.is_dir() else []
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -21,10 +21,9 @@ def fingerprint(path: str | Path, dtype: torch.dtype) -> str:
 
 
 def digests(path: str | Path, *, trust_remote_code: bool = False) -> dict[str, str]:
-    """What tells one checkpoint from another: of each file in a folder, a hash of its size and of blocks all over it.
+    """For each file of a checkpoint folder, a hash of its size and of evenly spaced blocks; for a hub name, its commit.
 
-    Training moves nearly every number, so that blocks see what a hash of the whole would, in a moment. Of a hub name,
-    the commit that was loaded.
+    Training changes nearly every number, so a sample of blocks tells checkpoints apart as a full hash would.
     """
     folder = Path(path)
     if not folder.is_dir():

@@ -1,4 +1,7 @@
-"""All that is known of single model families: where their layers and final norms are, and which are refused."""
+"""The table of model families: where each keeps its layers and final norm, and which are refused.
+
+This data and `config_fields` are all that the package knows of single families; `architecture` reads it.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps its parts, as names below its base model; with dots where they are further down."""
+    """Submodule names, relative to the base model, of a family's list of layers and its final norm."""
 
     layers: str = "layers"
     norm: str = "norm"
     base: str = ""
-    """Where the causal model keeps its base model, if not under its `base_model_prefix`."""
+    """The base model's name in the causal model, if it is not the `base_model_prefix`."""
     note: str = ""
-    """What of it stays, or is not exact, and why."""
+    """Which layers cannot be removed, or what is not exact, and why."""
 
 
 _PLAIN = Family()
@@ -78,7 +81,7 @@ FAMILIES = {name: _PLAIN for name in _PLAIN_FAMILIES.split()} | {
 }
 
 
-# Families of which no layer can go, or that cannot be run layer by layer: what the checks find, in words.
+# Families without removable layers, or that cannot be run layer by layer, and the reason that the checks find.
 REFUSED = {
     "cpmant": "its layers are inside an encoder of its own",
     "deepseek_v4": "its layers hand on several streams of hidden states",

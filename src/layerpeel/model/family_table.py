@@ -1,4 +1,4 @@
-"""What is said of model families to people and machines: which are tested, of which layers stay, which are refused."""
+"""The table of families for people and machines: `layerpeel families`, its JSON, and the page docs/families.md."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class FamilyStatus:
 
     Attributes:
         family: its `model_type`.
-        layers: where they are, below the base model; empty if refused.
+        layers: name of the list of layers, relative to the base model; empty if refused.
         status: `tested`, or `refused`.
-        note: what of it stays or is not exact, or why it is refused.
+        note: which layers cannot be removed or what is not exact, or why the family is refused.
     """
 
     family: str

@@ -1,6 +1,6 @@
-"""How a model's own forward calls its layers: with which arguments, and what it expects back.
+"""Records the arguments that a base model passes to its layers, and the form of output that it expects of them.
 
-Its forward runs with every layer standing in as a recorder, so that no family needs code of its own.
+The base model's forward runs with every layer's forward replaced by a recorder, so that no family needs extra code.
 
 Shapes: B batch, T tokens, D hidden.
 """
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from layerpeel.errors import InputError
 from layerpeel.model.architecture import Architecture
 
-CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")  # what forwards call the cache that they hand to a layer
+CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")  # names of the KV cache among a layer's arguments
 LayerInputs = tuple[tuple[Any, ...], dict[str, Any]]
-# What forwards expect of a layer: hidden states, or a tuple of them and something else.
+# Forms of a layer's output: hidden states, or a tuple of them and one or two other values.
 OUTPUT_FORMS: tuple[Callable[[Tensor, Any], Any], ...] = (
     lambda hidden, _: hidden,
     lambda hidden, _: (hidden,),
@@ -30,35 +30,42 @@ OTHER_OUTPUT = object()
 
 
 class _UnsupportedForwardError(Exception):
-    """A forward that does not hand hidden states from layer to layer."""
+    """The base model's forward does more than pass hidden states from layer to layer."""
 
 
 class LayerInputRecorder:
-    """Records the calls that a base model makes to its layers, without running them.
+    """Records the arguments that a base model passes to its layers, without running the layers.
 
     Attributes:
-        form: makes of hidden states what the base model expects of a layer.
-        rows: rows that an argument has for each row of the batch, by the argument's path; 0 if it has none.
+        form: makes a layer's output, in the form that the base model expects, from hidden states.
+        rows: by an argument's path and number of dimensions, the rows of its first dimension for each row of the
+            batch; 0 if that dimension does not follow the batch.
     """
 
     def __init__(self, architecture: Architecture) -> None:
-        """Tries the forms of output on a few tokens.
+        """Tries each output form on a small batch.
 
         Raises:
-            InputError: the base model does not hand hidden states from layer to layer to norm, and out.
+            InputError: the base model's forward does more than pass hidden states through its layers and final norm.
         """
         self._architecture = architecture
         reason = "its forward calls them in some other way"
         for form in OUTPUT_FORMS:
             self.form = form
             try:
-                two, three = self._try(2), self._try(3)
+                of_two, of_three = self._try(2), self._try(3)
             except _UnsupportedForwardError as error:
                 reason = str(error)
                 continue
-            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):  # not the form that it expects
+            except (
+                TypeError,
+                ValueError,
+                RuntimeError,
+                IndexError,
+                AttributeError,
+            ):  # the base model expects another form
                 continue
-            self.rows = _rows_per_row(two, three)
+            self.rows = _rows_per_row(of_two, of_three)
             return
         raise InputError(
             f"{type(architecture.base).__name__} cannot be run layer by layer: {reason}",
@@ -66,13 +73,13 @@ class LayerInputRecorder:
         )
 
     def record(self, inputs: dict[str, Any]) -> tuple[Tensor, list[LayerInputs]]:
-        """What enters the first layer [B, T, D], and the other arguments of each layer."""
-        seen: list[Tensor] = []
+        """The first layer's hidden states [B, T, D], and each layer's other arguments."""
+        hidden_states: list[Tensor] = []
         arguments: list[LayerInputs] = []
 
         def stand_in(*args: Any, **kwargs: Any) -> Any:
             hidden, args, kwargs = _split_hidden(args, kwargs)
-            seen.append(hidden)
+            hidden_states.append(hidden)
             arguments.append((args, kwargs))
             return self.form(hidden, None)
 
@@ -81,11 +88,11 @@ class LayerInputRecorder:
                 patches.enter_context(replaced_forward(layer, stand_in))
             patches.enter_context(replaced_forward(self._architecture.norm, lambda hidden: hidden))
             self._architecture.base(**inputs, use_cache=False)
-        return seen[0], arguments
+        return hidden_states[0], arguments
 
     @torch.no_grad()
     def _try(self, batch: int) -> list[LayerInputs]:
-        """Records with layers that add 1, and checks that each gets what the one before it gave."""
+        """Records with layers that add 1, and checks that each receives the previous one's output."""
         architecture = self._architecture
         order: list[int] = []
         arguments: list[LayerInputs] = []
@@ -128,17 +135,20 @@ class LayerInputRecorder:
 
 
 def take_rows(value: Any, rows: Tensor, batch: int, per_row: dict[tuple[Any, ...], int], path: tuple[Any, ...]) -> Any:
-    """A layer's arguments for these rows of the batch that they were recorded for.
+    """Selects rows of the batch from a layer's recorded arguments.
 
     Args:
-        per_row: `LayerInputRecorder.rows`; what it does not know counts as one row each if there are as many as in
-            the batch.
-        path: where `value` is among the arguments.
+        value: arguments, or a part of them.
+        rows: indices into the batch.
+        batch: number of rows that the arguments were recorded for.
+        per_row: `LayerInputRecorder.rows`. A tensor that is not in it has one row for each of the batch if its first
+            dimension is `batch`, and none otherwise.
+        path: of `value` in the arguments.
     """
     if isinstance(value, Tensor):
-        unknown = int(batch > 1 and value.dim() > 1 and value.shape[0] == batch)  # a leading 1 broadcasts
-        each = per_row.get((path, value.dim()), unknown)
-        return value.unflatten(0, (batch, each))[rows].flatten(0, 1) if each else value
+        default = int(batch > 1 and value.dim() > 1 and value.shape[0] == batch)  # a leading 1 broadcasts
+        count = per_row.get((path, value.dim()), default)
+        return value.unflatten(0, (batch, count))[rows].flatten(0, 1) if count else value
     if isinstance(value, (tuple, list)):
         return type(value)(take_rows(v, rows, batch, per_row, (*path, n)) for n, v in enumerate(value))
     if isinstance(value, dict):
@@ -148,25 +158,25 @@ def take_rows(value: Any, rows: Tensor, batch: int, per_row: dict[tuple[Any, ...
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Lets `module` run `forward` in place of its own, for the time of the context."""
-    own = module.__dict__.get("forward")
+    """Replaces the forward of `module` while the context lasts."""
+    overridden = module.__dict__.get("forward")
     module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        if own is None:
+        if overridden is None:
             del module.forward
         else:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = overridden  # type: ignore[method-assign]
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The hidden states in a layer's output: some families return them in a tuple."""
+    """The hidden states in a layer's output, which some families wrap in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """What is in nested tuples, lists and dicts, each with its path."""
+    """The leaves of nested tuples, lists and dicts, each with its path of indices and keys."""
     if isinstance(value, (tuple, list)):
         value = dict(enumerate(value))
     if isinstance(value, dict):
@@ -187,16 +197,16 @@ def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor
     return kwargs["hidden_states"], (), rest
 
 
-def _rows_per_row(two: list[LayerInputs], three: list[LayerInputs]) -> dict[tuple[Any, ...], int]:
-    """For each tensor argument, how its first dimension follows the batch, from the calls for two rows and for three.
+def _rows_per_row(of_two: list[LayerInputs], of_three: list[LayerInputs]) -> dict[tuple[Any, ...], int]:
+    """For each tensor argument, by how much its first dimension grows with the batch, from batches of 2 and 3 rows.
 
-    A first dimension of 1 says nothing: it may be that of one row for all.
+    A first dimension of 1 is left out: it may broadcast.
     """
-    found: dict[tuple[Any, ...], int] = {}
-    for few, more in zip(two, three, strict=True):
-        longer = dict(leaves(more))
-        for path, value in leaves(few):
-            other = longer.get(path)
+    growth: dict[tuple[Any, ...], int] = {}
+    for smaller, larger in zip(of_two, of_three, strict=True):
+        counterparts = dict(leaves(larger))
+        for path, value in leaves(smaller):
+            other = counterparts.get(path)
             if isinstance(value, Tensor) and isinstance(other, Tensor) and value.dim() and value.shape[0] > 1:
-                found[path, value.dim()] = max(0, other.shape[0] - value.shape[0])
-    return found
+                growth[path, value.dim()] = max(0, other.shape[0] - value.shape[0])
+    return growth

@@ -1,4 +1,4 @@
-"""Loading and saving teacher, student and tokenizer: safetensors only, nothing executed unless asked."""
+"""Loads models and tokenizers: safetensors only, checked against each other; remote code runs only on request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from layerpeel.model.devices import pick_device, wanted_dtype
 
 
 def load_config_of(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a causal language model, before its weights are read.
+    """Loads the config of a causal language model, without its weights.
 
     Raises:
         InputError: there is no such model, or it is no causal language model.
@@ -55,7 +55,7 @@ def load_config_of(path: str | Path, *, trust_remote_code: bool = False) -> Pret
 def load_model(
     path: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a causal language model and its tokenizer, checked against each other.
+    """Loads a causal language model and its tokenizer, and checks that they fit each other.
 
     Args:
         path: a folder or a hub name.
@@ -69,12 +69,25 @@ def load_model(
     """
     config = load_config_of(path, trust_remote_code=trust_remote_code)
     target = pick_device(device)
-    wanted = wanted_dtype(config, target, dtype)
     check_weights(config, path)
+    model = _load_weights(path, wanted_dtype(config, target, dtype), trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    check_vocabulary(model, tokenizer, path)
+    model = model.to(target).eval()
+    _check_finite(model, path)
+    return model, tokenizer
+
+
+def _load_weights(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """Loads a model with all of its weights, on the CPU.
+
+    Raises:
+        InputError: they are not in safetensors, do not fit the config, or are incomplete.
+    """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path),
-            dtype=wanted,
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -82,7 +95,7 @@ def load_model(
         )
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # whatever transformers, or the family's code, finds wrong with it
+    except Exception as error:  # transformers and remote code raise many types
         raise InputError(
             f"{path}: the weights cannot be loaded ({reason_of(error)})",
             hint="only safetensors that fit config.json are read; convert other formats with save_pretrained",
@@ -97,15 +110,11 @@ def load_model(
             f"{path}: the checkpoint lacks weights of its model: {', '.join(sorted(info['missing_keys'])[:3])}",
             hint="the model would run on random values; fetch a complete checkpoint",
         )
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    check_vocabulary(model, tokenizer, path)
-    model = model.to(target).eval()
-    _check_finite(model, path)
-    return model, tokenizer
+    return model
 
 
 def load_teacher(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a config's teacher as the config says; see `load_model`."""
+    """Loads the teacher of a run's config; see `load_model`."""
     return load_model(
         config.teacher, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
@@ -126,7 +135,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Checks that every token has an embedding (a larger embedding is padding, and fine).
+    """Checks that every token id has an embedding; more embeddings than tokens are padding.
 
     Raises:
         InputError: the tokenizer's ids go beyond the model's vocabulary.
@@ -143,7 +152,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 @torch.no_grad()
 def _check_finite(model: PreTrainedModel, path: str | Path) -> None:
-    """Checks that the model's outputs for one token are numbers: weights that are not spoil them all."""
+    """Checks that the logits of one token are finite: any weight that is not makes all of them NaN."""
     logits = model(torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits
     if not torch.isfinite(logits).all():
         raise InputError(
@@ -156,8 +165,8 @@ def _check_causal(config: PretrainedConfig, path: str | Path) -> None:
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     named = config.architectures or []
     custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    if not custom and (known is None or (named and not causal & set(named))):
+    class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if not custom and (class_name is None or (named and not causal & set(named))):
         raise InputError(
             f"{path} is not a causal language model: it is a {', '.join(named) or config.model_type}",
             hint="layerpeel works on decoders that AutoModelForCausalLM loads, such as Llama or Qwen",

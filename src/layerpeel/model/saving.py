@@ -1,4 +1,4 @@
-"""Saving a model: safetensors only, whole or not at all, loaded back and compared."""
+"""Saving a model: safetensors only, replaced atomically, loaded back and compared with the model in memory."""
 
 from __future__ import annotations
 
@@ -7,40 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.errors import RunError
 from layerpeel.model.config_check import first_difference
-from layerpeel.processes.distributed import RANK
+from layerpeel.processes.distributed import is_main_process
 from layerpeel.storage.files import replace_folder
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
-    """Writes a Hugging Face checkpoint in `dtype`, whole or not at all.
+    """Writes a Hugging Face checkpoint in `dtype`; only the main process does.
 
-    An older checkpoint at `folder` is replaced once the new one is complete, and was loaded back and compared. Of
-    several processes the first writes.
+    The checkpoint is written beside `folder`, loaded back and compared; then it replaces an older one at `folder`.
 
     Raises:
-        RunError: what was written is not the model in memory.
+        RunError: the checkpoint loads as another model than the one in memory.
     """
-    if RANK:
+    if not is_main_process():
         return
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     state: dict[str, Any] = {
         name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
     }
-    running = model.config.dtype
+    config_dtype = model.config.dtype
     model.config.dtype = dtype
     try:
         model.save_pretrained(partial, state_dict=state)
     finally:
-        model.config.dtype = running
+        model.config.dtype = config_dtype
     tokenizer.save_pretrained(partial)
     del state
     check_saved(model, partial, dtype)
@@ -48,11 +43,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def check_saved(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """Checks that what plain transformers loads from a folder is the model in memory, rounded to `dtype`.
+    """Checks that transformers loads from a folder the model in memory, rounded to `dtype`.
 
-    Compared are the classes, shapes and plain attributes of all modules, and all parameters and buffers, bit by bit:
-    a forward reads nothing else but the config and its input, so equal parts give equal logits. The copy is loaded on
-    the CPU in `dtype`, which takes the memory that saving took.
+    Compares the classes, shapes and plain attributes of all modules, and all parameters and buffers bit by bit: a
+    forward reads nothing else but the config and its input, so the logits are equal too. The second model is loaded on
+    the CPU in `dtype`, and needs as much memory as saving did.
 
     Raises:
         RunError: they differ, or it cannot be loaded; the message names the folder and the first difference.
@@ -60,10 +55,10 @@ def check_saved(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Non
     loader = type(model) if getattr(model.config, "auto_map", None) else AutoModelForCausalLM
     try:
         loaded, info = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
-        odd = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-        difference = f"other tensors ({', '.join(odd[:3])})" if odd else first_difference(loaded, model)
-        difference = difference or _first_other_tensor(loaded, model)
-    except Exception as error:  # whatever transformers, or the family's code, finds wrong with it
+        unmatched = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+        difference = f"other tensors ({', '.join(unmatched[:3])})" if unmatched else first_difference(loaded, model)
+        difference = difference or _first_unequal_tensor(loaded, model)
+    except Exception as error:  # transformers and remote code raise many types
         difference = f"an error ({' '.join(str(error).split())})"
     if difference:
         raise RunError(
@@ -73,10 +68,10 @@ def check_saved(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Non
         )
 
 
-def _first_other_tensor(loaded: PreTrainedModel, model: PreTrainedModel) -> str | None:
-    theirs = dict([*loaded.named_parameters(), *loaded.named_buffers()])
-    for name, ours in [*model.named_parameters(), *model.named_buffers()]:
-        other = theirs.get(name)
-        if other is None or not torch.equal(ours.detach().to("cpu", other.dtype), other):
+def _first_unequal_tensor(loaded: PreTrainedModel, model: PreTrainedModel) -> str | None:
+    loaded_tensors = dict([*loaded.named_parameters(), *loaded.named_buffers()])
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        stored = loaded_tensors.get(name)
+        if stored is None or not torch.equal(tensor.detach().to("cpu", stored.dtype), stored):
             return f"another value of {name}"
     return None

@@ -1,4 +1,4 @@
-"""A model whose layers stay in its safetensors files, for scoring models larger than memory."""
+"""A model whose layers are read from its safetensors files one at a time, to score models larger than memory."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from layerpeel.model.checkpoint import check_weights
 from layerpeel.model.devices import pick_device, wanted_dtype
 from layerpeel.model.loading import check_vocabulary, load_config_of, load_tokenizer
 
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt: blocks of this size or more are mapped, and unmapped when freed
+M_MMAP_THRESHOLD = -3  # parameter of glibc's mallopt: larger blocks are mapped, and unmapped when freed
 
 
 class StreamedLayers:
-    """The layers of a model that stay in its safetensors files: each is read when it runs, and dropped afterwards.
+    """Reads each layer's weights from safetensors files before it runs, and drops them afterwards.
 
-    While one runs the next is read, so that no more than two are ever in memory.
+    The next layer is read while one runs, so at most two are in memory.
 
     Attributes:
-        model: with all but its layers loaded.
+        model: loaded but for its layers, whose weights are on the meta device between runs.
     """
 
     def __init__(self, model: PreTrainedModel, files: Mapping[str, Path], path: str | Path) -> None:
-        """Checks that each layer can be read on its own.
+        """Checks that the files have every tensor of every layer.
 
         Args:
-            model: its layers without weights (on the meta device).
-            files: for each tensor of the checkpoint, the file that holds it.
-            path: of the checkpoint, for messages.
+            model: with its layers on the meta device.
+            files: the file of each tensor in the checkpoint, by the tensor's name.
+            path: the checkpoint, for messages.
 
         Raises:
             InputError: the checkpoint stores layers under other names than the model has.
@@ -60,7 +60,7 @@ class StreamedLayers:
 
     @contextmanager
     def weights_loaded(self, position: int) -> Iterator[None]:
-        """Lets the layer at a position have its weights for the time of the context."""
+        """Loads the weights of the layer at `position` while the context lasts."""
         layer = self._architecture.layers[position]
         ready = self._read_ahead.pop(position, None) or self._reader.submit(self._read, position)
         self._read_ahead.clear()
@@ -74,27 +74,27 @@ class StreamedLayers:
             layer.load_state_dict(meta, strict=False, assign=True)
 
     def _names(self, position: int) -> dict[str, str]:
-        """The layer's weights, and what the checkpoint calls them."""
+        """The names of the layer's tensors, in its state dict and in the checkpoint."""
         prefix = f"{self._architecture.layer_prefix()}.{position}."
         return {name: prefix + name for name in self._architecture.layers[position].state_dict()}
 
     def _read(self, position: int) -> dict[str, Tensor]:
         names = self._names(position)
         tensors = _read_tensors(
-            {full: self._files[full] for full in names.values()}, self.model.device, self.model.dtype
+            {stored: self._files[stored] for stored in names.values()}, self.model.device, self.model.dtype
         )
-        return {name: tensors[full] for name, full in names.items()}
+        return {name: tensors[stored] for name, stored in names.items()}
 
 
 def load_streamed(
     path: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[StreamedLayers, PreTrainedTokenizerBase]:
-    """Loads a causal language model but for its layers, which are read one at a time as they run.
+    """Loads a causal language model but for its layers, which are read as they run.
 
     Args, errors: as `load_model`.
     """
     config = load_config_of(path, trust_remote_code=trust_remote_code)
-    _give_memory_back()
+    _return_freed_memory()
     target, wanted = pick_device(device), wanted_dtype(config, pick_device(device), dtype)
     check_weights(config, path)
     with init_empty_weights(include_buffers=False):
@@ -106,7 +106,7 @@ def load_streamed(
     for name, tensor in tensors.items():
         set_module_tensor_to_device(model, name, target, value=tensor)
     missing = outside - set(tensors)
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)  # takes out what is tied to something there
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)  # removes tied weights from `missing`
     if missing:
         raise InputError(
             f"{path}: the checkpoint lacks weights of its model: {', '.join(sorted(missing)[:3])}",
@@ -119,20 +119,20 @@ def load_streamed(
     return StreamedLayers(model.eval().requires_grad_(False), files, path), tokenizer
 
 
-def _give_memory_back() -> None:
-    """Lets what is freed go back to the system at once, where it can be said.
+def _return_freed_memory() -> None:
+    """Makes glibc return freed blocks of over 1 MB to the system at once.
 
-    glibc keeps freed blocks of up to 32 MB for others of that size; those of one layer after another would pile up.
+    By default it keeps blocks of up to 32 MB for reuse, and those of successive layers would accumulate.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def _tensor_files(path: str | Path) -> dict[str, Path]:
-    """For each tensor of a checkpoint, the file that holds it.
+    """The file of each tensor in a checkpoint, by the tensor's name.
 
     Raises:
-        InputError: there are no safetensors.
+        InputError: the checkpoint has no safetensors files.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -147,12 +147,12 @@ def _tensor_files(path: str | Path) -> dict[str, Path]:
 
 
 def _read_tensors(files: Mapping[str, Path], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors by name from the safetensors files that hold them; floating-point ones in `dtype`."""
+    """Reads tensors, by name, from their safetensors files; floating-point ones are cast to `dtype`."""
     tensors = {}
     for path in sorted(set(files.values())):
         with safe_open(path, framework="pt") as file:
             for name in (name for name, holder in files.items() if holder == path):
                 value = file.get_tensor(name)
-                # A copy, so that the mapped file can be let go of.
+                # A copy, so that the file can be unmapped.
                 tensors[name] = value.to(device, dtype if value.is_floating_point() else None, copy=True)
     return tensors

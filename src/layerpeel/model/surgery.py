@@ -1,4 +1,4 @@
-"""Removing layers: `Depth` (the surviving teacher layers), and the model and config without the others."""
+"""Removing layers: `KeptLayers` (which teacher layers a student still has), and surgery on a model and its config."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from layerpeel.model.config_fields import PER_LAYER_LISTS, rewrite_config, text_
 
 @dataclass(frozen=True)
 class KeptLayers:
-    """Which of the teacher's layers survive. The one home of index arithmetic.
+    """Which of the teacher's layers a student still has; all arithmetic on layer indices is here.
 
-    A *layer* is a teacher index, a *position* an index into the student's shorter list.
+    A *layer* is an index into the teacher's layers, a *position* an index into the student's. A *gap* is a maximal run
+    of removed layers.
 
     Attributes:
-        kept: teacher indices of the surviving layers, ascending.
+        kept: the teacher's indices of the student's layers, ascending.
         total: number of the teacher's layers.
     """
 
@@ -39,50 +40,50 @@ class KeptLayers:
         return tuple(layer for layer in range(self.total) if layer not in self.kept)
 
     def without(self, layers: Iterable[int]) -> KeptLayers:
-        """The depth after removing these teacher layers.
+        """What is kept after these teacher layers are removed too.
 
         Raises:
-            InputError: a layer is not there (any more), or none would be left.
+            InputError: the student does not have one of the layers, or none would be left.
         """
-        gone = set(layers)
-        absent = sorted(gone - set(self.kept))
+        removed = set(layers)
+        absent = sorted(removed - set(self.kept))
         if absent:
             raise InputError(
                 f"layer {absent[0]} cannot be removed: the layers there are {_ranges(self.kept)}",
                 hint="layers are counted from 0 and named by the teacher's index",
             )
-        kept = tuple(layer for layer in self.kept if layer not in gone)
+        kept = tuple(layer for layer in self.kept if layer not in removed)
         if not kept:
             raise InputError("removing every layer leaves no model", hint="keep at least one layer")
         return KeptLayers(kept, self.total)
 
     def position(self, layer: int) -> int:
-        """The place of a surviving teacher layer in the student."""
+        """The position in the student of a teacher layer."""
         return self.kept.index(layer)
 
     @property
     def first_changed(self) -> int:
-        """The first position at which the student no longer holds the teacher layer of the same index."""
+        """The first position whose layer is not the teacher's of the same index: the length of the shared prefix."""
         return next((p for p, layer in enumerate(self.kept) if layer != p), len(self.kept))
 
     @property
     def gaps(self) -> tuple[int, ...]:
-        """Positions before which layers are missing; `len(self)` if the last ones are."""
+        """For each gap, the position of the first layer after it; `len(self)` if the last layers are removed."""
         ends = (-1, *self.kept, self.total)
         return tuple(p for p in range(len(self.kept) + 1) if ends[p + 1] - ends[p] > 1)
 
     def neighbours(self, radius: int) -> tuple[int, ...]:
-        """Surviving layers within `radius` positions of a seam, on both sides."""
-        near = {p for seam in self.gaps for p in range(seam - radius, seam + radius)}
+        """The kept layers within `radius` positions of a gap, on both sides."""
+        near = {p for gap in self.gaps for p in range(gap - radius, gap + radius)}
         return tuple(layer for p, layer in enumerate(self.kept) if p in near)
 
     def above(self) -> tuple[int, ...]:
-        """Surviving layers from the first gap up (the last one, if only layers above it are missing)."""
+        """The kept layers after the first gap; the last kept layer if only layers after it are removed."""
         start = min((*self.gaps, len(self.kept) - 1)) if self.gaps else len(self.kept)
         return self.kept[start:]
 
     def removable(self, first: int = 1, last: int = 1, layers: Iterable[int] = ()) -> tuple[int, ...]:
-        """Surviving layers that may go: all but the teacher's `first`, its `last`, and the listed ones."""
+        """The kept layers but for the teacher's `first` and `last` so many layers, and the listed ones."""
         protected = {*range(min(first, self.total)), *range(max(0, self.total - last), self.total), *layers}
         return tuple(layer for layer in self.kept if layer not in protected)
 
@@ -92,7 +93,7 @@ def remove_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedMo
 
     Args:
         model: any supported causal language model.
-        layers: indices into the model's own layers, counted from 0.
+        layers: indices into the layers of this model, counted from 0.
 
     Returns:
         The same model.
@@ -103,24 +104,25 @@ def remove_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedMo
     """
     architecture = find_architecture(model)
     kept = list(KeptLayers.full(len(architecture.layers)).without(layers).kept)
-    survivors = [architecture.layers[index] for index in kept]
+    layers_kept = [architecture.layers[index] for index in kept]
     expected = check_config(model, kept)
-    architecture.set_layers(survivors)
-    _take_places(model, expected, len(kept))
+    architecture.set_layers(layers_kept)
+    _copy_index_attributes(model, expected, len(kept))
     rewrite_config(text_config(model.config), kept)
     return model
 
 
-def _take_places(model: PreTrainedModel, built: PreTrainedModel, depth: int) -> None:
-    """Tells the modules of a shortened model their places and its depth, as if it had been loaded."""
-    modules = dict(built.named_modules(remove_duplicate=False))
+def _copy_index_attributes(model: PreTrainedModel, expected: PreTrainedModel, depth: int) -> None:
+    """Copies layer indices and per-layer attributes from a model that was built with `depth` layers to `model`."""
+    modules = dict(expected.named_modules(remove_duplicate=False))
+    copied = (*INDEX_ATTRIBUTES, *PER_LAYER_LISTS, *LIST_ATTRIBUTES)
     for path, module in model.named_modules(remove_duplicate=False):
         for name, value in vars(modules[path]).items():
-            counts = type(value) is int and value == depth and name in vars(module)
-            if name in vars(module) and (counts or name in (*INDEX_ATTRIBUTES, *PER_LAYER_LISTS, *LIST_ATTRIBUTES)):
+            counts_layers = type(value) is int and value == depth
+            if name in vars(module) and (counts_layers or name in copied):
                 setattr(module, name, value)
 
 
 def _ranges(indices: tuple[int, ...]) -> str:
-    whole = indices == tuple(range(len(indices)))
-    return f"0 to {len(indices) - 1}" if whole else ", ".join(map(str, indices))
+    contiguous = indices == tuple(range(len(indices)))
+    return f"0 to {len(indices) - 1}" if contiguous else ", ".join(map(str, indices))

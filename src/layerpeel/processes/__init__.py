@@ -1,1 +1,1 @@
-"""This process: which of several it is, what a person sees of it, and how it is stopped."""
+"""This process: its rank among the launched ones, what it shows on stderr, and how signals stop it."""

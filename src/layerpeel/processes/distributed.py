@@ -1,27 +1,60 @@
-"""Which process this is, of those that a launcher started, and sums over all of them."""
+"""Which process this is: rank and world size as the launcher set them, and collectives over all processes.
+
+The only module that reads the launcher's environment variables (`torchrun` and `accelerate launch` set them) and that
+makes Accelerate's `PartialState`.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import distributed
 
+from layerpeel.errors import InputError
 
-def processes_of(device: torch.device) -> PartialState:
-    """The processes that a launcher started, as Accelerate sees them; the first call joins them."""
-    return PartialState(cpu=device.type == "cpu")
+LAUNCHER_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # with their values without a launcher
+
+T = TypeVar("T")
+
+
+def _launcher_number(name: str) -> int:
+    """The variable's value; its default for a malformed one, which `check_launcher` reports."""
+    value = os.environ.get(name, "")
+    return int(value if value.isdecimal() else LAUNCHER_VARIABLES[name])
+
+
+RANK = _launcher_number("RANK")
+"""Index of this process among all launched ones; 0 without a launcher."""
+LOCAL_RANK = _launcher_number("LOCAL_RANK")
+"""Index of this process on its machine, and so of its GPU."""
 
 
 def is_main_process() -> bool:
-    """Whether this is the first of them, the one that writes what all have in common."""
+    """Whether this process is the one that writes files and prints results (rank 0)."""
     return RANK == 0
 
 
+def processes_of(device: torch.device) -> PartialState:
+    """Accelerate's view of the launched processes, which has `process_index` and `num_processes`.
+
+    The first call initializes `torch.distributed`, with a backend that works on `device`.
+    """
+    return PartialState(cpu=device.type == "cpu")
+
+
+def gather(value: T) -> list[T]:
+    """The picklable value of each process, in the order of their ranks; every process has to call it."""
+    return gather_object([value]) if distributed.is_initialized() else [value]
+
+
 def sum_numbers(numbers: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Adds up numbers over all processes."""
+    """Sums numbers over all processes, in float64; every process has to call it with the same keys."""
     if not distributed.is_initialized():
         return dict(numbers)
     values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
@@ -29,5 +62,23 @@ def sum_numbers(numbers: Mapping[str, float], device: torch.device) -> dict[str,
     return dict(zip(numbers, values.tolist(), strict=True))
 
 
-_rank = os.environ.get("RANK", "0")
-RANK = int(_rank) if _rank.isdecimal() else 0  # of this process among those that a launcher started
+def check_launcher() -> None:
+    """Checks the launcher's environment variables, before a library fails on them.
+
+    Raises:
+        InputError: one is not a number, the rank is not below the world size, or the address to meet at is missing.
+    """
+    numbers = {name: os.environ.get(name, default) for name, default in LAUNCHER_VARIABLES.items()}
+    for name, value in numbers.items():
+        if not re.fullmatch("[0-9]{1,9}", value):
+            raise InputError(f"environment: {name} is '{value}', expected a number", hint=f"unset {name}")
+    if int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
+        raise InputError(
+            f"environment: RANK is {numbers['RANK']} of WORLD_SIZE {numbers['WORLD_SIZE']} processes",
+            hint="start several processes by torchrun or accelerate launch, or unset both",
+        )
+    if int(numbers["WORLD_SIZE"]) > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError(
+            f"environment: WORLD_SIZE is {numbers['WORLD_SIZE']}, and MASTER_ADDR is not set",
+            hint="start several processes by torchrun or accelerate launch, or unset WORLD_SIZE",
+        )

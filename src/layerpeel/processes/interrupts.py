@@ -1,4 +1,4 @@
-"""Stopping in order: the first SIGINT or SIGTERM asks for it, a second one ends the process at once."""
+"""Graceful interruption: the first SIGINT or SIGTERM requests a stop at the next safe point, a second one kills."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SAME = 0.5  # seconds: a launcher passes on what the terminal has sent to all processes already
-SAID = b"\nfinishing what is in hand; once more to end at once\n"
+DUPLICATE_WINDOW = 0.5  # seconds: a launcher forwards the signal that the terminal sent to every process already
+NOTICE = b"\nfinishing what is in hand; once more to end at once\n"
 
-
-_asked: list[tuple[int, float]] = []  # the signal that asked for a stop, and when it came
+_requests: list[tuple[int, float]] = []  # signal number and monotonic time of the pending stop request, if any
 
 
 class Interrupted(KeyboardInterrupt):
-    """A stop that was asked for, raised where nothing is half done.
+    """A requested stop, raised at a point from which the run can resume.
 
     Attributes:
-        signal: the number of the signal that asked.
+        signal: the number of the signal that requested it.
     """
 
     def __init__(self, number: int) -> None:
@@ -31,33 +30,34 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """For the time of the context, signals ask for a stop, which `stop_if_asked` makes."""
-    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+    """While the context lasts, SIGINT and SIGTERM request a stop, which `stop_if_asked` carries out."""
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread only
         yield
         return
-    before = {number: signal.signal(number, _ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        _asked.clear()
-        for number, handler in before.items():
+        _requests.clear()
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def stop_asked() -> bool:
-    return bool(_asked)
+    """Whether a stop was requested."""
+    return bool(_requests)
 
 
 def stop_if_asked() -> None:
-    """Raises `Interrupted` if a stop was asked for."""
-    if _asked:
-        raise Interrupted(_asked[0][0])
+    """Raises `Interrupted` if a stop was requested."""
+    if _requests:
+        raise Interrupted(_requests[0][0])
 
 
-def _ask(number: int, frame: FrameType | None) -> None:
-    if not _asked:
-        _asked.append((number, time.monotonic()))
-        os.write(2, SAID)
-    elif time.monotonic() - _asked[0][1] > SAME:
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    if not _requests:
+        _requests.append((number, time.monotonic()))
+        os.write(2, NOTICE)
+    elif time.monotonic() - _requests[0][1] > DUPLICATE_WINDOW:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

@@ -1,4 +1,4 @@
-"""What people see on stderr: progress with time left; text from models, data and configs as nothing but text."""
+"""The stderr console of the main process, progress bars, and escaping of untrusted text for terminals."""
 
 from __future__ import annotations
 
@@ -12,39 +12,42 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from layerpeel.processes.distributed import RANK
+from layerpeel.processes.distributed import is_main_process
 
-console = Console(stderr=True, highlight=False, quiet=RANK > 0)
+console = Console(stderr=True, highlight=False, quiet=not is_main_process())
 
 
-# Bidirectional overrides, embeddings, isolates and marks: they can make a line read as something that it is not.
-BIDI = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C}
+# Bidirectional overrides, embeddings, isolates and marks, which can disguise what a line says.
+BIDI_CONTROLS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C}
 
 
 def plain(value: Any) -> str:
-    """A text with its control characters, bidirectional overrides and lone surrogates written out by their numbers."""
-    return "".join(map(_shown, str(value)))
+    """The text of `value` with control characters, bidirectional controls and lone surrogates as Python escapes."""
+    return "".join(map(_escaped, str(value)))
 
 
-def _shown(character: str) -> str:
+def _escaped(character: str) -> str:
     hidden = unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
-    return f"\\u{ord(character):04x}" if hidden or ord(character) in BIDI else character
+    return f"\\u{ord(character):04x}" if hidden or ord(character) in BIDI_CONTROLS else character
 
 
 def shown(value: Any) -> str:
-    """As `plain`, and with rich's markup escaped: for whatever comes from outside and goes to a terminal."""
+    """As `plain`, with rich's markup escaped too: for untrusted text that a rich console prints."""
     return escape(plain(value))
 
 
 class Advance(Protocol):
-    """Moves a progress bar on by `count`, and says `note` beside it."""
+    """Advances a progress bar by `count` steps, and shows `note` beside it."""
 
     def __call__(self, count: int = 1, note: str = "") -> None: ...
 
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Advance]:
-    """Shows a bar for `total` steps; what it yields moves it on."""
+    """Shows a progress bar of `total` steps while the context lasts, and yields what advances it.
+
+    Without a terminal it shows no bar; work of over a second leaves a line with its duration either way.
+    """
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),

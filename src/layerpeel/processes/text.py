@@ -1,4 +1,4 @@
-"""Text and numbers as people read them."""
+"""Formats numbers, sizes, durations and one-line texts for tables and messages."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from layerpeel.processes.progress import plain
 
 
 def one_line(value: Any, width: int = 80) -> str:
-    """As `plain`, in one line, cut to a width."""
+    """As `plain`, with whitespace collapsed to one line, cut to `width` characters."""
     text = " ".join(plain(value).split())
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Three digits after the point for scores below ten, one for larger ones, as in the tables of `layerpeel run`."""
+    """A score: `digits` decimals below 10, one below 1000, none above; thousands are separated by commas."""
     if value is None:
         return "–"
     if value != value:
         return "not a number"
-    places = digits if abs(value) < 10 else 1 if abs(value) < 1000 else 0
-    return f"{value:,.{places}f}".replace("-", "−")
+    decimals = digits if abs(value) < 10 else 1 if abs(value) < 1000 else 0
+    return f"{value:,.{decimals}f}".replace("-", "−")
 
 
 def percent(share: float | None) -> str:
@@ -29,12 +29,12 @@ def percent(share: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """2.47 B, 41.3 M, 950 k; three digits."""
+    """A count with three significant digits: 2.47 B, 41.3 M, 950 k."""
     return _scaled(value, ["", " k", " M", " B", " T"])
 
 
 def size(value: float | None) -> str:
-    """Bytes as 12.4 MB (of 1000 * 1000 bytes)."""
+    """A number of bytes with three significant digits and a decimal unit: 12.4 MB is 12,400,000 bytes."""
     return _scaled(value, [" B", " kB", " MB", " GB", " TB"])
 
 
@@ -48,15 +48,15 @@ def duration(seconds: float | None) -> str:
 
 
 def moment(seconds: float | None) -> str:
-    """A time of the journal's, in UTC."""
+    """A time in seconds since the epoch, as date and minute in UTC."""
     return "–" if seconds is None else time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
 def _scaled(value: float | None, units: list[str]) -> str:
     if value is None:
         return "–"
-    place = 0
-    while value >= 1000 and place < len(units) - 1:
-        value, place = value / 1000, place + 1
-    places = 0 if not place or value >= 100 else 1 if value >= 10 else 2
-    return f"{value:.{places}f}{units[place]}"
+    unit = 0
+    while value >= 1000 and unit < len(units) - 1:
+        value, unit = value / 1000, unit + 1
+    decimals = 0 if not unit or value >= 100 else 1 if value >= 10 else 2
+    return f"{value:.{decimals}f}{units[unit]}"

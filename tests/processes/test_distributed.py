@@ -1,0 +1,37 @@
+"""Without a launcher a process is alone, and the main one; several are in tests/training/test_parallel.py."""
+
+from __future__ import annotations
+
+import runpy
+
+import pytest
+import torch
+
+from layerpeel.processes.distributed import gather, is_main_process, processes_of, sum_numbers
+
+
+def test_a_process_without_a_launcher_is_alone() -> None:
+    cpu = torch.device("cpu")
+    assert is_main_process() and processes_of(cpu).num_processes == 1 and processes_of(cpu).process_index == 0
+    assert gather({"answers": [1, 2]}) == [{"answers": [1, 2]}]
+    assert sum_numbers({"loss": 0.1, "tokens": 3.0}, cpu) == {"loss": 0.1, "tokens": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 0, True)),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, (0, 0, True)),
+        ({"RANK": "5", "LOCAL_RANK": "1"}, (5, 1, False)),
+        ({"RANK": "first", "LOCAL_RANK": ""}, (0, 0, True)),  # `check_launcher` says what is wrong
+    ],
+)
+def test_ranks_are_those_that_the_launcher_set(
+    environment: dict[str, str], expected: tuple[int, int, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    module = runpy.run_module("layerpeel.processes.distributed")
+    assert (module["RANK"], module["LOCAL_RANK"], module["is_main_process"]()) == expected
