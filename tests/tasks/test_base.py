@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from layerpeel.inference.encoding import encode_pair
 from layerpeel.tasks.scores import Evaluation, TaskScore
 from layerpeel.tasks.templates import fill
-from tests.tasks.conftest import MakeTask, asked_of, said, task_of
+from tests.tasks.conftest import MakeTask, said, task_of
 
 ROW = {"q": "Why?", "choices": ["x", "y"], "deep": {"text": ["a", "b"]}, "n": 3}
 CHOICE = {"context": "c", "choices": ["a", "b"], "answer": 0}
@@ -53,7 +53,7 @@ def questions(count: int) -> list[dict[str, Any]]:
 
 
 def prompts(task: Any, tokenizer: Any) -> list[str]:
-    return [tokenizer.decode(request.context) for request in asked_of(task, tokenizer)][::2]
+    return [tokenizer.decode(request.context) for request in task.requests(tokenizer)][::2]
 
 
 def test_rows_that_are_shown_are_not_asked(make: MakeTask, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -188,5 +188,6 @@ def test_chat_templates_are_applied(folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}w50 {{ m['content'] }} w51 {% endfor %}"
     task = task_of(kind="harness", name="t", task="chosen", include_path=str(folder), apply_chat_template=True, limit=1)
-    ((first, _),) = task.requests(tokenizer)
+    (sample,) = task.samples(tokenizer)
+    first, _ = sample.requests
     assert tokenizer.decode(first.context).split() == ["w50", "w5", "w9", "w7", "w51"]

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layerpeel.inference.requests import Generation, LogLikelihood
 from layerpeel.tasks.generate import text_score
-from tests.tasks.conftest import MakeTask, asked_of, said, score_of, task_of
+from tests.tasks.conftest import MakeTask, said, score_of, task_of
 
 Bytes = PreTrainedTokenizerFast
 
@@ -22,8 +22,8 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def test_choice_asks_for_every_choice(make: MakeTask, tokenizer: Bytes) -> None:
-    (asked,) = make("choice", [row()]).requests(tokenizer)
-    assert asked == [
+    (sample,) = make("choice", [row()]).samples(tokenizer)
+    assert sample.requests == [
         LogLikelihood(tuple(tokenizer.encode("Sky is")), tuple(tokenizer.encode(choice)))
         for choice in (" blue", " green now")
     ]
@@ -53,7 +53,7 @@ def test_choice_answers_in_every_form(make: MakeTask, tokenizer: Bytes, answer: 
 def test_choices_from_templates(make: MakeTask, tokenizer: Bytes) -> None:
     rows = [{"q": "Who?", "wrong": "Linnaeus", "right": "darwin"}]
     task = make("choice", rows, prompt="{q}", choices=["{wrong}", "{right}"], answer="right")
-    assert [tokenizer.decode(r.continuation) for r in asked_of(task, tokenizer)] == [" Linnaeus", " darwin"]
+    assert [tokenizer.decode(r.continuation) for r in task.requests(tokenizer)] == [" Linnaeus", " darwin"]
     assert score_of(task, tokenizer, [-2.0, -1.0]).value == 1.0
 
 
@@ -81,7 +81,7 @@ def test_a_choice_without_a_token_is_refused(kit: Path, make: MakeTask) -> None:
 def test_pairs(make: MakeTask, tokenizer: Bytes) -> None:
     rows = [{"sentence_good": f"good {i}", "sentence_bad": f"bad {i}"} for i in range(3)]
     task = make("pairs", rows)
-    asked = asked_of(task, tokenizer)
+    asked = task.requests(tokenizer)
     assert [tokenizer.decode(r.continuation) for r in asked[:3]] == ["good 0", "bad 0", "good 1"]
     assert {r.context for r in asked} == {(tokenizer.eos_token_id,)}
     score = score_of(task, tokenizer, [-1.0, -2.0, -2.0, -1.0, -1.0, -1.0])  # right, wrong, a tie is not right
@@ -105,9 +105,9 @@ def test_what_is_said_of_pairs(make: MakeTask, tmp_path: Path) -> None:
 
 def test_generate_asks_for_room_enough(make: MakeTask, tokenizer: Bytes) -> None:
     rows = [{"prompt": "Say: hi", "target": " hi"}, {"prompt": "Say: hello", "target": " hello"}]
-    first = asked_of(make("generate", rows), tokenizer)[0]
+    first = make("generate", rows).requests(tokenizer)[0]
     assert first == Generation(tuple(tokenizer.encode("Say: hi")), len(" hello") + 8, ("\n",))
-    assert asked_of(make("generate", rows, max_new_tokens=3, stop=["\n", "."]), tokenizer)[1] == Generation(
+    assert make("generate", rows, max_new_tokens=3, stop=["\n", "."]).requests(tokenizer)[1] == Generation(
         tuple(tokenizer.encode("Say: hello")), 3, ("\n", ".")
     )
 
@@ -119,7 +119,7 @@ def test_generate_scores_stripped_text(make: MakeTask, tokenizer: Bytes) -> None
 
 def test_generate_shows_solved_rows(make: MakeTask, tokenizer: Bytes) -> None:
     rows = [{"prompt": f"Copy {i}:", "target": f" {i}"} for i in range(2)]
-    (request,) = asked_of(make("generate", rows, num_fewshot=1), tokenizer)
+    (request,) = make("generate", rows, num_fewshot=1).requests(tokenizer)
     assert tokenizer.decode(request.prompt) == "Copy 1: 1\n\nCopy 0:"
 
 
@@ -156,7 +156,7 @@ def test_rouge_counts_russian() -> None:
 
 def test_perplexity_by_hand(make: MakeTask, tokenizer: Bytes) -> None:
     task = make("perplexity", [{"text": "abcdefg"}, {"text": "hij"}], sequence_length=4)
-    asked = asked_of(task, tokenizer)
+    asked = task.requests(tokenizer)
     assert [tokenizer.decode(r.continuation) for r in asked] == ["abcd", "efg", "hij"]
     assert {r.context for r in asked} == {(tokenizer.eos_token_id,)}
     score = score_of(task, tokenizer, [-4.0, -5.0, -6.0])  # losses 9 and 6 over 7 and 3 tokens

@@ -223,7 +223,7 @@ def plan(
     planned = plan_run(
         teacher,
         settings,
-        [[r for own in task.requests(tokenizer) for r in own] for task in tasks],
+        [task.requests(tokenizer) for task in tasks],
         speed,
         dtype=dtype,
         device=target.type,

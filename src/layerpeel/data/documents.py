@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from layerpeel.config.fields import TextConfig
-from layerpeel.data.reading import Row, column_of, read_rows, text_of
+from layerpeel.data.reading import TableRow, column_of, read_rows, text_of
 from layerpeel.errors import InputError
 
 Messages = list[dict[str, Any]]
@@ -38,7 +38,7 @@ def read_documents(source: TextConfig) -> Iterator[Document]:
         raise InputError(f"{source.path}: no text in it", hint="give a source with text in at least one row")
 
 
-def messages_of(row: Row, column: str, where: str) -> Messages:
+def messages_of(row: TableRow, column: str, where: str) -> Messages:
     """A row's chat in a column.
 
     Raises:
@@ -103,7 +103,7 @@ def mix_documents(sources: Sequence[TextConfig], seed: int) -> Iterator[tuple[st
             yield chosen[0].path, document
 
 
-def _chat_column(row: Row, source: TextConfig) -> str | None:
+def _chat_column(row: TableRow, source: TextConfig) -> str | None:
     if source.messages is None and source.column == TEXT and TEXT not in row and MESSAGES in row:
         return MESSAGES
     return source.messages

@@ -18,7 +18,7 @@ from typing import Any
 
 from layerpeel.errors import InputError
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
@@ -28,7 +28,7 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character, of which JS
 ARCHIVES = (".zst", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz")
 
 
-def read_rows(path: str, *, split: str = "train", name: str | None = None, stream: bool = False) -> Iterator[Row]:
+def read_rows(path: str, *, split: str = "train", name: str | None = None, stream: bool = False) -> Iterator[TableRow]:
     """The rows of a file, folder, glob, saved dataset or hub dataset, as dicts.
 
     A .txt file gives rows with one column, `text`: its documents. Text files and tables may be packed as .gz.
@@ -69,7 +69,7 @@ def expand(path: str) -> list[str]:
     return files
 
 
-def column_of(row: Row, column: str, where: str) -> Any:
+def column_of(row: TableRow, column: str, where: str) -> Any:
     """A row's value in a column.
 
     Args:
@@ -83,7 +83,7 @@ def column_of(row: Row, column: str, where: str) -> Any:
     return row[column]
 
 
-def text_of(row: Row, column: str, where: str) -> str:
+def text_of(row: TableRow, column: str, where: str) -> str:
     """A row's text in a column.
 
     Raises:
@@ -98,7 +98,7 @@ def text_of(row: Row, column: str, where: str) -> str:
     return text
 
 
-def _read_folder(folder: Path, split: str) -> Iterator[Row]:
+def _read_folder(folder: Path, split: str) -> Iterator[TableRow]:
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         yield from _read_dataset(
             lambda: _load_saved(folder, split),
@@ -117,7 +117,7 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row]:
         yield from _read_file(file)
 
 
-def _load_saved(folder: Path, split: str) -> Iterable[Row]:
+def _load_saved(folder: Path, split: str) -> Iterable[TableRow]:
     import datasets
 
     saved = datasets.load_from_disk(str(folder))
@@ -128,7 +128,7 @@ def _load_saved(folder: Path, split: str) -> Iterable[Row]:
     return saved[split]
 
 
-def _read_file(path: Path) -> Iterator[Row]:
+def _read_file(path: Path) -> Iterator[TableRow]:
     kind = _kind(path)
     if kind in ARCHIVES:
         raise InputError(f"{path}: {kind} files are not read", hint="unpack it; of packed files, .gz ones are read")
@@ -149,7 +149,7 @@ def _kind(path: Path) -> str:
     return (Path(path.stem) if path.suffix == ".gz" else path).suffix
 
 
-def _load_table(path: Path) -> Iterable[Row]:
+def _load_table(path: Path) -> Iterable[TableRow]:
     if path.suffix == ".parquet":
         return _read_parquet(path)
     import datasets
@@ -157,7 +157,7 @@ def _load_table(path: Path) -> Iterable[Row]:
     return datasets.load_dataset(TABLES[_kind(path)], data_files=glob.escape(str(path)), split="train", streaming=True)
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path) -> Iterator[TableRow]:
     """Some rows at a time, by pyarrow itself: a stream of datasets reads ahead in threads that hang a process's end."""
     from pyarrow import parquet
 
@@ -166,7 +166,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             yield from batch.to_pylist()
 
 
-def _read_dataset(load: Callable[[], Iterable[Row]], wrong: str, hint: str) -> Iterator[Row]:
+def _read_dataset(load: Callable[[], Iterable[TableRow]], wrong: str, hint: str) -> Iterator[TableRow]:
     """What `load` gives; whatever goes wrong in a library on the way is said as `wrong (reason)`."""
     try:
         yield from load()
@@ -191,7 +191,7 @@ def _read_text(path: Path) -> Iterator[str]:
         held = []
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def _read_jsonl(path: Path) -> Iterator[TableRow]:
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -229,7 +229,7 @@ def _lines(path: Path) -> Iterator[str]:
         raise InputError(f"{path}: cannot be read ({error})", hint="is it whole, and may you read it?") from None
 
 
-def _read_hub(path: str, split: str, name: str | None, stream: bool) -> Iterator[Row]:
+def _read_hub(path: str, split: str, name: str | None, stream: bool) -> Iterator[TableRow]:
     yield from _read_dataset(
         lambda: _load_hub(path, split, name, stream),
         f"{path}: neither a file here nor a dataset that can be loaded from the hub",
@@ -237,7 +237,7 @@ def _read_hub(path: str, split: str, name: str | None, stream: bool) -> Iterator
     )
 
 
-def _load_hub(path: str, split: str, name: str | None, stream: bool) -> Iterable[Row]:
+def _load_hub(path: str, split: str, name: str | None, stream: bool) -> Iterable[TableRow]:
     import datasets
 
     try:

@@ -20,10 +20,9 @@ from layerpeel.data.rows import Rows, positions_of
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.budget import Budget
 from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.inference.requests import Request
 from layerpeel.processes.interrupts import stop_if_asked
 from layerpeel.processes.progress import progress
-from layerpeel.tasks.base import Task
+from layerpeel.tasks.base import Sample, Task
 from layerpeel.tasks.scores import Evaluation
 
 
@@ -62,9 +61,9 @@ class ScoringInputs:
         return other
 
     @cached_property
-    def samples(self) -> dict[str, list[list[Request]]]:
-        """What each task asks, sample by sample."""
-        return {task.name: task.requests(self.tokenizer) for task in self.tasks}
+    def samples(self) -> dict[str, list[Sample]]:
+        """Each task's samples, by its name."""
+        return {task.name: task.samples(self.tokenizer) for task in self.tasks}
 
     @cached_property
     def budget(self) -> Budget:

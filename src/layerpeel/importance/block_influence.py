@@ -23,7 +23,9 @@ class BlockInfluence(Metric):
                 cosine = functional.cosine_similarity(before[mask].float(), after[mask].float(), dim=-1)
                 turned[position] = (1 - cosine).double().sum().cpu()
 
-            inputs.student.forward_with_skips(input_ids, hook=hook, positions=positions)
+            inputs.student.forward_with_skips(
+                input_ids, hook=hook, positions=positions, tokens_per_call=inputs.budget.tokens_per_call
+            )
             return turned
 
         means = mean_over_text(inputs, 1, measure, "scoring by block_influence")

@@ -114,7 +114,7 @@ def _say_once(text: str) -> None:
 
 def _refuse_generation(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> None:
     for task in tasks:
-        if any(isinstance(request, Generation) for own in task.requests(tokenizer) for request in own):
+        if any(isinstance(request, Generation) for request in task.requests(tokenizer)):
             raise InputError(
                 f"task {task.name} generates text, for which every layer would be read from disk for every token",
                 hint="score it with score.weights: memory, or leave it out; log-likelihood tasks can be streamed",

@@ -48,9 +48,9 @@ class TaskQuality(Metric):
             for task in inputs.tasks:
                 own = samples[task.name]
                 if new := sorted(orders[task.name][taken[task.name] : wanted[task.name]]):
-                    said = answer_samples(engine, {sample: own[sample] for sample in new}, task.name)
+                    said = answer_samples(engine, [own[sample] for sample in new], task.name)
                     for stream, answers in zip((None, *alive), said, strict=True):
-                        answered[stream][task.name] |= answers
+                        answered[stream][task.name] |= zip(new, answers, strict=True)
             taken = wanted
             evaluations = {stream: _evaluate(inputs, answered[stream]) for stream in (None, *alive)}
             _record(findings, inputs, evaluations)
@@ -99,7 +99,12 @@ def _survivors(
 
 
 def _evaluate(inputs: ScoringInputs, answered: Answered) -> Evaluation:
-    return Evaluation({task.name: task.score(dict(sorted(answered[task.name].items()))) for task in inputs.tasks})
+    scores = {}
+    for task in inputs.tasks:
+        answers = dict(sorted(answered[task.name].items()))
+        samples = inputs.samples[task.name]
+        scores[task.name] = task.score([samples[index] for index in answers], list(answers.values()))
+    return Evaluation(scores)
 
 
 def _first(race: RaceConfig | None, whole: Counts) -> Counts:
@@ -120,7 +125,7 @@ def _next(inputs: ScoringInputs, alive: Sequence[Evaluation], taken: Counts) -> 
     spread = {name: max(pair[name] * n for pair in pairs) + 1 / n for name, n in taken.items()}
     whole = {name: len(own) for name, own in inputs.samples.items()}
     cost = {
-        name: sum(len_of(request) for sample in own for request in sample) / len(own)
+        name: sum(len_of(request) for sample in own for request in sample.requests) / len(own)
         for name, own in inputs.samples.items()
     }
 

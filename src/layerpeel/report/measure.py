@@ -200,7 +200,7 @@ def sample_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     asked = []
     for task in (task for task in make_tasks(config.tasks) if isinstance(task, Generate)):
         try:
-            asked += [(task.name, request) for own in task.requests(tokenizer)[:2] for request in own]
+            asked += [(task.name, request) for request in task.requests(tokenizer)[:2]]
         except (LayerpeelError, OSError):  # its data are gone since
             continue
     if asked:
