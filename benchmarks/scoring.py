@@ -78,7 +78,7 @@ def main() -> None:
         max_tokens=4096,
     )
 
-    def ours(config: ScoreConfig = full, shorter: PreTrainedModel = model) -> LayerScores:
+    def score(config: ScoreConfig = full, shorter: PreTrainedModel = model) -> LayerScores:
         return score_layers(shorter, tokenizer, config, tasks=tasks, text=text)
 
     record = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
@@ -87,9 +87,9 @@ def main() -> None:
         "machine": machine(),
     }
     if options.only != "choices":
-        record |= compare_times(options, model, tokenizer, tasks, lambda: ours(full), lambda: ours(raced))
+        record |= compare_times(options, model, tokenizer, tasks, lambda: score(full), lambda: score(raced))
     if options.only != "times":
-        rounds = compare_choices(model, ours, full, raced, options.depth)
+        rounds = compare_choices(model, score, full, raced, options.depth)
         record |= {"agreement": sum(each["same"] for each in rounds) / len(rounds), "rounds": rounds}
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({k: record[k] for k in ("ratios", "same_scores", "agreement") if k in record}, indent=1))
@@ -100,7 +100,7 @@ def compare_times(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: list[Task],
-    ours: Callable[[], LayerScores],
+    score: Callable[[], LayerScores],
     raced: Callable[[], LayerScores],
 ) -> dict[str, Any]:
     """Medians of all rivals' times over ours, and whether their scores are the same."""
@@ -108,19 +108,19 @@ def compare_times(
     chosen = [None, *candidates[:: max(1, len(candidates) // options.candidates)][: options.candidates]]
     times: dict[str, list[float]] = {name: [] for name in ("ours", "raced", "loop", "loop_same_rows")}
     for _ in range(options.repeats):
-        found = timed(times["ours"], ours)
+        scored = timed(times["ours"], score)
         timed(times["raced"], raced)
         by_loop = timed(times["loop"], lambda: loop(model, tokenizer, tasks, chosen, padded))
         same_rows = timed(times["loop_same_rows"], lambda: loop(model, tokenizer, tasks, chosen, one_by_one))
         print({name: round(values[-1], 1) for name, values in times.items()}, flush=True)
     per_candidate = []
-    theirs = {}
+    by_harness = {}
     for candidate in chosen:
         started = time.monotonic()
-        theirs[candidate] = harness(shortened(model, candidate), tokenizer, options.limit)
+        by_harness[candidate] = harness(shortened(model, candidate), tokenizer, options.limit)
         per_candidate.append(time.monotonic() - started)
         print(candidate, round(per_candidate[-1], 1), flush=True)
-    scores = {candidate: {n: s.value for n, s in e.scores.items()} for candidate, e in found.evaluations.items()}
+    scores = {candidate: {n: s.value for n, s in e.scores.items()} for candidate, e in scored.evaluations.items()}
     middle = {name: statistics.median(values) for name, values in times.items()}
     for name in ("loop", "loop_same_rows"):
         middle[name] *= (len(candidates) + 1) / len(chosen)
@@ -135,8 +135,8 @@ def compare_times(
             "raced_harness": of_harness / middle["raced"],
         },
         "same_scores": {
-            name: all(rival[c] == scores[c] for c in chosen if c is not None) and rival[None] == theirs[None]
-            for name, rival in (("loop", by_loop), ("loop_same_rows", same_rows), ("harness", theirs))
+            name: all(rival[c] == scores[c] for c in chosen if c is not None) and rival[None] == by_harness[None]
+            for name, rival in (("loop", by_loop), ("loop_same_rows", same_rows), ("harness", by_harness))
         },
     }
 
@@ -169,7 +169,7 @@ def loop(
 
 
 def one_by_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task]) -> dict[str, TaskScore]:
-    """Our own rows, for one model alone."""
+    """The rows that the one pass runs, for one model alone."""
     return score_tasks(Engine(LayerwiseModel(model), tokenizer), tasks)[0]
 
 
@@ -178,8 +178,8 @@ def padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: li
     """Padded batches of sequences of like length through the model's own forward, as one would write it by hand."""
     scores = {}
     for task in tasks:
-        samples = task.requests(tokenizer)
-        requests = [r for own in samples for r in own if isinstance(r, LogLikelihood)]
+        samples = task.samples(tokenizer)
+        requests = [r for sample in samples for r in sample.requests if isinstance(r, LogLikelihood)]
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].context + requests[i].continuation))
         answers: list[Likelihood] = [Likelihood(0.0, False)] * len(requests)
         while order:
@@ -189,14 +189,14 @@ def padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: li
             ids = torch.tensor([row + (0,) * (width - len(row)) for row in rows])
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
             logs = model(ids[:, :-1], attention_mask=mask[:, :-1]).logits.float().log_softmax(-1)
-            for index, row, own in zip(batch, rows, logs, strict=True):
+            for index, row, row_logs in zip(batch, rows, logs, strict=True):
                 start = len(requests[index].context)
                 target = torch.tensor(row[start:])
-                found = own[start - 1 : len(row) - 1]
-                total = found.gather(-1, target[:, None]).sum().item()
-                answers[index] = Likelihood(total, bool((found.argmax(-1) == target).all()))
+                predicted = row_logs[start - 1 : len(row) - 1]
+                total = predicted.gather(-1, target[:, None]).sum().item()
+                answers[index] = Likelihood(total, bool((predicted.argmax(-1) == target).all()))
         rest = iter(answers)
-        scores[task.name] = task.score({sample: [next(rest) for _ in own] for sample, own in enumerate(samples)})
+        scores[task.name] = task.score(samples, [[next(rest) for _ in sample.requests] for sample in samples])
     return scores
 
 
@@ -209,19 +209,19 @@ def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: i
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         manager = TaskManager(include_path=str(KIT / "eval/lm_eval"), include_defaults=False)
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=64)
-        found = lm_eval.simple_evaluate(
+        results = lm_eval.simple_evaluate(
             lm, tasks=list(TASKS), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
         )
-    return {name: found["results"][name]["acc,none"] for name in TASKS}
+    return {name: results["results"][name]["acc,none"] for name in TASKS}
 
 
 def compare_choices(
-    model: PreTrainedModel, ours: Callable[..., LayerScores], full: ScoreConfig, raced: ScoreConfig, depth: int
+    model: PreTrainedModel, score: Callable[..., LayerScores], full: ScoreConfig, raced: ScoreConfig, depth: int
 ) -> list[dict[str, Any]]:
     """From the model's depth down, without training: the choice by full scores, and by shortlist and race."""
     shorter, rounds = copy.deepcopy(model), []
     while shorter.config.num_hidden_layers > depth:
-        by_full, by_race = ours(full, shorter), ours(raced, shorter)
+        by_full, by_race = score(full, shorter), score(raced, shorter)
         best, other = by_full.ranked()[0], by_race.ranked()[0]
         gap = by_full.importance[other] - by_full.importance[best]
         error = Evaluation.difference_stderr(

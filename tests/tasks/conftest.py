@@ -42,7 +42,7 @@ def make(tmp_path: Path) -> MakeTask:
     return build
 
 
-def said(call: Callable[[], Any]) -> tuple[str, str]:
+def input_error(call: Callable[[], Any]) -> tuple[str, str]:
     """Message and hint of the InputError that a call raises."""
     with pytest.raises(InputError) as caught:
         call()
