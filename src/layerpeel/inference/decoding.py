@@ -38,7 +38,7 @@ class Decoder:
         self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in accepted), "past_key_values")
 
     @torch.no_grad()
-    def write(
+    def decode(
         self,
         prompts: Sequence[Sequence[int]],
         skipped: Sequence[int | None],

@@ -127,7 +127,7 @@ class Engine:
         """
         decoder = Decoder(self.layerwise, self.tokenizer, requests[0].stop, requests[0].max_new_tokens)
         prompts = [r.prompt[-max(1, context_length(self.layerwise) - r.max_new_tokens) :] for r in requests]
-        texts = {(index, 0): tokens for index, tokens in enumerate(decoder.write(prompts, [None] * len(prompts)))}
+        texts = {(index, 0): tokens for index, tokens in enumerate(decoder.decode(prompts, [None] * len(prompts)))}
         if self.candidates:
             texts |= self._generate_skipping(decoder, prompts, [texts[index, 0] for index in range(len(prompts))])
         branches = range(self.branches)
@@ -150,7 +150,7 @@ class Engine:
             indices, branches = zip(*(rows[row] for row in chosen), strict=True)
             return prefill.cache_of(indices, branches, lengths, self.layerwise.model.config)
 
-        written = decoder.write(
+        written = decoder.decode(
             [prompts[index] for index, _ in rows],
             [self.candidates[branch - 1] for _, branch in rows],
             [drafts[index][: agreed[index][branch]] for index, branch in rows],

@@ -223,9 +223,8 @@ class LayerwiseModel:
         """
         hidden, arguments = self.begin(input_ids, positions, attention_mask)
         batch = hidden.shape[0]
-        for position in range(len(self.layers)):
+        for position, (args, kwargs) in enumerate(arguments):
             before = hidden[:batch]
-            args, kwargs = arguments[position]
             recorder = KeyValueRecorder()
             if kv_cache is not None:
                 kwargs = kwargs | {name: recorder for name in kwargs if name in CACHE_ARGUMENTS}
