@@ -53,32 +53,33 @@ def main() -> None:
             for name in TASKS
         ]
     )
-    asked = [[r for own in task.requests(tokenizer) for r in own if isinstance(r, Generation)] for task in tasks]
+    by_task = [[r for r in task.requests(tokenizer) if isinstance(r, Generation)] for task in tasks]
 
     def at_once() -> list[list[str]]:
-        found = [Engine(LayerwiseModel(model), tokenizer, candidates).answer(requests) for requests in asked]
-        return [[str(text) for own in parts for text in own] for parts in zip(*found, strict=True)]
+        answers = [Engine(LayerwiseModel(model), tokenizer, candidates).answer(requests) for requests in by_task]
+        return [[str(text) for texts in branch for text in texts] for branch in zip(*answers, strict=True)]
 
     def alone() -> list[list[str]]:
         models = [remove_layers(copy.deepcopy(model), [] if c is None else [c]) for c in (None, *candidates)]
         return [
-            [text for requests in asked for text in generate(each, tokenizer, requests, options.batch_size)]
+            [text for requests in by_task for text in generate(each, tokenizer, requests, options.batch_size)]
             for each in models
         ]
 
     times: dict[str, list[float]] = {"at_once": [], "one_by_one": []}
     for _ in range(options.repeats):
-        ours, theirs = timed(times["at_once"], at_once), timed(times["one_by_one"], alone)
+        texts, expected = timed(times["at_once"], at_once), timed(times["one_by_one"], alone)
         print({name: round(values[-1], 1) for name, values in times.items()}, flush=True)
     middle = {name: statistics.median(values) for name, values in times.items()}
-    different = sum(a != b for own, other in zip(ours, theirs, strict=True) for a, b in zip(own, other, strict=True))
+    pairs = [pair for both in zip(texts, expected, strict=True) for pair in zip(*both, strict=True)]
+    different = sum(text != other for text, other in pairs)
     record = {
         "command": f"python benchmarks/generation.py --limit {options.limit} --batch-size {options.batch_size}",
         "machine": machine(),
         "seconds": middle,
         "all_seconds": times,
         "ratio": middle["one_by_one"] / middle["at_once"],
-        "texts": sum(map(len, ours)),
+        "texts": len(pairs),
         "different_texts": different,
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

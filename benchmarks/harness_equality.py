@@ -35,7 +35,7 @@ from layerpeel.tasks.registry import make_tasks
 
 KIT = Path(__file__).resolve().parents[1] / ".." / "shared" / "kit"
 TASKS = KIT / "eval" / "lm_eval"
-ASKED = ("zorro", "next_sentence_en", "next_sentence_ru")
+NAMES = ("zorro", "next_sentence_en", "next_sentence_ru")
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
     model, tokenizer = load_model(options.model)
     candidates = list(range(model.config.num_hidden_layers))
     started = time.monotonic()
-    ours = answer_all(Engine(LayerwiseModel(model), tokenizer, candidates), make_tasks(named(options.limit)))
+    branches = answer_all(Engine(LayerwiseModel(model), tokenizer, candidates), make_tasks(named(options.limit)))
     record: dict[str, Any] = {
         "command": f"python benchmarks/harness_equality.py --model {options.model.name}"
         + f" --limit {options.limit}" * (options.limit is not None),
@@ -59,16 +59,16 @@ def main() -> None:
         "removals": {},
     }
     started = time.monotonic()
-    for removed, (scores, answers) in zip([None, *candidates], ours, strict=True):
+    for removed, (scores, answers) in zip([None, *candidates], branches, strict=True):
         shorter = remove_layers(copy.deepcopy(model), [] if removed is None else [removed])
-        theirs = harness(shorter, tokenizer, options.limit, options.batch_size)
-        record["removals"][str(removed)] = found = compare(scores, answers, theirs)
-        print(f"without {removed}: {found}", flush=True)
+        results = harness(shorter, tokenizer, options.limit, options.batch_size)
+        record["removals"][str(removed)] = comparison = compare(scores, answers, results)
+        print(f"without {removed}: {comparison}", flush=True)
     record["seconds_harness"] = round(time.monotonic() - started, 1)
-    all_found = record["removals"].values()
-    record["models"], record["scores"] = len(all_found), sum(found["scores"] for found in all_found)
-    record["differ_as_printed"] = sum(len(found["differ_as_printed"]) for found in all_found)
-    record["differ_at_all"] = sum(len(found["differ_at_all"]) for found in all_found)
+    comparisons = record["removals"].values()
+    record["models"], record["scores"] = len(comparisons), sum(each["scores"] for each in comparisons)
+    record["differ_as_printed"] = sum(len(each["differ_as_printed"]) for each in comparisons)
+    record["differ_at_all"] = sum(len(each["differ_at_all"]) for each in comparisons)
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in record.items() if key != "removals"}, indent=1))
 
@@ -76,7 +76,7 @@ def main() -> None:
 def named(limit: int | None) -> list[TaskConfig]:
     """The tasks of the group on their own, the group, and the two others."""
     names = [path.stem for path in sorted(TASKS.glob("*.yaml")) if path.stem[0] != "_"]
-    tasks = [name if name in ASKED else f"zorro_{name}" for name in names]
+    tasks = [name if name in NAMES else f"zorro_{name}" for name in names]
     return [
         TaskConfig(kind="harness", name=name, task=name, include_path=str(TASKS), limit=limit)
         for name in [*tasks, "zorro"]
@@ -84,17 +84,18 @@ def named(limit: int | None) -> list[TaskConfig]:
 
 
 def answer_all(engine: Engine, tasks: list[Task]) -> list[tuple[dict[str, Any], dict[str, list[list[Any]]]]]:
-    """For each stream, the score of each task and the answers to each of its samples."""
-    streams: list[tuple[dict[str, Any], dict[str, list[list[Any]]]]] = [({}, {}) for _ in range(engine.streams)]
+    """For each branch, the score of each task and the answers to each of its samples."""
+    branches: list[tuple[dict[str, Any], dict[str, list[list[Any]]]]] = [({}, {}) for _ in range(engine.branches)]
     for task in tasks:
-        samples = dict(enumerate(task.requests(engine.tokenizer)))
-        for (scores, answers), own in zip(streams, answer_samples(engine, samples, task.name), strict=True):
-            scores[task.name], answers[task.name] = task.score(own), list(own.values())
-    return streams
+        samples = task.samples(engine.tokenizer)
+        by_branch = answer_samples(engine, samples, task.name)
+        for (scores, answers), sample_answers in zip(branches, by_branch, strict=True):
+            scores[task.name], answers[task.name] = task.score(samples, sample_answers), sample_answers
+    return branches
 
 
 def harness(model: PreTrainedModel, tokenizer: Any, limit: int | None, batch_size: int) -> dict[str, Any]:
-    """What the harness finds with its own model class, with each sample."""
+    """The harness's results with its own model class, with each sample."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -102,33 +103,33 @@ def harness(model: PreTrainedModel, tokenizer: Any, limit: int | None, batch_siz
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         manager = TaskManager(include_path=str(TASKS), include_defaults=False)
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        found: dict[str, Any] = lm_eval.simple_evaluate(
-            lm, tasks=list(ASKED), task_manager=manager, limit=limit, bootstrap_iters=100, log_samples=True
+        results: dict[str, Any] = lm_eval.simple_evaluate(
+            lm, tasks=list(NAMES), task_manager=manager, limit=limit, bootstrap_iters=100, log_samples=True
         )
-    return found
+    return results
 
 
-def compare(scores: dict[str, Any], answers: dict[str, list[list[Any]]], theirs: dict[str, Any]) -> dict[str, Any]:
+def compare(scores: dict[str, Any], answers: dict[str, list[list[Any]]], results: dict[str, Any]) -> dict[str, Any]:
     """Scores and standard errors that differ, the largest distance of two log-probabilities, and the closest call."""
-    printed, at_all, apart, margins = [], [], [0.0], []
+    printed, at_all, distances, margins = [], [], [0.0], []
     for name, score in scores.items():
-        result = theirs["results"][name]
-        for own, other in ((score.value, result["acc,none"]), (score.stderr, result["acc_stderr,none"])):
-            if own != other:
-                at_all.append((name, own, other))
-            if f"{own:.4f}" != f"{other:.4f}":  # four digits, as in its table
-                printed.append((name, own, other))
-        for own, sample in zip(answers[name], by_document(theirs["samples"].get(name, [])), strict=False):
-            values = [float(answer.log_probability) for answer in own]
-            apart += [abs(a - float(b[0])) for a, b in zip(values, sample["filtered_resps"], strict=True)]
+        result = results["results"][name]
+        for value, other in ((score.value, result["acc,none"]), (score.stderr, result["acc_stderr,none"])):
+            if value != other:
+                at_all.append((name, value, other))
+            if f"{value:.4f}" != f"{other:.4f}":  # four digits, as in its table
+                printed.append((name, value, other))
+        for likelihoods, sample in zip(answers[name], by_document(results["samples"].get(name, [])), strict=False):
+            values = [float(answer.log_probability) for answer in likelihoods]
+            distances += [abs(a - float(b[0])) for a, b in zip(values, sample["filtered_resps"], strict=True)]
             margins += [abs(a - b) for a, b in itertools.combinations(values, 2)]
     return {
         "scores": len(scores),
         "differ_as_printed": printed,
         "differ_at_all": at_all,
-        "largest_distance": max(apart),
+        "largest_distance": max(distances),
         "closest_call": min(margins, default=None),
-        "samples_compared": len(apart) - 1,
+        "samples_compared": len(distances) - 1,
     }
 
 

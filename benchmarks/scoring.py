@@ -178,8 +178,8 @@ def padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: li
     """Padded batches of sequences of like length through the model's own forward, as one would write it by hand."""
     scores = {}
     for task in tasks:
-        samples = task.requests(tokenizer)
-        requests = [request for sample in samples for request in sample if isinstance(request, LogLikelihood)]
+        samples = task.samples(tokenizer)
+        requests = [r for sample in samples for r in sample.requests if isinstance(r, LogLikelihood)]
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].context + requests[i].continuation))
         answers: list[Likelihood] = [Likelihood(0.0, False)] * len(requests)
         while order:
@@ -196,7 +196,7 @@ def padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: li
                 total = predicted.gather(-1, target[:, None]).sum().item()
                 answers[index] = Likelihood(total, bool((predicted.argmax(-1) == target).all()))
         rest = iter(answers)
-        scores[task.name] = task.score({index: [next(rest) for _ in sample] for index, sample in enumerate(samples)})
+        scores[task.name] = task.score(samples, [[next(rest) for _ in sample.requests] for sample in samples])
     return scores
 
 

@@ -55,20 +55,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         parameters = write_model(Path(folder), options.layers, options.hidden)
         print(f"{parameters / 1e9:.2f} billion parameters", flush=True)
-        found = {}
+        results = {}
         for way in WAYS:
-            found[way] = in_a_process(way, Path(folder))
-            print(way, {name: value for name, value in found[way].items() if name != "importance"}, flush=True)
-    streamed, whole = (found[way].pop("importance") for way in ("stream", "memory"))
+            results[way] = in_a_process(way, Path(folder))
+            print(way, {name: value for name, value in results[way].items() if name != "importance"}, flush=True)
+    streamed, loaded = (results[way].pop("importance") for way in ("stream", "memory"))
     record = {
         "command": "python benchmarks/streaming.py " + " ".join(sys.argv[1:]),
         "machine": machine(),
         "parameters": parameters,
-        "ways": found,
-        "ratio": found["stream"]["peak_bytes"] / found["load"]["peak_bytes"],
-        "candidates": len(whole),
-        "same_scores": streamed == whole,
-        "largest_difference": max(abs(streamed[layer] - whole[layer]) for layer in whole),
+        "ways": results,
+        "ratio": results["stream"]["peak_bytes"] / results["load"]["peak_bytes"],
+        "candidates": len(loaded),
+        "same_scores": streamed == loaded,
+        "largest_difference": max(abs(streamed[layer] - loaded[layer]) for layer in loaded),
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=1))
@@ -119,8 +119,8 @@ def in_a_process(way: str, folder: Path) -> dict[str, Any]:
     """What one way gives and takes."""
     command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--model", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return record
 
 
 def run(way: str, folder: Path, tokens: int, memory: str | None) -> dict[str, Any]:

@@ -157,8 +157,8 @@ def measure(folder: Path) -> dict[str, Any]:
         tasks = make_tasks(load_config(prepare_demo(Path(world))).tasks)
         for task in tasks:
             task.limit = None
-        streams = score_tasks(Engine(LayerwiseModel(model), tokenizer, layers), tasks)
-    whole, *skipped = [Evaluation(scores) for scores in streams]
+        by_branch = score_tasks(Engine(LayerwiseModel(model), tokenizer, layers), tasks)
+    whole, *skipped = [Evaluation(scores) for scores in by_branch]
     aggregate = whole.aggregate(whole)
     return {
         "command": "python scripts/train_demo_teacher.py",

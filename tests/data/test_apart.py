@@ -34,22 +34,22 @@ def test_losses_and_gradients(family: str) -> None:
     student.add_trained(name for name in student.parameters() if student.layer_of(name) in (2, 4))
     layer = student.layer(4).requires_grad_(True)
     losses = LossSum({name: LossConfig() for name in ("kl", "hidden_mse", "cross_entropy")})
-    found = []
+    results = []
     for rows in (packed_rows(), packed_rows().unpacked()):
         batch = rows.take(torch.arange(len(rows)))
         batch["labels"] = next_tokens(batch)
         tokens, labels = int(rows.mask.sum()), int((batch["labels"] >= 0).sum())
         loss, _ = losses(run_both(student, batch, [4], step_tokens=tokens, step_labels=labels))
-        found.append((loss, torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(layer.parameters()))])))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
+        results.append((loss, torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(layer.parameters()))])))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["teacher_kl", "block_influence"])
 def test_metrics(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def score(rows: Rows) -> list[float]:
         layerwise = LayerwiseModel(tiny_model("qwen2"))
-        found = make_metric(name).score(ScoringInputs(layerwise, layerwise, tiny_tokenizer(), [1, 3, 4], rows))
-        return list(found.importance.values())
+        result = make_metric(name).score(ScoringInputs(layerwise, layerwise, tiny_tokenizer(), [1, 3, 4], rows))
+        return list(result.importance.values())
 
     apart = score(packed_rows().unpacked())
     assert score(packed_rows()) == pytest.approx(apart, rel=1e-4)

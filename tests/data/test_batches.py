@@ -23,22 +23,22 @@ MakeSource = Callable[..., TextConfig]
 
 def read_back(rows: Rows) -> list[list[list[int]]]:
     """The documents of each row, by a reading of their numbers that shares no code with ours."""
-    found = []
+    documents = []
     for ids, mask, document in zip(rows.input_ids.tolist(), rows.mask.tolist(), rows.document.tolist(), strict=True):
         real = [(number, token) for number, token, is_real in zip(document, ids, mask, strict=True) if is_real]
         assert mask == sorted(mask, reverse=True) and document == sorted(document)
-        found.append([[token for _, token in group] for _, group in groupby(real, key=lambda pair: pair[0])])
-    return found
+        documents.append([[token for _, token in group] for _, group in groupby(real, key=lambda pair: pair[0])])
+    return documents
 
 
 def test_packed_rows_hold_whole_documents(make_source: MakeSource, tokenizer: PreTrainedTokenizerFast) -> None:
     texts = ["hello", "a much longer document", "x", "ab", "end"]
     rows = load_rows([make_source(texts)], tokenizer, sequence_length=8)
     end = tokenizer.eos_token_id
-    own = [[*tokenizer.encode(text), end] for text in texts]
+    ids = [[*tokenizer.encode(text), end] for text in texts]
     assert rows.input_ids.shape == rows.mask.shape == rows.document.shape
     # hello leaves 2 of 8, of which x takes both; the long one is cut, and ab fills up what is left of it best.
-    assert read_back(rows) == [[own[0], own[2]], [own[1][:8]], [own[1][8:16]], [own[1][16:]], [own[3], own[4]]]
+    assert read_back(rows) == [[ids[0], ids[2]], [ids[1][:8]], [ids[1][8:16]], [ids[1][16:]], [ids[3], ids[4]]]
     assert rows.document[0].tolist() == [0] * 6 + [1] * 2
     assert rows.document[4].tolist() == [0] * 3 + [1] * 5  # padding goes with the last
 
@@ -49,8 +49,8 @@ def test_packing_loses_nothing_and_leaves_little_room(
     lengths = random.Random(0)
     texts = ["".join(lengths.choices("abcdef", k=lengths.randint(1, 60))) for _ in range(3000)]
     rows = load_rows([make_source(texts)], tokenizer, sequence_length=64)
-    found = [document for row in read_back(rows) for document in row]
-    assert sorted(found) == sorted([*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts)
+    documents = [document for row in read_back(rows) for document in row]
+    assert sorted(documents) == sorted([*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts)
     assert rows.mask.float().mean() > 0.95
 
 
@@ -69,10 +69,10 @@ def test_documents_begin_as_the_tokenizer_begins_them(
     begin = tokenizer.convert_tokens_to_ids("!")
     inner = tokenizer.backend_tokenizer
     inner.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", begin)])
-    own = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="!", eos_token="<end>")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="!", eos_token="<end>")
     inner.post_processor = TemplateProcessing(single="$A", special_tokens=[])
-    rows = load_rows([make_source(["a", "b"])], own, sequence_length=8)
-    assert own.decode(rows.input_ids[0][rows.mask[0]]) == "!a<end>!b<end>"
+    rows = load_rows([make_source(["a", "b"])], wrapped, sequence_length=8)
+    assert wrapped.decode(rows.input_ids[0][rows.mask[0]]) == "!a<end>!b<end>"
 
 
 def test_unpacked_rows_are_documents(make_source: MakeSource, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -117,12 +117,12 @@ def test_rounds_go_on_where_the_last_one_stopped(
         )
         return rows.input_ids.tolist()
 
-    whole = ids(None)
-    endless = whole * 4
-    assert len(whole) > 40
-    for skip in (0, 7, len(whole) - 5, len(whole), 2 * len(whole) + 3):
+    all_ids = ids(None)
+    endless = all_ids * 4
+    assert len(all_ids) > 40
+    for skip in (0, 7, len(all_ids) - 5, len(all_ids), 2 * len(all_ids) + 3):
         assert ids(10 * 8, skip) == endless[skip : skip + 10]
-    assert ids(9999, 7) == ids(None, 7) == endless[7 : 7 + len(whole)]  # no row twice
+    assert ids(9999, 7) == ids(None, 7) == endless[7 : 7 + len(all_ids)]  # no row twice
 
 
 def test_no_source_at_all(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -31,7 +31,7 @@ def chatty(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) 
     return tokenizer
 
 
-def said(source: TextConfig) -> tuple[str, str | None]:
+def input_error(source: TextConfig) -> tuple[str, str | None]:
     with pytest.raises(InputError) as caught:
         list(read_documents(source))
     return str(caught.value).removeprefix(source.path), caught.value.hint
@@ -41,13 +41,13 @@ def test_chats_are_found(make_source: MakeSource) -> None:
     rows: list[Any] = [{"messages": CHAT, "id": 1}, {"messages": []}, {"text": "a text", "messages": CHAT}]
     assert list(read_documents(make_source(rows))) == [CHAT, "a text"]
     assert list(read_documents(make_source(rows, messages="messages"))) == [CHAT, CHAT]
-    assert said(make_source(rows, column="txt")) == (": no column 'txt'", "columns there: messages, id")
-    assert said(make_source(rows, messages="chat")) == (": no column 'chat'", "columns there: messages, id")
+    assert input_error(make_source(rows, column="txt")) == (": no column 'txt'", "columns there: messages, id")
+    assert input_error(make_source(rows, messages="chat")) == (": no column 'chat'", "columns there: messages, id")
 
 
 def test_rows_without_text_are_left_out(make_source: MakeSource) -> None:
     assert list(read_documents(make_source([{"text": None}, "", " ", "a", {"text": None}]))) == ["a"]
-    assert said(make_source([{"text": None}, ""]))[0] == ": no text in it"
+    assert input_error(make_source([{"text": None}, ""]))[0] == ": no text in it"
 
 
 def test_chats_from_a_table_have_no_keys_but_their_own(tmp_path: Any) -> None:
@@ -77,7 +77,7 @@ def test_chats_from_a_table_have_no_keys_but_their_own(tmp_path: Any) -> None:
     ],
 )
 def test_what_is_said_of_a_chat(make_source: MakeSource, messages: Any, message: str) -> None:
-    text, hint = said(make_source([{"messages": messages}]))
+    text, hint = input_error(make_source([{"messages": messages}]))
     assert text == message
     assert hint is not None and '"role": "user"' in hint
 

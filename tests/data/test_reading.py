@@ -22,17 +22,17 @@ def documents(path: Path | str, **options: str) -> list[str]:
     return list(read_documents(TextConfig(path=str(path), **options)))
 
 
-def said(path: Path | str, **options: str) -> tuple[str, str | None]:
+def input_error(path: Path | str, **options: str) -> tuple[str, str | None]:
     with pytest.raises(InputError) as caught:
         documents(path, **options)
     return str(caught.value), caught.value.hint
 
 
 def test_text_files(tmp_path: Path) -> None:
-    whole, several = tmp_path / "whole.txt", tmp_path / "several.txt"
-    whole.write_text("one\n\ntwo\n", encoding="utf-8")
+    single, several = tmp_path / "whole.txt", tmp_path / "several.txt"
+    single.write_text("one\n\ntwo\n", encoding="utf-8")
     several.write_text("one\n<|endoftext|>\nдва\nстроки\n<|endoftext|>\n\n<|endoftext|>\n", encoding="utf-8")
-    assert documents(whole) == ["one\n\ntwo"]
+    assert documents(single) == ["one\n\ntwo"]
     assert documents(several) == ["one", "два\nстроки"]
     assert list(read_rows(str(several))) == [{"text": "one"}, {"text": "два\nстроки"}]
 
@@ -89,10 +89,10 @@ def test_tables_are_read_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_hub_datasets_are_streamed_or_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, ...]] = []
+    calls: list[tuple[Any, ...]] = []
 
     def load(path: str, name: str | None, *, split: str, streaming: bool = False) -> Iterator[dict[str, str]]:
-        asked.append((path, name, split, streaming))
+        calls.append((path, name, split, streaming))
         if path == "owner/cached" and streaming:
             raise ConnectionError("no route to the hub")
         return iter([{"text": "a"}, {"text": "b"}])
@@ -101,7 +101,7 @@ def test_hub_datasets_are_streamed_or_from_the_cache(monkeypatch: pytest.MonkeyP
     assert documents("owner/set", name="en", split="dev") == ["a", "b"]
     assert documents("owner/cached") == ["a", "b"]
     assert list(read_rows("owner/whole")) == [{"text": "a"}, {"text": "b"}]
-    assert asked == [
+    assert calls == [
         ("owner/set", "en", "dev", True),
         ("owner/cached", None, "train", True),
         ("owner/cached", None, "train", False),
@@ -115,7 +115,7 @@ def test_saved_datasets(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": split, "dev": split.select([1])}).save_to_disk(tmp_path / "dict")
     assert documents(tmp_path / "one") == ["a", "b"]
     assert documents(tmp_path / "dict", split="dev") == ["b"]
-    assert said(tmp_path / "dict", split="test") == (
+    assert input_error(tmp_path / "dict", split="test") == (
         f"{tmp_path / 'dict'}: no split 'test'",
         "splits there: train, dev",
     )
@@ -150,7 +150,7 @@ def test_saved_datasets(tmp_path: Path) -> None:
 def test_what_is_said_of_a_file(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    text, hint = said(path)
+    text, hint = input_error(path)
     assert hint and text.startswith(expected.format(path=path)), text
     assert "\n" not in text
 
@@ -158,26 +158,26 @@ def test_what_is_said_of_a_file(tmp_path: Path, name: str, content: bytes, expec
 def test_what_is_said_of_a_damaged_saved_dataset(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "one")
     next((tmp_path / "one").glob("*.arrow")).write_bytes(b"nothing")
-    text, hint = said(tmp_path / "one")
+    text, hint = input_error(tmp_path / "one")
     assert text.startswith(f"{tmp_path / 'one'}: this saved dataset cannot be read (")
     assert hint == "save it again with save_to_disk"
 
 
 def test_what_is_said_of_columns(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"story": "a", "n": 1}\n')
-    assert said(tmp_path / "a.jsonl")[1] == "columns there: story, n"
+    assert input_error(tmp_path / "a.jsonl")[1] == "columns there: story, n"
 
 
 def test_what_is_said_of_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty" / "deeper").mkdir(parents=True)
     (tmp_path / "empty" / "deeper" / "a.txt").write_text("a")
     (tmp_path / "empty" / "README.md").write_text("a")
-    assert said(tmp_path / "a.txt")[0] == f"no such file: {tmp_path / 'a.txt'}"
-    assert said(tmp_path / "*.txt")[0] == f"no file matches {tmp_path / '*.txt'}"
-    assert said(tmp_path / "empty")[0] == f"{tmp_path / 'empty'}: nothing to read in this folder"
+    assert input_error(tmp_path / "a.txt")[0] == f"no such file: {tmp_path / 'a.txt'}"
+    assert input_error(tmp_path / "*.txt")[0] == f"no file matches {tmp_path / '*.txt'}"
+    assert input_error(tmp_path / "empty")[0] == f"{tmp_path / 'empty'}: nothing to read in this folder"
 
 
 def test_what_is_said_of_a_hub_dataset_out_of_reach() -> None:
-    text, hint = said("nobody/nothing-of-this-name")  # conftest keeps the hub offline
+    text, hint = input_error("nobody/nothing-of-this-name")  # conftest keeps the hub offline
     assert text.startswith("nobody/nothing-of-this-name: neither a file here nor a dataset that can be loaded")
     assert hint is not None and "network" in hint

@@ -32,15 +32,15 @@ def test_training_says_no_sentence_and_no_wording_of_a_question_that_is_tested()
     rows = [row for rows in held_out().values() for row in rows]
     world = World()
     stops = {world.words[language]["stop"][0] for language in "ab"}
-    asked = {str(row["context"]) for row in rows if "context" in row}
-    sentences = {words for row in rows if "prompt" in row for words in said(str(row["prompt"]), stops)}
-    assert len(asked) >= 300 and len(sentences) > 2000
+    questions = {str(row["context"]) for row in rows if "context" in row}
+    sentences = {words for row in rows if "prompt" in row for words in sentences_of(str(row["prompt"]), stops)}
+    assert len(questions) >= 300 and len(sentences) > 2000
     for prompt, target in islice(world.examples(1), 5000):
-        assert prompt not in asked
-        assert not sentences & {*said(prompt, stops), *said(target, stops)}
+        assert prompt not in questions
+        assert not sentences & {*sentences_of(prompt, stops), *sentences_of(target, stops)}
 
 
-def said(text: str, stops: set[str]) -> Iterator[str]:
+def sentences_of(text: str, stops: set[str]) -> Iterator[str]:
     """The sentences in a prompt or a target, without the command before them."""
     sentence: list[str] = []
     for word in text.split(" : ")[-1].removesuffix(" =").split():
@@ -101,9 +101,9 @@ def test_questions_by_hand() -> None:
         a["ask"][0],
         ":",
     ]
-    said, tested = world.questions(test=False), world.questions(test=True)
-    assert len(set(said) | set(tested)) == len(said) + len(tested) == 24 * 12 * 2
-    assert {(c, path) for c, path, _ in tested} <= {(c, path) for c, path, _ in said}
+    training, tested = world.questions(test=False), world.questions(test=True)
+    assert len(set(training) | set(tested)) == len(training) + len(tested) == 24 * 12 * 2
+    assert {(c, path) for c, path, _ in tested} <= {(c, path) for c, path, _ in training}
 
 
 def test_answers_to_questions_are_among_four_different_choices() -> None:

@@ -157,7 +157,7 @@ def test_the_deciding_metric_begins_with_what_the_cheap_one_left_of_the_budget(t
 
 
 def test_when_not_even_a_row_fits_it_says_so(tasks: list[Task]) -> None:
-    with pytest.raises(RunError, match=r"out of memory with a single row of \d+ tokens in 5 streams") as caught:
+    with pytest.raises(RunError, match=r"out of memory with a single row of \d+ tokens in 5 branches") as caught:
         scored(tasks[:1], limited(10, ERRORS["cpu"]))
     assert caught.value.hint
     with pytest.raises(ValueError, match="another mistake"):

@@ -33,9 +33,9 @@ def test_log_likelihoods_are_those_of_each_model_alone() -> None:
         LogLikelihood((3, 4), (4, 3)),
     ]
     answers = answer_requests(LayerwiseModel(model), tokenizer, requests, [2, 4])
-    for own, removed in zip(answers, ([], [2], [4]), strict=True):
+    for branch, removed in zip(answers, ([], [2], [4]), strict=True):
         alone = remove_layers(tiny_model("qwen2"), removed)
-        for request, answer in zip(requests, own, strict=True):
+        for request, answer in zip(requests, branch, strict=True):
             ids = torch.tensor([request.context + request.continuation])
             with torch.no_grad():
                 logs = alone(ids).logits[0].double().log_softmax(-1)
@@ -50,9 +50,9 @@ def test_generation_for_all_candidates_is_that_of_each_model_alone(family: str) 
     prompts = [(3, 4, 5), (9,), (8, 7, 6, 5, 4)]
     requests = [Generation(prompt, 6, ("w20",)) for prompt in prompts]
     answers = answer_requests(LayerwiseModel(tiny_model(family)), tokenizer, requests, [1, 2, 4])
-    for own, removed in zip(answers, ([], [1], [2], [4]), strict=True):
+    for branch, removed in zip(answers, ([], [1], [2], [4]), strict=True):
         alone = remove_layers(tiny_model(family), removed)
-        for prompt, answer in zip(prompts, own, strict=True):
+        for prompt, answer in zip(prompts, branch, strict=True):
             ids = torch.tensor([prompt])
             for _ in range(6):  # no cache, no generate
                 with torch.no_grad():
@@ -77,3 +77,15 @@ def test_requests_of_both_kinds_come_back_in_their_order() -> None:
     alone = [answer_requests(layerwise, tokenizer, [request])[0][0] for request in requests]
     assert answers[0] == alone[0] and answers[2] == alone[2]
     assert answers[1].log_probability == pytest.approx(alone[1].log_probability, abs=1e-5)
+
+
+def test_an_engine_may_answer_alone_among_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    layerwise, tokenizer = LayerwiseModel(tiny_model("llama")), tiny_tokenizer()
+    requests = [Generation((3,), 3, ()), LogLikelihood((3,), (4,)), LogLikelihood((5, 6), (4,))]
+    (expected,) = answer_requests(layerwise, tokenizer, requests)
+
+    def processes_of(device: torch.device) -> Any:
+        raise AssertionError("it asked for other processes")
+
+    monkeypatch.setattr("layerpeel.inference.engine.processes_of", processes_of)
+    assert Engine(layerwise, tokenizer, share_work=False).answer(requests) == [expected]

@@ -20,22 +20,22 @@ EVERY = [*FAMILIES, *UNLISTED]
 def test_one_pass_is_removing_and_running(family: str) -> None:
     model, ids = tiny_model(family), tiny_ids()
     layerwise, candidates = LayerwiseModel(model), range(LAYERS)
-    streams = layerwise.forward_with_skips(ids, candidates)
+    branches = layerwise.forward_with_skips(ids, candidates)
     with torch.no_grad():
-        whole = model(ids).logits
-        torch.testing.assert_close(layerwise.logits(streams[0].flatten(0, 1)).view_as(whole), whole, rtol=0, atol=1e-5)
-        for stream, candidate in zip(streams[1:], candidates, strict=True):
+        full = model(ids).logits
+        torch.testing.assert_close(layerwise.logits(branches[0].flatten(0, 1)).view_as(full), full, rtol=0, atol=1e-5)
+        for branch, candidate in zip(branches[1:], candidates, strict=True):
             expected = remove_layers(copy.deepcopy(model), [candidate])(ids).logits
-            own = layerwise.logits(stream.flatten(0, 1)).view_as(expected)
-            torch.testing.assert_close(own, expected, rtol=0, atol=1e-5)
+            logits = layerwise.logits(branch.flatten(0, 1)).view_as(expected)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_eager_attention_with_masks_of_its_own(family: str) -> None:
     model, ids = tiny_model(family, attn_implementation="eager"), tiny_ids()
-    streams = LayerwiseModel(model).forward_with_skips(ids, [1, 4])
+    branches = LayerwiseModel(model).forward_with_skips(ids, [1, 4])
     expected = LayerwiseModel(remove_layers(copy.deepcopy(model), [4])).forward_with_skips(ids)[0]
-    torch.testing.assert_close(streams[2], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(branches[2], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -69,7 +69,7 @@ def test_recurrent_models_are_known_to_mix_documents() -> None:
     assert not layerwise.runs_packed
 
 
-def test_the_model_runs_as_before_after_a_walk() -> None:
+def test_the_model_runs_as_before_after_a_pass() -> None:
     model, ids = tiny_model("qwen2"), tiny_ids()
     with torch.no_grad():
         before = model(ids).logits
@@ -79,7 +79,7 @@ def test_the_model_runs_as_before_after_a_walk() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_watch_sees_each_layer_of_the_untouched_stream() -> None:
+def test_the_hook_gets_each_layer_of_the_untouched_branch() -> None:
     model, ids = tiny_model("llama"), tiny_ids()
     seen = {}
     LayerwiseModel(model).forward_with_skips(

@@ -34,7 +34,7 @@ class PlainHead:
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head_module(hidden[None])[0]
 
-    def logit_rows(self, streams: int = 1) -> int:
+    def logit_rows(self, branches: int = 1) -> int:
         return 1
 
 

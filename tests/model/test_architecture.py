@@ -73,7 +73,9 @@ def one_pass_and_skipping_are_removing(model: PreTrainedModel, ids: torch.Tensor
         expected = shorter(ids, use_cache=False).logits
         torch.testing.assert_close(layerwise.logits(branch.flatten(0, 1)).view_as(logits), expected, rtol=0, atol=1e-5)
         if layer is not None:
-            with replaced_forward(layerwise.layers[layer], lambda hidden, *_, **__: layerwise.calls.form(hidden, None)):
+            with replaced_forward(
+                layerwise.layers[layer], lambda hidden, *_, **__: layerwise.layer_inputs.form(hidden, None)
+            ):
                 torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=0, atol=1e-5)
     assert torch.equal(model(ids, use_cache=False).logits, logits)
     padded = torch.cat([ids[:, :9], torch.zeros(3, 6, dtype=torch.long)], dim=1)

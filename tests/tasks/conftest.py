@@ -42,7 +42,7 @@ def make(tmp_path: Path) -> MakeTask:
     return build
 
 
-def said(call: Callable[[], Any]) -> tuple[str, str]:
+def input_error(call: Callable[[], Any]) -> tuple[str, str]:
     """Message and hint of the InputError that a call raises."""
     with pytest.raises(InputError) as caught:
         call()
@@ -50,16 +50,12 @@ def said(call: Callable[[], Any]) -> tuple[str, str]:
     return str(caught.value), caught.value.hint
 
 
-def asked_of(task: Task, tokenizer: Any) -> list[Any]:
-    """All requests, one sample's after another's."""
-    return [request for own in task.requests(tokenizer) for request in own]
-
-
 def score_of(task: Task, tokenizer: Any, values: list[Any]) -> TaskScore:
     """The score of these log-probabilities or texts, in the order of the requests."""
     rest = iter(values)
-    answers = {
-        sample: [value if isinstance(value := next(rest), str) else Likelihood(value, False) for _ in own]
-        for sample, own in enumerate(task.requests(tokenizer))
-    }
-    return task.score(answers)
+    samples = task.samples(tokenizer)
+    answers = [
+        [value if isinstance(value := next(rest), str) else Likelihood(value, False) for _ in sample.requests]
+        for sample in samples
+    ]
+    return task.score(samples, answers)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from layerpeel.inference.encoding import encode_pair
 from layerpeel.tasks.scores import Evaluation, TaskScore
 from layerpeel.tasks.templates import fill
-from tests.tasks.conftest import MakeTask, asked_of, said, task_of
+from tests.tasks.conftest import MakeTask, input_error, task_of
 
 ROW = {"q": "Why?", "choices": ["x", "y"], "deep": {"text": ["a", "b"]}, "n": 3}
 CHOICE = {"context": "c", "choices": ["a", "b"], "answer": 0}
@@ -45,7 +45,7 @@ def test_templates(template: str, text: str) -> None:
     ],
 )
 def test_what_is_said_of_a_template(template: str, message: str, hint: str) -> None:
-    assert said(lambda: fill(template, ROW, "here")) == (message, hint)
+    assert input_error(lambda: fill(template, ROW, "here")) == (message, hint)
 
 
 def questions(count: int) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ def questions(count: int) -> list[dict[str, Any]]:
 
 
 def prompts(task: Any, tokenizer: Any) -> list[str]:
-    return [tokenizer.decode(request.context) for request in asked_of(task, tokenizer)][::2]
+    return [tokenizer.decode(request.context) for request in task.requests(tokenizer)][::2]
 
 
 def test_rows_that_are_shown_are_not_asked(make: MakeTask, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -85,16 +85,18 @@ def test_rows_to_show_from_another_split(tmp_path: Path, tokenizer: PreTrainedTo
 
 def test_what_is_said_of_tasks(make: MakeTask, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    assert said(make("choice", [CHOICE], num_fewshot=2).check)[0] == (f"task t: {path} holds 1 rows, too few to show 2")
-    assert said(make("choice", []).check)[0] == f"task t: {path} holds no rows"
-    assert said(make("choice", [CHOICE], num_fewshot=1).check)[0] == f"task t: {path} holds no rows"
-    assert said(lambda: make("choise", []))[0].startswith("unknown task kind 'choise'; did you mean 'choice'?")
-    assert said(lambda: make("choice", [], promt="x"))[0].startswith(
+    assert input_error(make("choice", [CHOICE], num_fewshot=2).check)[0] == (
+        f"task t: {path} holds 1 rows, too few to show 2"
+    )
+    assert input_error(make("choice", []).check)[0] == f"task t: {path} holds no rows"
+    assert input_error(make("choice", [CHOICE], num_fewshot=1).check)[0] == f"task t: {path} holds no rows"
+    assert input_error(lambda: make("choise", []))[0].startswith("unknown task kind 'choise'; did you mean 'choice'?")
+    assert input_error(lambda: make("choice", [], promt="x"))[0].startswith(
         "task t: promt: unknown key; did you mean 'prompt'?"
     )
     absent = make("choice", [], data=str(tmp_path / "absent.jsonl"))
-    assert said(absent.check)[0] == f"task t: no such file: {tmp_path / 'absent.jsonl'}"
-    assert said(make("pairs", [], data=str(tmp_path / "*.csv")).check)[0] == (
+    assert input_error(absent.check)[0] == f"task t: no such file: {tmp_path / 'absent.jsonl'}"
+    assert input_error(make("pairs", [], data=str(tmp_path / "*.csv")).check)[0] == (
         f"task t: no file matches {tmp_path / '*.csv'}"
     )
 
@@ -127,8 +129,8 @@ def test_pairs_are_split_as_the_harness_does(kit: Path, name: str) -> None:
     harness.tokenizer, harness.backend, harness.add_bos_token = tokenizer, "causal", None
     harness.custom_prefix_token_id = None
     for context, continuation in PAIRS:
-        theirs = harness._encode_pair(context, continuation)
-        assert [list(ids) for ids in encode_pair(tokenizer, context, continuation)] == [list(ids) for ids in theirs]
+        expected = harness._encode_pair(context, continuation)
+        assert [list(ids) for ids in encode_pair(tokenizer, context, continuation)] == [list(ids) for ids in expected]
     start, rest = encode_pair(tokenizer, "", " there was")
     assert list(start) == [harness.prefix_token_id]
     assert list(rest) == harness.tok_encode(" there was", add_special_tokens=False)

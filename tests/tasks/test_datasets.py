@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from layerpeel.config.reading import load_config
 from layerpeel.losses.loss_sum import LossSum
 from layerpeel.tasks.registry import make_tasks
-from tests.tasks.conftest import asked_of, score_of, task_of
+from tests.tasks.conftest import score_of, task_of
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper-qwen2.5-3b.yaml"
 
@@ -45,7 +45,7 @@ def test_published_datasets_are_choices(kit: Path, tokenizer: PreTrainedTokenize
     task.check()
     rows = datasets.load_from_disk(str(folder))
     width = len(ON_DISK[name]["choices"])
-    assert [len(own) for own in task.requests(tokenizer)] == [width] * len(rows)
+    assert [len(sample.requests) for sample in task.samples(tokenizer)] == [width] * len(rows)
     score = score_of(
         task, tokenizer, [-float(index % width) for index in range(width * len(rows))]
     )  # always the first choice
@@ -92,7 +92,7 @@ def test_the_papers_config_reads_its_datasets(tmp_path: Path, tokenizer: PreTrai
         task.model_extra["data"] = saved[task.model_extra["data"]]
     for task in make_tasks(config.tasks):
         task.check()
-        requests = asked_of(task, tokenizer)
+        requests = task.requests(tokenizer)
         assert len(task.rows) == 6
         assert len(requests) == (24 if task.kind == "choice" else 6)
         prompt = getattr(requests[0], "context", None) or requests[0].prompt

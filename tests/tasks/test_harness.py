@@ -18,7 +18,7 @@ from layerpeel.model.surgery import remove_layers
 from layerpeel.tasks.base import Task
 from layerpeel.tasks.evaluation import score_tasks
 from tests.families import save_tiny, tiny_tokenizer
-from tests.tasks.conftest import said, task_of
+from tests.tasks.conftest import input_error, task_of
 
 lm_eval = pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -90,18 +90,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def theirs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, folder: Path, **options: Any) -> Any:
+def harness_results(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, folder: Path, **options: Any
+) -> Any:
     """The results of the harness with its own model class."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
-    found = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, bootstrap_iters=0, **options)
-    return found["results"][task]
+    results = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, bootstrap_iters=0, **options)
+    return results["results"][task]
 
 
-def ours(model: PreTrainedModel, tokenizer: Any, task: Task, candidates: list[int]) -> list[Any]:
+def scores_of(model: PreTrainedModel, tokenizer: Any, task: Task, candidates: list[int]) -> list[Any]:
     task.check()
     return [scores[task.name] for scores in score_tasks(Engine(LayerwiseModel(model), tokenizer, candidates), [task])]
 
@@ -125,9 +127,9 @@ def ours(model: PreTrainedModel, tokenizer: Any, task: Task, candidates: list[in
 def test_every_kind_of_task_scores_as_the_harness_does(tiny: Any, folder: Path, name: str, metric: str) -> None:
     model, tokenizer = tiny
     task = task_of(kind="harness", name="t", task=name, include_path=str(folder), metric=metric)
-    for score, removed in zip(ours(model, tokenizer, task, [1, 3]), ([], [1], [3]), strict=True):
-        found = theirs(remove_layers(copy.deepcopy(model), removed), tokenizer, name, folder)
-        assert score.value == pytest.approx(found[f"{metric},none"], rel=1e-5)
+    for score, removed in zip(scores_of(model, tokenizer, task, [1, 3]), ([], [1], [3]), strict=True):
+        results = harness_results(remove_layers(copy.deepcopy(model), removed), tokenizer, name, folder)
+        assert score.value == pytest.approx(results[f"{metric},none"], rel=1e-5)
         assert score.n == (24 if name in ("both", "halves") else 12)
 
 
@@ -139,17 +141,17 @@ def test_zorro_and_next_sentence_are_the_harnesss_for_every_removal(kit: Path, m
         task = task_of(kind="harness", name="t", task=name, include_path=str(folder), limit=15)
         candidates = list(range(5))
         for score, removed in zip(
-            ours(model, tokenizer, task, candidates), ([], *([c] for c in candidates)), strict=True
+            scores_of(model, tokenizer, task, candidates), ([], *([c] for c in candidates)), strict=True
         ):
             shorter = remove_layers(copy.deepcopy(model), removed)
-            assert score.value == theirs(shorter, tokenizer, name, folder, limit=15)["acc,none"]
+            assert score.value == harness_results(shorter, tokenizer, name, folder, limit=15)["acc,none"]
 
 
 def test_paired_errors_need_samples(tiny: Any, folder: Path) -> None:
     model, tokenizer = tiny
     for name, metric, apart in (("both", "acc", True), ("continued", "perplexity", False)):
         task = task_of(kind="harness", name="t", task=name, include_path=str(folder), metric=metric)
-        (score,) = ours(model, tokenizer, task, [])
+        (score,) = scores_of(model, tokenizer, task, [])
         assert (score.influences is not None) == apart
         assert score.stderr > 0
 
@@ -157,7 +159,7 @@ def test_paired_errors_need_samples(tiny: Any, folder: Path) -> None:
 @pytest.mark.slow
 def test_what_is_said_of_harness_tasks(folder: Path) -> None:
     def of(**options: Any) -> tuple[str, str]:
-        return said(task_of(**({"kind": "harness", "name": "t", "include_path": str(folder)} | options)).check)
+        return input_error(task_of(**({"kind": "harness", "name": "t", "include_path": str(folder)} | options)).check)
 
     message, hint = of(task="chosn")
     assert message.startswith("task t: chosn: lm-evaluation-harness knows no such task; did you mean chosen")
@@ -191,5 +193,6 @@ def test_chat_templates_are_applied(folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}w50 {{ m['content'] }} w51 {% endfor %}"
     task = task_of(kind="harness", name="t", task="chosen", include_path=str(folder), apply_chat_template=True, limit=1)
-    ((first, _),) = task.requests(tokenizer)
+    (sample,) = task.samples(tokenizer)
+    first, _ = sample.requests
     assert tokenizer.decode(first.context).split() == ["w50", "w5", "w9", "w7", "w51"]

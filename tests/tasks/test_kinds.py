@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layerpeel.inference.requests import Generation, LogLikelihood
 from layerpeel.tasks.generate import text_score
-from tests.tasks.conftest import MakeTask, asked_of, said, score_of, task_of
+from tests.tasks.conftest import MakeTask, input_error, score_of, task_of
 
 Bytes = PreTrainedTokenizerFast
 
@@ -22,8 +22,8 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def test_choice_asks_for_every_choice(make: MakeTask, tokenizer: Bytes) -> None:
-    (asked,) = make("choice", [row()]).requests(tokenizer)
-    assert asked == [
+    (sample,) = make("choice", [row()]).samples(tokenizer)
+    assert sample.requests == [
         LogLikelihood(tuple(tokenizer.encode("Sky is")), tuple(tokenizer.encode(choice)))
         for choice in (" blue", " green now")
     ]
@@ -53,7 +53,7 @@ def test_choice_answers_in_every_form(make: MakeTask, tokenizer: Bytes, answer: 
 def test_choices_from_templates(make: MakeTask, tokenizer: Bytes) -> None:
     rows = [{"q": "Who?", "wrong": "Linnaeus", "right": "darwin"}]
     task = make("choice", rows, prompt="{q}", choices=["{wrong}", "{right}"], answer="right")
-    assert [tokenizer.decode(r.continuation) for r in asked_of(task, tokenizer)] == [" Linnaeus", " darwin"]
+    assert [tokenizer.decode(r.continuation) for r in task.requests(tokenizer)] == [" Linnaeus", " darwin"]
     assert score_of(task, tokenizer, [-2.0, -1.0]).value == 1.0
 
 
@@ -68,22 +68,24 @@ def test_choices_from_templates(make: MakeTask, tokenizer: Bytes) -> None:
     ],
 )
 def test_what_is_said_of_choices(make: MakeTask, tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
-    message, _ = said(make("choice", [row(**changes)]).check)
+    message, _ = input_error(make("choice", [row(**changes)]).check)
     assert message == f"task t: {tmp_path / 'rows.jsonl'}: {expected}"
 
 
 def test_a_choice_without_a_token_is_refused(kit: Path, make: MakeTask) -> None:
     merging = AutoTokenizer.from_pretrained(kit / "tokenizers" / "tok_qwen2")  # "abcdef" is one of its tokens
     task = make("choice", [row(context="abc", choices=["def", "xyz"])], delimiter="")
-    assert said(lambda: task.requests(merging))[0].endswith("choice 'def' has no token of its own after its prompt")
+    assert input_error(lambda: task.requests(merging))[0].endswith(
+        "choice 'def' has no token of its own after its prompt"
+    )
 
 
 def test_pairs(make: MakeTask, tokenizer: Bytes) -> None:
     rows = [{"sentence_good": f"good {i}", "sentence_bad": f"bad {i}"} for i in range(3)]
     task = make("pairs", rows)
-    asked = asked_of(task, tokenizer)
-    assert [tokenizer.decode(r.continuation) for r in asked[:3]] == ["good 0", "bad 0", "good 1"]
-    assert {r.context for r in asked} == {(tokenizer.eos_token_id,)}
+    requests = task.requests(tokenizer)
+    assert [tokenizer.decode(r.continuation) for r in requests[:3]] == ["good 0", "bad 0", "good 1"]
+    assert {r.context for r in requests} == {(tokenizer.eos_token_id,)}
     score = score_of(task, tokenizer, [-1.0, -2.0, -2.0, -1.0, -1.0, -1.0])  # right, wrong, a tie is not right
     assert (score.value, score.n) == (pytest.approx(1 / 3), 3)
 
@@ -98,16 +100,19 @@ def test_limit_is_for_each_file(tmp_path: Path) -> None:
 
 def test_what_is_said_of_pairs(make: MakeTask, tmp_path: Path) -> None:
     where = f"task t: {tmp_path / 'rows.jsonl'}"
-    assert said(make("pairs", [{"good": "a"}]).check) == (f"{where}: no column 'sentence_good'", "columns there: good")
+    assert input_error(make("pairs", [{"good": "a"}]).check) == (
+        f"{where}: no column 'sentence_good'",
+        "columns there: good",
+    )
     nothing = make("pairs", [{"sentence_good": None, "sentence_bad": "b"}])
-    assert said(nothing.check)[0] == f"{where}: column 'sentence_good' holds NoneType, expected text"
+    assert input_error(nothing.check)[0] == f"{where}: column 'sentence_good' holds NoneType, expected text"
 
 
 def test_generate_asks_for_room_enough(make: MakeTask, tokenizer: Bytes) -> None:
     rows = [{"prompt": "Say: hi", "target": " hi"}, {"prompt": "Say: hello", "target": " hello"}]
-    first = asked_of(make("generate", rows), tokenizer)[0]
+    first = make("generate", rows).requests(tokenizer)[0]
     assert first == Generation(tuple(tokenizer.encode("Say: hi")), len(" hello") + 8, ("\n",))
-    assert asked_of(make("generate", rows, max_new_tokens=3, stop=["\n", "."]), tokenizer)[1] == Generation(
+    assert make("generate", rows, max_new_tokens=3, stop=["\n", "."]).requests(tokenizer)[1] == Generation(
         tuple(tokenizer.encode("Say: hello")), 3, ("\n", ".")
     )
 
@@ -119,12 +124,14 @@ def test_generate_scores_stripped_text(make: MakeTask, tokenizer: Bytes) -> None
 
 def test_generate_shows_solved_rows(make: MakeTask, tokenizer: Bytes) -> None:
     rows = [{"prompt": f"Copy {i}:", "target": f" {i}"} for i in range(2)]
-    (request,) = asked_of(make("generate", rows, num_fewshot=1), tokenizer)
+    (request,) = make("generate", rows, num_fewshot=1).requests(tokenizer)
     assert tokenizer.decode(request.prompt) == "Copy 1: 1\n\nCopy 0:"
 
 
 def test_an_empty_stop_is_refused(make: MakeTask) -> None:
-    assert said(lambda: make("generate", [], stop=[""]))[0].startswith("task t: stop.0: string should have at least 1")
+    assert input_error(lambda: make("generate", [], stop=[""]))[0].startswith(
+        "task t: stop.0: string should have at least 1"
+    )
 
 
 def longest_common(a: list[str], b: list[str]) -> int:
@@ -156,9 +163,9 @@ def test_rouge_counts_russian() -> None:
 
 def test_perplexity_by_hand(make: MakeTask, tokenizer: Bytes) -> None:
     task = make("perplexity", [{"text": "abcdefg"}, {"text": "hij"}], sequence_length=4)
-    asked = asked_of(task, tokenizer)
-    assert [tokenizer.decode(r.continuation) for r in asked] == ["abcd", "efg", "hij"]
-    assert {r.context for r in asked} == {(tokenizer.eos_token_id,)}
+    requests = task.requests(tokenizer)
+    assert [tokenizer.decode(r.continuation) for r in requests] == ["abcd", "efg", "hij"]
+    assert {r.context for r in requests} == {(tokenizer.eos_token_id,)}
     score = score_of(task, tokenizer, [-4.0, -5.0, -6.0])  # losses 9 and 6 over 7 and 3 tokens
     assert score.value == pytest.approx(math.exp(1.5))
     spread = (9 - 1.5 * 7) ** 2 + (6 - 1.5 * 3) ** 2  # over n - 1 = 1
@@ -168,5 +175,5 @@ def test_perplexity_by_hand(make: MakeTask, tokenizer: Bytes) -> None:
 
 def test_what_is_said_of_perplexity(make: MakeTask, tmp_path: Path) -> None:
     where = f"task t: {tmp_path / 'rows.jsonl'}"
-    assert said(make("perplexity", [{"text": " "}]).check)[0] == f"{where}: column 'text' holds no text"
-    assert said(make("perplexity", [{"story": "a"}]).check)[0] == f"{where}: no column 'text'"
+    assert input_error(make("perplexity", [{"text": " "}]).check)[0] == f"{where}: column 'text' holds no text"
+    assert input_error(make("perplexity", [{"story": "a"}]).check)[0] == f"{where}: no column 'text'"

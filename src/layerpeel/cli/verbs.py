@@ -219,7 +219,7 @@ def plan(
     planned = plan_run(
         teacher,
         settings,
-        [[request for requests in task.requests(tokenizer) for request in requests] for task in tasks],
+        [task.requests(tokenizer) for task in tasks],
         speed,
         dtype=dtype,
         device=device.type,

@@ -1,7 +1,7 @@
 """Documents to rows of tokens, and rows to batches.
 
-Documents that share a row are kept apart: a token attends to its own document only, and positions begin at 0 in each.
-`positions_of` is all that a model needs for it (see `LayerwiseModel.runs_packed`).
+Documents that share a row are kept apart: a token attends to its own document only, and positions restart at 0 in each.
+A model takes that from the positions (`positions_of`, `LayerwiseModel.runs_packed`).
 
 Shapes: N rows, B batch, T tokens.
 """
@@ -22,7 +22,7 @@ from layerpeel.data.rows import Rows, TokenRow
 from layerpeel.errors import InputError
 
 DOCUMENTS_PER_CALL = 512
-# Rows that wait for documents that fit: more of them leave less room unused, and read further ahead.
+# Rows that are filled at the same time: more of them leave less padding, and read further ahead.
 OPEN_ROWS = 64
 
 
@@ -43,9 +43,9 @@ def load_rows(
     (and `TextConfig.shuffle` documents of each source, and what fills `OPEN_ROWS`).
 
     Args:
-        skip_rows: how many rows to leave out first. Where the text ends it begins again, in the same order, and no
-            row is given twice: round n of several that take k rows each takes other rows than the rounds before, with
-            `skip_rows=n * k` and the same seed, until the text has been used up.
+        skip_rows: how many rows to leave out first. At its end the text starts again, in the same order, but no row is
+            given twice. So, with the same seed, round n of rounds of k rows each gets new rows by `skip_rows=n * k`,
+            until the text is used up.
 
     Raises:
         InputError: there is no text.
@@ -70,9 +70,8 @@ def cycle_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Batches `start` to `steps` of a process, the rows shuffled anew in each pass over them, the same for a seed.
 
-    With several processes, the batches that one would see are dealt in turn: batch i of process `rank` is batch
-    `i * world + rank` of a single one. So `world` processes that accumulate a batches each see in an optimizer step the
-    rows that a single one sees that accumulates `a * world`.
+    Batch i of process `rank` of `world` is batch `i * world + rank` of a single process. So an optimizer step sees the
+    same rows on `world` processes that accumulate n batches each, and on one that accumulates `n * world`.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
@@ -85,20 +84,20 @@ def cycle_batches(
 
 
 def _tokenized(documents: Iterator[tuple[str, Document]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
-    """Texts begin and end with the special tokens that the model expects there; chats are as their template says."""
+    """Token ids; texts with the tokenizer's beginning- and end-of-text tokens, chats with those of their template."""
     begin = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    while some := list(islice(documents, DOCUMENTS_PER_CALL)):
-        texts = [text if isinstance(text, str) else write_chat(text, tokenizer, where) for where, text in some]
-        found = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for (_, document), ids in zip(some, found, strict=True):
+    while chunk := list(islice(documents, DOCUMENTS_PER_CALL)):
+        texts = [text if isinstance(text, str) else write_chat(text, tokenizer, where) for where, text in chunk]
+        token_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for (_, document), ids in zip(chunk, token_ids, strict=True):
             yield torch.tensor([*begin, *ids, *end] if isinstance(document, str) else ids, dtype=torch.int32)
 
 
 def _packed(documents: Iterator[Tensor], length: int) -> Iterator[TokenRow]:
-    """Best fit: a document goes into the open row where it leaves least room, or else into a new one.
+    """Best fit: a document goes into the open row with the least room that holds it, or else into a new one.
 
-    Rows come in the order in which they were opened, so that the first of them are no choice of long documents.
+    Rows are given in the order in which they were opened; otherwise the first would hold mostly long documents.
     """
     rows: deque[TokenRow] = deque()
     room: deque[int] = deque()
@@ -118,7 +117,7 @@ def _packed(documents: Iterator[Tensor], length: int) -> Iterator[TokenRow]:
 
 
 def _from_row(read: Callable[[], Iterator[TokenRow]], skip: int, limit: int | None) -> list[TokenRow]:
-    """Rows `skip` to `skip + limit` of a text that begins again at its end, but none of them twice."""
+    """Rows `skip` to `skip + limit` of a text that starts again at its end, none of them twice."""
     rows: list[TokenRow] = []
     total = 0
     for total, row in enumerate(read(), start=1):

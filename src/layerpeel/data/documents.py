@@ -1,4 +1,4 @@
-"""Documents, from rows: plain text or chats, of one source or of a weighted mixture of several."""
+"""Documents from rows: plain text or chats, of one source or of a weighted mixture of several."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from layerpeel.config.fields import TextConfig
-from layerpeel.data.reading import Row, column_of, read_rows, text_of
+from layerpeel.data.reading import TableRow, column_of, read_rows, text_of
 from layerpeel.errors import InputError
 
 Messages = list[dict[str, Any]]
 Document = str | Messages  # a text, or a chat
 
 
-TEXT, MESSAGES = "text", "messages"  # the columns that are looked for where none is named
+TEXT, MESSAGES = "text", "messages"  # the default columns
 
 
 def read_documents(source: TextConfig) -> Iterator[Document]:
     """The documents of one source, in the order of its rows; empty ones are left out.
 
     Raises:
-        InputError: as `read_rows`, or a column is absent or holds something else, or there is no document at all.
+        InputError: as in `read_rows`; a column is absent or holds something else; or there is no document at all.
     """
     count = 0
     for row in read_rows(source.path, split=source.split, name=source.name, stream=True):
@@ -38,7 +38,7 @@ def read_documents(source: TextConfig) -> Iterator[Document]:
         raise InputError(f"{source.path}: no text in it", hint="give a source with text in at least one row")
 
 
-def messages_of(row: Row, column: str, where: str) -> Messages:
+def messages_of(row: TableRow, column: str, where: str) -> Messages:
     """A row's chat in a column.
 
     Raises:
@@ -58,12 +58,12 @@ def messages_of(row: Row, column: str, where: str) -> Messages:
                 f"found {keys or type(message).__name__}",
                 hint='a message looks like {"role": "user", "content": "..."}',
             )
-    # Tables give every message all the keys that any message has; to a template, an absent one is not there.
+    # Tables give every message all the keys that any message has, with None; templates expect them to be absent.
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def write_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    """A chat as its model reads it, with the special tokens of the tokenizer's chat template.
+    """A chat as text, by the tokenizer's chat template, with its special tokens.
 
     Raises:
         InputError: there is no template, or it refuses the chat.
@@ -75,7 +75,7 @@ def write_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: st
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template is a program of the model's author, and raises what it likes
+    except Exception as error:  # a template is a program, and may raise anything
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(
             f"{where}: the tokenizer's chat template refuses a chat of {roles} ({error})",
@@ -86,24 +86,24 @@ def write_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: st
 def mix_documents(sources: Sequence[TextConfig], seed: int) -> Iterator[tuple[str, Document]]:
     """The documents of all sources, with the path of each, until all are used up.
 
-    Each next one is from a source drawn at random by the weights of those that have not ended, so a beginning of the
-    stream is a fair mixture, and the same one for the same seed.
+    Each next one is from a source drawn at random, by weight, among those that have not ended. So the first documents
+    are a fair mixture too. The same seed gives the same order.
     """
     rng = random.Random(seed)
-    streams = [
+    pending = [
         (source, _shuffled(read_documents(source), source.shuffle, random.Random(f"{seed}/{number}")))
         for number, source in enumerate(sources)
     ]
-    while streams:
-        (chosen,) = rng.choices(streams, [source.weight for source, _ in streams])
+    while pending:
+        (chosen,) = rng.choices(pending, [source.weight for source, _ in pending])
         document = next(chosen[1], None)
         if document is None:
-            streams.remove(chosen)
+            pending.remove(chosen)
         else:
             yield chosen[0].path, document
 
 
-def _chat_column(row: Row, source: TextConfig) -> str | None:
+def _chat_column(row: TableRow, source: TextConfig) -> str | None:
     if source.messages is None and source.column == TEXT and TEXT not in row and MESSAGES in row:
         return MESSAGES
     return source.messages
@@ -116,13 +116,13 @@ def _is_message(message: Any) -> bool:
 
 
 def _shuffled(documents: Iterator[Document], size: int, rng: random.Random) -> Iterator[Document]:
-    """The documents, each drawn at random from `size` that are held; in their order if `size` is 0."""
-    held: list[Document] = []
+    """Shuffles within a buffer of `size` documents, each drawn from it at random; keeps the order if `size` is 0."""
+    buffer: list[Document] = []
     for document in documents:
-        held.append(document)
-        if len(held) > size:
-            place = rng.randrange(len(held)) if size else 0
-            held[place], held[-1] = held[-1], held[place]
-            yield held.pop()
-    rng.shuffle(held)
-    yield from held
+        buffer.append(document)
+        if len(buffer) > size:
+            place = rng.randrange(len(buffer)) if size else 0
+            buffer[place], buffer[-1] = buffer[-1], buffer[place]
+            yield buffer.pop()
+    rng.shuffle(buffer)
+    yield from buffer

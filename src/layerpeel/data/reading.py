@@ -1,4 +1,4 @@
-"""The rows of whatever a user has, one after another: no more is read than is asked for."""
+"""Rows of text files, tables and datasets, read lazily."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from typing import Any
 
 from layerpeel.errors import InputError
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]  # by column
 
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 TABLES = {".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 READABLE = (".txt", ".jsonl", *TABLES)
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character, of which JSON may hold one alone
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character; JSON may hold one without the other
 ARCHIVES = (".zst", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz")
 
 
-def read_rows(path: str, *, split: str = "train", name: str | None = None, stream: bool = False) -> Iterator[Row]:
+def read_rows(path: str, *, split: str = "train", name: str | None = None, stream: bool = False) -> Iterator[TableRow]:
     """The rows of a file, folder, glob, saved dataset or hub dataset, as dicts.
 
     A .txt file gives rows with one column, `text`: its documents. Text files and tables may be packed as .gz.
 
     Args:
-        stream: read a hub dataset over the network as its rows are asked for, and not first fetch all of it.
+        stream: read a hub dataset over the network row by row, instead of first fetching all of it.
 
     Raises:
-        InputError: it is missing, empty, or not what its name says; the message names the place.
+        InputError: it is missing, empty, or not of the format that its name says; the message names file and line.
     """
     files = expand(path)
     if len(files) > 1:
@@ -45,7 +45,7 @@ def read_rows(path: str, *, split: str = "train", name: str | None = None, strea
             yield from read_rows(file, split=split)
         return
     (path,) = files
-    if os.path.isdir(path):  # which take any text, also what cannot be a name
+    if os.path.isdir(path):  # os.path, as pathlib raises for texts that no file can have as a name
         yield from _read_folder(Path(path), split)
     elif os.path.isfile(path):
         yield from _read_file(Path(path))
@@ -56,7 +56,7 @@ def read_rows(path: str, *, split: str = "train", name: str | None = None, strea
 
 
 def expand(path: str) -> list[str]:
-    """The files that a glob names, sorted; a path that is no glob stands for itself.
+    """The files that a glob matches, sorted; a path that is no glob, as it is.
 
     Raises:
         InputError: no file matches.
@@ -69,7 +69,7 @@ def expand(path: str) -> list[str]:
     return files
 
 
-def column_of(row: Row, column: str, where: str) -> Any:
+def column_of(row: TableRow, column: str, where: str) -> Any:
     """A row's value in a column.
 
     Args:
@@ -83,7 +83,7 @@ def column_of(row: Row, column: str, where: str) -> Any:
     return row[column]
 
 
-def text_of(row: Row, column: str, where: str) -> str:
+def text_of(row: TableRow, column: str, where: str) -> str:
     """A row's text in a column.
 
     Raises:
@@ -98,7 +98,7 @@ def text_of(row: Row, column: str, where: str) -> str:
     return text
 
 
-def _read_folder(folder: Path, split: str) -> Iterator[Row]:
+def _read_folder(folder: Path, split: str) -> Iterator[TableRow]:
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         yield from _read_dataset(
             lambda: _load_saved(folder, split),
@@ -117,7 +117,7 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row]:
         yield from _read_file(file)
 
 
-def _load_saved(folder: Path, split: str) -> Iterable[Row]:
+def _load_saved(folder: Path, split: str) -> Iterable[TableRow]:
     import datasets
 
     saved = datasets.load_from_disk(str(folder))
@@ -128,7 +128,7 @@ def _load_saved(folder: Path, split: str) -> Iterable[Row]:
     return saved[split]
 
 
-def _read_file(path: Path) -> Iterator[Row]:
+def _read_file(path: Path) -> Iterator[TableRow]:
     kind = _kind(path)
     if kind in ARCHIVES:
         raise InputError(f"{path}: {kind} files are not read", hint="unpack it; of packed files, .gz ones are read")
@@ -145,11 +145,11 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 
 def _kind(path: Path) -> str:
-    """What a file holds, by its name: the last ending but .gz."""
+    """The format of a file, by the last suffix of its name but .gz."""
     return (Path(path.stem) if path.suffix == ".gz" else path).suffix
 
 
-def _load_table(path: Path) -> Iterable[Row]:
+def _load_table(path: Path) -> Iterable[TableRow]:
     if path.suffix == ".parquet":
         return _read_parquet(path)
     import datasets
@@ -157,8 +157,8 @@ def _load_table(path: Path) -> Iterable[Row]:
     return datasets.load_dataset(TABLES[_kind(path)], data_files=glob.escape(str(path)), split="train", streaming=True)
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
-    """Some rows at a time, by pyarrow itself: a stream of datasets reads ahead in threads that hang a process's end."""
+def _read_parquet(path: Path) -> Iterator[TableRow]:
+    """Reads by pyarrow itself: the streams of `datasets` read ahead in threads that may hang a process as it exits."""
     from pyarrow import parquet
 
     with parquet.ParquetFile(path, memory_map=True) as file:
@@ -166,8 +166,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             yield from batch.to_pylist()
 
 
-def _read_dataset(load: Callable[[], Iterable[Row]], wrong: str, hint: str) -> Iterator[Row]:
-    """What `load` gives; whatever goes wrong in a library on the way is said as `wrong (reason)`."""
+def _read_dataset(load: Callable[[], Iterable[TableRow]], wrong: str, hint: str) -> Iterator[TableRow]:
+    """The rows that `load` gives; any error of a library becomes an InputError, `wrong (reason)`."""
     try:
         yield from load()
     except InputError:
@@ -179,19 +179,19 @@ def _read_dataset(load: Callable[[], Iterable[Row]], wrong: str, hint: str) -> I
 
 
 def _read_text(path: Path) -> Iterator[str]:
-    """The documents of a text file: a line of the separator ends one."""
-    held: list[str] = []
+    """The documents of a text file; a line with only the separator ends one."""
+    lines: list[str] = []
     for line in chain(_lines(path), [SEPARATOR]):
         if line.strip() != SEPARATOR:
-            held.append(line)
+            lines.append(line)
             continue
-        document = "".join(held).strip("\n")
+        document = "".join(lines).strip("\n")
         if document.strip():
             yield document
-        held = []
+        lines = []
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def _read_jsonl(path: Path) -> Iterator[TableRow]:
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -229,7 +229,7 @@ def _lines(path: Path) -> Iterator[str]:
         raise InputError(f"{path}: cannot be read ({error})", hint="is it whole, and may you read it?") from None
 
 
-def _read_hub(path: str, split: str, name: str | None, stream: bool) -> Iterator[Row]:
+def _read_hub(path: str, split: str, name: str | None, stream: bool) -> Iterator[TableRow]:
     yield from _read_dataset(
         lambda: _load_hub(path, split, name, stream),
         f"{path}: neither a file here nor a dataset that can be loaded from the hub",
@@ -237,7 +237,7 @@ def _read_hub(path: str, split: str, name: str | None, stream: bool) -> Iterator
     )
 
 
-def _load_hub(path: str, split: str, name: str | None, stream: bool) -> Iterable[Row]:
+def _load_hub(path: str, split: str, name: str | None, stream: bool) -> Iterable[TableRow]:
     import datasets
 
     try:
@@ -247,10 +247,10 @@ def _load_hub(path: str, split: str, name: str | None, stream: bool) -> Iterable
     except Exception:
         if not stream:
             raise
-    return datasets.load_dataset(path, name, split=split)  # without a network: what an earlier download left
+    return datasets.load_dataset(path, name, split=split)  # without a network: from an earlier download
 
 
 @cache
 def _wait_for_readers_at_exit() -> None:
-    """A stream that is left early still reads ahead in threads of pyarrow, which crash or hang a process that ends."""
+    """A stream that is left early reads on in threads of pyarrow, which may crash or hang a process at exit."""
     atexit.register(time.sleep, 1)

@@ -1,4 +1,4 @@
-"""Rows of tokens, and what keeps the documents in a row apart.
+"""Rows of tokens, and the positions and labels that keep the documents in a row apart.
 
 Shapes: N rows, B batch, T tokens.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-TokenRow = list[Tensor]  # the documents of a row, int32: lists of ints would take nine times the room
+TokenRow = list[Tensor]  # a row's documents, each [tokens] of int32: lists of ints would take nine times the memory
 
 
 class Rows:
@@ -20,7 +20,7 @@ class Rows:
     Attributes:
         input_ids: [N, T] token ids.
         mask: [N, T] of bool, True at real tokens.
-        document: [N, T], which document of its row a token belongs to: 0, 1, 2, ...; padding goes with the last.
+        document: [N, T], the number of each token's document in its row: 0, 1, 2, ...; padding has the last one's.
     """
 
     def __init__(self, input_ids: Tensor, mask: Tensor, document: Tensor | None = None) -> None:
@@ -30,7 +30,7 @@ class Rows:
 
     @classmethod
     def of(cls, rows: Sequence[TokenRow], length: int, padding: int) -> Rows:
-        """Rows of documents; `length` tokens hold all documents of any row."""
+        """Rows of documents, padded to `length` tokens with the token id `padding`."""
         input_ids = torch.full((len(rows), length), padding, dtype=torch.int32)
         mask = torch.zeros(len(rows), length, dtype=torch.bool)
         document = torch.zeros(len(rows), length, dtype=torch.int32)
@@ -55,7 +55,7 @@ class Rows:
         }
 
     def unpacked(self) -> Rows:
-        """The same documents, each in a row of its own."""
+        """The same documents, one a row."""
         rows = [
             [ids[mask & (document == number)]]
             for ids, mask, document in zip(self.input_ids, self.mask, self.document, strict=True)
@@ -65,11 +65,11 @@ class Rows:
 
 
 def positions_of(document: Tensor | None) -> Tensor | None:
-    """The place of each token in its document, counted from 0: what keeps documents of one row apart.
+    """The position of each token in its document, from 0: it keeps the documents of a row apart.
 
-    Models that build their masks from positions let no token attend across a place where they begin again. Such a mask
-    is dense, [B, T, T], so kernels that need none (flash attention's causal one) are not used; hence None where
-    there is nothing to keep apart.
+    Models that build their masks from positions let no token attend across a place where they restart. Such a mask is
+    dense, [B, T, T], which rules out kernels without one (flash attention's causal one); hence None where no row needs
+    it.
 
     Args:
         document: [B, T], as in `Rows`.
@@ -79,13 +79,13 @@ def positions_of(document: Tensor | None) -> Tensor | None:
     """
     if document is None or bool((document == document[:, :1]).all()):
         return None
-    place = torch.arange(document.shape[1], device=document.device).expand_as(document)
-    begins = functional.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)
-    return place - torch.where(begins, place, 0).cummax(dim=1).values
+    column = torch.arange(document.shape[1], device=document.device).expand_as(document)
+    is_first = functional.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)
+    return column - torch.where(is_first, column, 0).cummax(dim=1).values
 
 
 def labels_within(document: Tensor, mask: Tensor) -> Tensor:
-    """Where the next token is a real one of the same document, so that it can be a label (cross-entropy).
+    """Where the next token is a real one of the same document, and so a label for cross-entropy.
 
     A distillation loss needs no such mask: it compares two distributions given the same context, also at the last
     token of a document.

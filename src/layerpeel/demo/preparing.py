@@ -21,7 +21,7 @@ def prepare_demo(folder: Path) -> Path:
 
 
 def demo_config(folder: Path) -> dict[str, object]:
-    """12 layers to 8, by the paper's seven skills in small."""
+    """12 layers to 8, scored by the small world's seven skills."""
     return {
         "teacher": str(TEACHER),
         "output": str(folder / "run"),

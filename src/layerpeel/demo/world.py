@@ -32,8 +32,8 @@ COUNTS = {
 }
 RELATIONS = ("colour", "home", "food", "creature")  # the last is the friend
 COMMANDS = {"translate_ab": "ab", "translate_ba": "ba", "copy": "copy", "summarise": "sum"}
-Relations = tuple[int, ...]  # relations, followed one after another
-LEXICON_SEED = 20251107  # the world is one; seeds vary what is said of it
+Relations = tuple[int, ...]  # indices into RELATIONS, followed one after another
+LEXICON_SEED = 20251107  # of the words and facts; `seed` elsewhere varies the exercises
 
 
 class Example(NamedTuple):
@@ -45,7 +45,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Sentence:
-    """What a sentence says, in no language: indices into the lists of words."""
+    """A sentence's meaning, as indices into the lists of words."""
 
     subject: int
     subject_colour: int | None
@@ -56,13 +56,17 @@ class Sentence:
 
     @property
     def kept_for_tests(self) -> bool:
-        """Whether the sentence is never said in training: one in sixteen."""
+        """Whether the sentence is kept out of training: one in sixteen."""
         fields = (self.subject, self.subject_colour, self.verb, self.object, self.object_colour, self.place)
         return sum((2 * i + 1) * (-1 if f is None else f) for i, f in enumerate(fields)) % 16 == 0
 
 
 class World:
-    """The words, the facts, and exercises; `test` says whether in sentences that training never says."""
+    """The words, the facts, and exercises in them.
+
+    Args:
+        test: make exercises of the sentences that are kept out of training, instead of the others.
+    """
 
     def __init__(self, *, test: bool = False) -> None:
         self.test = test
@@ -75,14 +79,14 @@ class World:
             for language in ("a", "b")
         }
         self.facts = [[rng.randrange(COUNTS[relation]) for relation in RELATIONS] for _ in range(COUNTS["creature"])]
-        self.asked = self.questions(test=False)
+        self.training_questions = self.questions(test=False)
 
     def vocabulary(self) -> list[str]:
-        """Every word that is ever said."""
-        said = [w for language in self.words.values() for kind in language.values() for w in kind]
-        return [*COMMANDS.values(), ":", "=", *said]
+        """All words of both languages, the commands and the punctuation."""
+        words = [w for language in self.words.values() for kind in language.values() for w in kind]
+        return [*COMMANDS.values(), ":", "=", *words]
 
-    # What is said
+    # Sentences, facts and questions
 
     def say(self, sentence: Sentence, language: str) -> str:
         """A sentence in one of the languages."""
@@ -113,14 +117,14 @@ class World:
         answer = creature
         for relation in path:
             answer = self.facts[answer][relation]
-        asked = [words["relation"][relation] for relation in reversed(path)]
+        relations = [words["relation"][relation] for relation in reversed(path)]
         subject, ask = words["creature"][creature], words["ask"][0]
-        order = [ask, *asked, subject] if wording == 0 else [subject, *reversed(asked), ask]
+        order = [ask, *relations, subject] if wording == 0 else [subject, *reversed(relations), ask]
         values = words[RELATIONS[path[-1]]]
         return Example(f"{' '.join(order)} :", f" {values[answer]}"), values
 
     def questions(self, *, test: bool) -> list[tuple[int, Relations, int]]:
-        """Every creature, path and wording asked in training; or in tests: a wording not seen of a fact that was."""
+        """The (creature, path, wording) of all training questions, or of all test ones: the other wording of a fact."""
         friend = len(RELATIONS) - 1
         paths = [(*[friend] * hops, last) for hops in range(3) for last in range(len(RELATIONS))]
         return [
@@ -134,7 +138,7 @@ class World:
     # Exercises
 
     def knowledge(self, rng: random.Random, language: str) -> Example:
-        creature, path, wording = rng.choice(self.asked)
+        creature, path, wording = rng.choice(self.training_questions)
         return self.question(creature, path, language, wording)[0]
 
     def any_fact(self, rng: random.Random) -> Example:
@@ -142,7 +146,7 @@ class World:
         return Example("", " " + self.fact(creature, relation, rng.choice("ab")))
 
     def sentence(self, rng: random.Random, subject: int | None = None) -> Sentence:
-        """A random sentence, of the kept ones in a test and of the others in training."""
+        """A random sentence: one kept out of training if `test`, else one of the others."""
         while True:
             creatures = rng.sample(range(COUNTS["creature"]), 2)
             colours = [rng.randrange(COUNTS["colour"]) if rng.random() < 0.6 else None for _ in range(2)]
@@ -164,7 +168,7 @@ class World:
         return Example(f"{COMMANDS['copy']} : {text} =", " " + text)
 
     def summarise(self, rng: random.Random) -> Example:
-        """Of a document's sentences, what its hero (its first subject) does to whom, in order."""
+        """A document of five sentences; its summary is what the first one's subject does to whom, in order."""
         language = rng.choice("ab")
         sentences = [self.sentence(rng) for _ in range(5)]
         hero = sentences[0].subject
@@ -189,24 +193,24 @@ class World:
         }
 
     def examples(self, seed: int) -> Iterator[Example]:
-        """Exercises of all skills without end."""
+        """An endless stream of exercises of all skills."""
         rng = random.Random(f"text {seed}")
         skills = [*self.skills().values(), *[self.skills()[f"knowledge_{language}"] for language in "aaabbb"]]
-        skills.append(lambda rng: self.copy(rng, 1))  # the shortest of copies, from which the others are learned
+        skills.append(lambda rng: self.copy(rng, 1))  # the shortest copies, from which longer ones are learned
         skills.append(self.any_fact)
         while True:
             yield rng.choice(skills)(rng)
 
 
 def held_out(items: int = 150) -> dict[str, list[dict[str, object]]]:
-    """Test items of each skill, none of whose sentences and questions is in any training text."""
+    """Test items of each skill; none of their sentences and questions is in any training text."""
     world = World(test=True)
     rows: dict[str, list[dict[str, object]]] = {}
     for name, exercise in world.skills().items():
         rng = random.Random(f"test {name}")
         if name.startswith("knowledge"):
-            asked = rng.sample(world.questions(test=True), items)
-            rows[name] = [_choice_row(world, rng, name[-1], question) for question in asked]
+            questions = rng.sample(world.questions(test=True), items)
+            rows[name] = [_choice_row(world, rng, name[-1], question) for question in questions]
         else:
             rows[name] = [exercise(rng)._asdict() for _ in range(items)]
     return rows
@@ -218,13 +222,13 @@ def write_world(folder: Path, *, seed: int = 0, documents: int = 12_000, items: 
     (folder / "tasks").mkdir(parents=True, exist_ok=True)
     for name, rows in held_out(items).items():
         _write_lines(folder / "tasks" / f"{name}.jsonl", rows)
-    stream = world.examples(seed)
-    texts = [{"text": "".join(next(stream)).lstrip()} for _ in range(documents)]
+    examples = world.examples(seed)
+    texts = [{"text": "".join(next(examples)).lstrip()} for _ in range(documents)]
     _write_lines(folder / "text.jsonl", texts)
 
 
 def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of Qwen2's kind (which is how transformers loads it), in which each word is one token."""
+    """A byte-level BPE tokenizer, as Qwen2's, with one token a word."""
     pieces = {word: (word[:2], word[2:]) for word in world.vocabulary() if len(word) > 2}
     short = [word for word in world.vocabulary() if len(word) == 2]
     halves = dict.fromkeys(half for pair in pieces.values() for half in pair if len(half) == 2)
@@ -241,9 +245,9 @@ def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
 
 
 def _choice_row(
-    world: World, rng: random.Random, language: str, asked: tuple[int, Relations, int]
+    world: World, rng: random.Random, language: str, question: tuple[int, Relations, int]
 ) -> dict[str, object]:
-    creature, path, wording = asked
+    creature, path, wording = question
     example, values = world.question(creature, path, language, wording)
     right = example.target.strip()
     choices = [right, *rng.sample([value for value in values if value != right], 3)]

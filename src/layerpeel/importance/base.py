@@ -15,8 +15,7 @@ from layerpeel.data.rows import Rows
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.budget import Budget
 from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.inference.requests import Request
-from layerpeel.tasks.base import Task
+from layerpeel.tasks.base import Sample, Task
 from layerpeel.tasks.scores import Evaluation
 
 
@@ -55,9 +54,9 @@ class ScoringInputs:
         return other
 
     @cached_property
-    def samples(self) -> dict[str, list[list[Request]]]:
-        """The requests of each task, by task name: one list a sample."""
-        return {task.name: task.requests(self.tokenizer) for task in self.tasks}
+    def samples(self) -> dict[str, list[Sample]]:
+        """The samples of each task, by task name."""
+        return {task.name: task.samples(self.tokenizer) for task in self.tasks}
 
     @cached_property
     def budget(self) -> Budget:

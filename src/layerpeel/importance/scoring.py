@@ -115,7 +115,7 @@ def _print_once(text: str) -> None:
 
 def _refuse_generation(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> None:
     for task in tasks:
-        if any(isinstance(request, Generation) for sample in task.requests(tokenizer) for request in sample):
+        if any(isinstance(request, Generation) for request in task.requests(tokenizer)):
             raise InputError(
                 f"task {task.name} generates text, for which every layer would be read from disk for every token",
                 hint="score it with score.weights: memory, or leave it out; log-likelihood tasks can be streamed",

@@ -70,9 +70,9 @@ def _answer(
     )
     for name, samples in inputs.samples.items():
         if indices[name]:
-            by_branch = answer_samples(engine, {sample: samples[sample] for sample in indices[name]}, name)
+            by_branch = answer_samples(engine, [samples[index] for index in indices[name]], name)
             for branch, answers in zip((None, *candidates), by_branch, strict=True):
-                answered[branch][name] |= answers
+                answered[branch][name] |= zip(indices[name], answers, strict=True)
 
 
 def _record(result: MetricResult, inputs: ScoringInputs, evaluations: dict[int | None, Evaluation]) -> None:
@@ -113,7 +113,12 @@ def _survivors(
 
 
 def _evaluate(inputs: ScoringInputs, answered: Answered) -> Evaluation:
-    return Evaluation({task.name: task.score(dict(sorted(answered[task.name].items()))) for task in inputs.tasks})
+    scores = {}
+    for task in inputs.tasks:
+        answers = dict(sorted(answered[task.name].items()))
+        samples = inputs.samples[task.name]
+        scores[task.name] = task.score([samples[index] for index in answers], list(answers.values()))
+    return Evaluation(scores)
 
 
 def _sample_counts(inputs: ScoringInputs) -> Counts:
@@ -138,7 +143,7 @@ def _next(inputs: ScoringInputs, alive: Sequence[Evaluation], taken: Counts) -> 
     spread = {name: max(pair[name] * n for pair in pairs) + 1 / n for name, n in taken.items()}
     total = _sample_counts(inputs)
     cost = {
-        name: sum(len_of(request) for sample in samples for request in sample) / len(samples)
+        name: sum(len_of(request) for sample in samples for request in sample.requests) / len(samples)
         for name, samples in inputs.samples.items()
     }
 

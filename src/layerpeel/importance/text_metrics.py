@@ -52,13 +52,16 @@ class TextBatch:
         layerwise: LayerwiseModel,
         candidates: Sequence[int] = (),
         hook: Callable[[int, Tensor, Tensor], None] | None = None,
+        tokens_per_call: int | None = None,
     ) -> Tensor:
         """Final hidden states at real tokens, of the model as it is and with each candidate skipped: [1 + C, N, D].
 
         Args:
-            hook: as in `LayerwiseModel.forward_with_skips`.
+            hook, tokens_per_call: as in `LayerwiseModel.forward_with_skips`.
         """
-        hidden = layerwise.forward_with_skips(self.input_ids, candidates, hook=hook, positions=self.positions)
+        hidden = layerwise.forward_with_skips(
+            self.input_ids, candidates, hook, positions=self.positions, tokens_per_call=tokens_per_call
+        )
         return hidden[:, self.mask]
 
 
@@ -87,7 +90,7 @@ class HiddenStateMetric(Metric):
                 changes = self.measure(before[batch.mask].float(), after[batch.mask].float())
                 by_layer[position] = changes.double().sum().cpu()
 
-            batch.final_hidden(inputs.student, hook=hook)
+            batch.final_hidden(inputs.student, hook=hook, tokens_per_call=inputs.budget.tokens_per_call)
             return by_layer
 
         means = mean_over_text(self, inputs, sums)
@@ -116,7 +119,8 @@ class DistributionMetric(Metric):
     @torch.no_grad()
     def score(self, inputs: ScoringInputs) -> MetricResult:
         def sums(batch: TextBatch) -> Tensor:
-            branches = batch.final_hidden(inputs.student, inputs.candidates)
+            chunk = inputs.budget.tokens_per_call
+            branches = batch.final_hidden(inputs.student, inputs.candidates, tokens_per_call=chunk)
             alone = inputs.teacher is inputs.student
             teacher = branches[0] if alone else batch.final_hidden(inputs.teacher)[0]
             return self._sums(inputs, branches, teacher)
@@ -128,7 +132,7 @@ class DistributionMetric(Metric):
     def _sums(self, inputs: ScoringInputs, branches: Tensor, teacher: Tensor) -> Tensor:
         """Sums over N tokens, of hidden states [1 + C, N, D] against the teacher's [N, D]: [1 + C]."""
         totals = torch.zeros(len(branches), dtype=torch.float64, device=branches.device)
-        rows = inputs.teacher.logit_rows(streams=3)
+        rows = inputs.budget.logit_rows(inputs.teacher, 3)
         for start in range(0, len(teacher), rows):
             target = inputs.teacher.logits(teacher[start : start + rows]).float().log_softmax(-1)
             for branch, hidden in enumerate(branches[:, start : start + rows]):

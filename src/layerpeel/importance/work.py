@@ -78,6 +78,6 @@ def work_of(metric: Metric, inputs: ScoringInputs, candidates: Sequence[int]) ->
         len(inputs.student.layers),
         candidates,
         int(inputs.text.mask.sum()) if inputs.text else 0,
-        [request for task in samples for sample in task for request in sample],
+        [request for task in samples for sample in task for request in sample.requests],
         0 if inputs.teacher is inputs.student else len(inputs.teacher.layers),
     )

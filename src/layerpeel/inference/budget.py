@@ -1,4 +1,4 @@
-"""Memory for the streams of a batch: how much of it there is, and what to do when it runs out all the same."""
+"""The memory that a batch may take on all branches, and what to do when the device runs out all the same."""
 
 from __future__ import annotations
 
@@ -8,56 +8,67 @@ from accelerate.utils.memory import should_reduce_batch_size
 from layerpeel.errors import RunError
 from layerpeel.inference.layerwise import LayerwiseModel
 
-# A token's share of a layer's memory while it runs, in hidden states: inputs, projections, the wide middle of the MLP.
+# Memory for a token while a layer runs, in hidden states: inputs, projections, the wide middle of the MLP.
 LAYER_WIDTH = 24
 
 
-def bytes_of_token(streams: int, width: int, itemsize: int) -> int:
-    """What a token of a batch takes in all streams, while a layer runs on them."""
-    return streams * LAYER_WIDTH * width * itemsize
+def bytes_of_token(branches: int, width: int, itemsize: int) -> int:
+    """Bytes for a token of a batch on all branches, while a layer runs."""
+    return branches * LAYER_WIDTH * width * itemsize
 
 
 class Budget:
-    """Bytes that the streams of a batch may take; halved when memory runs out all the same.
+    """Bytes that a batch may take on all branches, and the sizes of the chunks in which it is computed.
+
+    Running out of memory halves all of them. The chunk sizes are handed to each call: `LayerwiseModel` keeps none but
+    its defaults.
 
     Attributes:
-        bytes: what is left of it.
-        halved: how often it was halved.
+        bytes: what a batch may take now.
+        halved: how often that was halved.
+        tokens_per_call: tokens through a layer at a time; None, for the model's default, until memory has run out.
     """
 
     def __init__(self, size: int | None, device: torch.device) -> None:
-        """Takes 1 GiB on a CPU and about half of what is free on a GPU, where no size is given.
+        """If no size is given: 1 GiB on a CPU, and on a GPU about half of what is free.
 
-        That is a power of two, so that batches are the same when an interrupted scoring goes on.
+        The latter is a power of two, so that an interrupted scoring makes the same batches when it resumes.
         """
         if size is None:
             free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**31
             size = 2 ** (free.bit_length() - 2)
         self.bytes, self.halved = size, 0
+        self.tokens_per_call: int | None = None
+        self._logit_rows: int | None = None
 
-    def tokens(self, layerwise: LayerwiseModel, streams: int) -> int:
-        """Tokens of the batch that fit, with all streams of them."""
-        return max(1, self.bytes // bytes_of_token(streams, layerwise.width, layerwise.model.dtype.itemsize))
+    def tokens(self, layerwise: LayerwiseModel, branches: int) -> int:
+        """How many tokens of a batch fit, each of them on all branches."""
+        return max(1, self.bytes // bytes_of_token(branches, layerwise.width, layerwise.model.dtype.itemsize))
 
-    def shrink(self, error: Exception, layerwise: LayerwiseModel, streams: int, row: int) -> None:
-        """After an error: halves the budget, if memory has run out and there is something left to halve.
+    def logit_rows(self, layerwise: LayerwiseModel, branches: int) -> int:
+        """How many positions may go through the head at a time, each of them on all branches."""
+        return max(1, (self._logit_rows or layerwise.logit_rows_at_a_time) // branches)
+
+    def shrink(self, error: Exception, layerwise: LayerwiseModel, branches: int, row: int) -> None:
+        """Halves the budget and the chunks after an error, if memory has run out and there is something to halve.
 
         Args:
             row: tokens of the longest row, which cannot be split.
 
         Raises:
             RunError: not even one row fits.
-            Exception: the error, if it is another.
+            Exception: `error` itself, if it is about something else.
         """
         if not should_reduce_batch_size(error):
             raise error
-        at_a_time = min(layerwise.tokens_per_call, streams * max(row, self.tokens(layerwise, streams)))
-        if at_a_time <= row and self.tokens(layerwise, streams) <= row:
+        tokens = self.tokens(layerwise, branches)
+        at_a_time = min(self.tokens_per_call or layerwise.tokens_per_call, branches * max(row, tokens))
+        if at_a_time <= row and tokens <= row:
             raise RunError(
-                f"out of memory with a single row of {row} tokens in {streams} streams",
+                f"out of memory with a single row of {row} tokens in {branches} branches",
                 hint="score fewer candidates (score.protect), shorter samples, or on a larger device",
             ) from None
         self.bytes //= 2
         self.halved += 1
-        layerwise.tokens_per_call = max(1, at_a_time // 2)
-        layerwise.logit_rows_at_a_time = max(1, layerwise.logit_rows_at_a_time // 2)
+        self.tokens_per_call = max(1, at_a_time // 2)
+        self._logit_rows = max(1, (self._logit_rows or layerwise.logit_rows_at_a_time) // 2)

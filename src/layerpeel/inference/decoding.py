@@ -1,6 +1,6 @@
-"""Greedy text, for rows that each skip a layer of their own or none.
+"""Greedy decoding of rows of which each skips a layer (or none).
 
-The model's own `generate` decodes all rows in one loop; between its steps, rows that have ended leave.
+The model's own `generate` decodes all rows in one loop, `STEP` tokens at a time; between, rows that have ended leave.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.skipping import skipping_by_row
 from layerpeel.model.layer_inputs import CACHE_ARGUMENTS
 
-STEP = 16  # tokens, before rows that have ended are taken out
+STEP = 16  # tokens
 
 
 class Decoder:
-    """Writes until a stop, the end of text, or a limit.
+    """Decodes until a stop, the end of text, or a limit.
 
     Args:
         stops: text ends before the first of these.
-        limit: tokens, at most.
+        limit: new tokens, at most.
     """
 
     def __init__(
@@ -38,28 +38,29 @@ class Decoder:
         self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in accepted), "past_key_values")
 
     @torch.no_grad()
-    def write(
+    def decode(
         self,
         prompts: Sequence[Sequence[int]],
         skipped: Sequence[int | None],
-        begun: Sequence[Sequence[int]] | None = None,
-        known: Callable[[Sequence[int], Sequence[int]], Cache | None] = lambda rows, lengths: None,
+        drafts: Sequence[Sequence[int]] | None = None,
+        cache_of: Callable[[Sequence[int], Sequence[int]], Cache | None] = lambda rows, lengths: None,
     ) -> list[list[int]]:
         """The tokens after each prompt.
 
         Args:
             prompts: none is empty.
             skipped: for each, the position of the layer that is skipped, or None.
-            begun: what has been written of each.
-            known: gives the cache of some of the rows (indices) with as many tokens, but for the last of each.
+            drafts: the first new tokens of each prompt, where they are known.
+            cache_of: gives a left-padded KV cache of some of the rows (their indices, and their numbers of tokens),
+                without the last token of each; None to prefill them here.
         """
-        written = [list(tokens) for tokens in begun or [()] * len(prompts)]
+        written = [list(tokens) for tokens in drafts or [()] * len(prompts)]
         rows = [row for row, tokens in enumerate(written) if not self.has_ended(tokens)]
         if not rows:
             return written
         sequences = [[*prompts[row], *written[row]] for row in rows]
         input_ids, mask = _left_padded(sequences)
-        cache = known(rows, [len(own) for own in sequences])
+        cache = cache_of(rows, [len(sequence) for sequence in sequences])
         while rows:
             count = min(STEP, max(self.limit - len(written[row]) for row in rows))
             output = self._generate(input_ids, mask, cache, [skipped[row] for row in rows], count)
@@ -73,16 +74,16 @@ class Decoder:
         return written
 
     def has_ended(self, tokens: Sequence[int]) -> bool:
-        """Whether nothing that follows would be read."""
+        """Whether these new tokens reach the limit or hold an end of text or a stop."""
         if len(tokens) >= self.limit or (tokens and tokens[-1] in self.end_tokens):
             return True
         return any(stop in self.tokenizer.decode(tokens, skip_special_tokens=True) for stop in self.stops)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """What the tokens say, up to the first stop."""
+        """The text of new tokens, up to the end of text or the first stop."""
         end = self.tokenizer.eos_token_id
-        own = list(tokens[: tokens.index(end)] if end in tokens else tokens)
-        text = str(self.tokenizer.decode(own, skip_special_tokens=True))
+        kept = list(tokens[: tokens.index(end)] if end in tokens else tokens)
+        text = str(self.tokenizer.decode(kept, skip_special_tokens=True))
         for stop in self.stops:
             text = text.split(stop, 1)[0]
         return text
@@ -95,7 +96,7 @@ class Decoder:
     def _generate(
         self, input_ids: Tensor, mask: Tensor, cache: Cache | None, skipped: Sequence[int | None], count: int
     ) -> Any:
-        """What `generate` gives for `count` more tokens, of which `cache` holds what is known of those before."""
+        """The output of `generate` for up to `count` more tokens; `cache` is of those before, if there is one."""
         ends = list(self.end_tokens)
         config = GenerationConfig(
             do_sample=False,
@@ -115,14 +116,14 @@ class Decoder:
 
 
 def _left_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and where the real ones are, [B, T]."""
+    """Token ids and attention mask, [B, T] each."""
     width = max(map(len, sequences))
-    input_ids = torch.tensor([[0] * (width - len(own)) + list(own) for own in sequences])
-    return input_ids, torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in sequences])
+    input_ids = torch.tensor([[0] * (width - len(tokens)) + list(tokens) for tokens in sequences])
+    return input_ids, torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in sequences])
 
 
 def _selected(cache: Cache | None, rows: Tensor) -> Cache | None:
-    """The rows of a cache that go on; None, and all is read anew, where a family's cache cannot be cut."""
+    """The rows of a cache that continue; None, for a new prefill, where rows of a family's cache cannot be selected."""
     if cache is None or not is_plain(cache):
         return None
     cache.batch_select_indices(rows)
@@ -133,11 +134,11 @@ _END_TOKENS: dict[tuple[int, int, tuple[str, ...]], dict[int, None]] = {}
 
 
 def _end_tokens(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> dict[int, None]:
-    """End of text, and every token that holds a stop: nothing after it would be read."""
+    """End of text, and every token whose text holds a stop; a dict, for its order."""
     key = (id(tokenizer), len(tokenizer), tuple(stops))
     if key not in _END_TOKENS:
         texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
-        held = [index for index, text in enumerate(texts) if any(stop in text for stop in stops)]
+        with_stop = [index for index, text in enumerate(texts) if any(stop in text for stop in stops)]
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        _END_TOKENS[key] = dict.fromkeys(end + held or [0])
+        _END_TOKENS[key] = dict.fromkeys(end + with_stop or [0])
     return _END_TOKENS[key]

@@ -1,4 +1,4 @@
-"""Text to token ids, as tasks need it."""
+"""Text to token ids, as lm-evaluation-harness encodes it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from transformers import PreTrainedTokenizerBase
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, with the special tokens that the tokenizer adds, unless it begins with the first of them."""
-    begun = text.startswith(tokenizer.decode([start_token(tokenizer)]))
-    return tokenizer.encode(text, add_special_tokens=not begun)
+    """Token ids of a text, with the tokenizer's special tokens, unless it begins with the first of them already."""
+    has_start = text.startswith(tokenizer.decode([start_token(tokenizer)]))
+    return tokenizer.encode(text, add_special_tokens=not has_start)
 
 
 def encode_pair(
@@ -16,20 +16,20 @@ def encode_pair(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Token ids of a context and of its continuation, split as lm-evaluation-harness does.
 
-    Spaces that end the context go to the continuation, whose tokens are those of the whole after as many as the
-    context has alone. An empty context (or one of spaces) becomes the tokenizer's beginning (or end) of text, unless
-    the continuation begins with that.
+    Trailing spaces of the context go to the continuation. The continuation's tokens are those of the concatenated
+    text, less as many as the context has alone. An empty context (or one of spaces) becomes the tokenizer's
+    beginning-of-text (or else end-of-text) token, unless the continuation begins with that.
     """
-    kept = context.rstrip()
-    if not kept:
+    stripped = context.rstrip()
+    if not stripped:
         start = start_token(tokenizer)
         ids = tuple(tokenizer.encode(context + continuation, add_special_tokens=False))
         return (start,), ids[1:] if ids[:1] == (start,) else ids
-    context, continuation = kept, context[len(kept) :] + continuation
-    head = encode(tokenizer, context)
-    return tuple(head), tuple(encode(tokenizer, context + continuation)[len(head) :])
+    context, continuation = stripped, context[len(stripped) :] + continuation
+    context_ids = encode(tokenizer, context)
+    return tuple(context_ids), tuple(encode(tokenizer, context + continuation)[len(context_ids) :])
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What stands before the first token of a text."""
+    """The token before the first of a text: beginning of text, or else end of text, or else 0."""
     return next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -1,6 +1,6 @@
-"""Answers a task's requests, for the model as it is and for every candidate skipped, in one pass.
+"""Answers requests for the model as it is and with each candidate skipped, in one pass.
 
-Answers come as one list a stream: the untouched model first, then each candidate.
+Answers come as one list a branch: the untouched model first, then each candidate.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import Cache, PreTrainedTokenizerBase
 
@@ -22,17 +21,20 @@ from layerpeel.inference.kv_cache import PrefillCache
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.likelihoods import log_likelihoods, window_length
 from layerpeel.inference.requests import Answer, Generation, Likelihood, LogLikelihood, Request, len_of
+from layerpeel.processes.distributed import processes_of
 from layerpeel.processes.interrupts import stop_if_asked
 from layerpeel.processes.progress import Advance, progress
 
 
 class Engine:
-    """Answers requests on one stack, all candidates at once, within a budget of memory.
+    """Answers requests with one model, all candidates at once, within a budget of memory.
 
     Args:
         candidates: positions to skip, ascending.
-        budget: shared with whoever else works on the stack.
-        store: answers that were given before, and a place for new ones.
+        budget: shared with whatever else runs the model.
+        answer_cache: answers from before, and where to keep new ones.
+        share_work: divide the requests among all processes, each of which has to call with the same ones; if not,
+            this process answers all of them, and needs no other.
     """
 
     def __init__(
@@ -43,17 +45,22 @@ class Engine:
         *,
         budget: Budget | None = None,
         answer_cache: AnswerCache | None = None,
+        share_work: bool = True,
     ) -> None:
         self.layerwise, self.tokenizer, self.candidates = layerwise, tokenizer, candidates
         self.budget = budget or Budget(None, layerwise.device)
-        self.answer_cache = answer_cache
+        self.answer_cache, self.share_work = answer_cache, share_work
 
     @property
-    def streams(self) -> int:
+    def branches(self) -> int:
+        """How many: 1 + C."""
         return 1 + len(self.candidates)
 
     def answer(self, requests: Sequence[Request], description: str = "answering") -> list[list[Answer]]:
-        """Answers requests of both kinds, in their order; processes share the work.
+        """Answers requests of both kinds, in their order.
+
+        Args:
+            description: of the progress bar.
 
         Returns:
             1 + C lists of answers.
@@ -62,88 +69,102 @@ class Engine:
             RunError: memory does not suffice for a single row.
         """
         windows = [_windows(request, window_length(self.layerwise)) for request in requests]
-        streams = []
-        for answers in self._answer([window for own in windows for window in own], description):
+        by_branch = []
+        for answers in self._answer([window for parts in windows for window in parts], description):
             rest = iter(answers)
-            streams.append([_joined([next(rest) for _ in own]) for own in windows])
-        return streams
+            by_branch.append([_joined([next(rest) for _ in parts]) for parts in windows])
+        return by_branch
 
     def _answer(self, requests: Sequence[Request], description: str) -> list[list[Answer]]:
-        state = PartialState(cpu=self.layerwise.device.type == "cpu")
-        own = sorted(i for batch in self._batches(requests)[state.process_index :: state.num_processes] for i in batch)
+        state = processes_of(self.layerwise.device) if self.share_work else None
+        rank, world = (state.process_index, state.num_processes) if state else (0, 1)
+        indices = sorted(index for batch in self._batches(requests)[rank::world] for index in batch)
         answers: dict[int, list[Answer]] = {}
-        with progress(description, len(own)) as advance:
-            while left := [index for index in own if index not in answers]:
+        with progress(description, len(indices)) as advance:
+            while left := [index for index in indices if index not in answers]:
                 self._answer_while_memory_lasts(requests, left, answers, advance)
-        if state.num_processes > 1:
+        if world > 1:
             for part in gather_object([answers]):
                 answers |= part
-        return [[answers[index][stream] for index in range(len(requests))] for stream in range(self.streams)]
+        return [[answers[index][branch] for index in range(len(requests))] for branch in range(self.branches)]
 
     def _answer_while_memory_lasts(
         self, requests: Sequence[Request], left: list[int], answers: dict[int, list[Answer]], advance: Advance
     ) -> None:
         try:
             for batch in self._batches([requests[index] for index in left]):
-                chosen = [left[index] for index in batch]
-                for index, own in zip(chosen, self._answer_batch([requests[i] for i in chosen]), strict=True):
-                    answers[index] = own
+                indices = [left[place] for place in batch]
+                answers |= zip(indices, self._answer_batch([requests[index] for index in indices]), strict=True)
                 advance(len(batch))
                 stop_if_asked()
         except Exception as error:
-            self.budget.shrink(error, self.layerwise, self.streams, max(map(len_of, requests)))
+            self.budget.shrink(error, self.layerwise, self.branches, max(map(len_of, requests)))
 
     def _answer_batch(self, requests: Sequence[Request]) -> list[list[Answer]]:
         """[requests][1 + C]; all of one kind."""
-        found = self.answer_cache.find(requests, self.candidates) if self.answer_cache is not None else None
-        if found:
-            return found
+        if self.answer_cache is not None and (cached := self.answer_cache.find(requests, self.candidates)):
+            return cached
         if isinstance(requests[0], Generation):
-            answers = self._write([r for r in requests if isinstance(r, Generation)])
+            answers = self._generate([r for r in requests if isinstance(r, Generation)])
         else:
-            answers = self._read([r for r in requests if isinstance(r, LogLikelihood)])
+            answers = self._log_likelihoods([r for r in requests if isinstance(r, LogLikelihood)])
         if self.answer_cache is not None:
             self.answer_cache.keep(requests, self.candidates, answers)
         return answers
 
-    def _read(self, requests: Sequence[LogLikelihood]) -> list[list[Answer]]:
-        sums, same = log_likelihoods(self.layerwise, self.candidates, requests)
-        greedy = same == torch.tensor([len(request.continuation) for request in requests])
+    def _log_likelihoods(self, requests: Sequence[LogLikelihood]) -> list[list[Answer]]:
+        sums, agreed = log_likelihoods(self.layerwise, self.candidates, requests, self.budget)
+        greedy = agreed == torch.tensor([len(request.continuation) for request in requests])
         columns = zip(sums.T.tolist(), greedy.T.tolist(), strict=True)
-        return [[Likelihood(*both) for both in zip(*own, strict=True)] for own in columns]
+        return [[Likelihood(*both) for both in zip(*column, strict=True)] for column in columns]
 
-    def _write(self, requests: Sequence[Generation]) -> list[list[Answer]]:
-        """Greedy text for each prompt, on all streams; all requests have the same stops and limit.
+    def _generate(self, requests: Sequence[Generation]) -> list[list[Answer]]:
+        """Greedy text for each prompt, on all branches; all requests have the same stops and limit.
 
-        The model as it is writes first. In one walk, every candidate then reads what was written: where greedy decoding
-        gives the same, it is the candidate's text too. From where it does not, the candidates write on, in one loop.
+        The untouched model decodes first. One forward then runs its text on the branch of every candidate: as far as
+        greedy decoding gives the same there, it is the candidate's text too. From the first token that differs, all
+        candidates decode in one loop.
         """
         decoder = Decoder(self.layerwise, self.tokenizer, requests[0].stop, requests[0].max_new_tokens)
         prompts = [r.prompt[-max(1, window_length(self.layerwise) - r.max_new_tokens) :] for r in requests]
-        texts = {(index, 0): own for index, own in enumerate(decoder.write(prompts, [None] * len(prompts)))}
+        texts = {(index, 0): tokens for index, tokens in enumerate(decoder.decode(prompts, [None] * len(prompts)))}
         if self.candidates:
-            asked = [LogLikelihood(prompt, tuple(texts[index, 0])) for index, prompt in enumerate(prompts)]
-            keys = PrefillCache(self.candidates)
-            same = log_likelihoods(self.layerwise, self.candidates, asked, keys)[1].T.tolist()
-            rows = [(index, stream) for index in range(len(prompts)) for stream in range(1, self.streams)]
-            begun = [texts[index, 0][: same[index][stream]] for index, stream in rows]
-            skipped = [self.candidates[stream - 1] for _, stream in rows]
+            texts |= self._generate_skipping(decoder, prompts, [texts[index, 0] for index in range(len(prompts))])
+        branches = range(self.branches)
+        return [[decoder.text(texts[index, branch]) for branch in branches] for index in range(len(prompts))]
 
-            def known(chosen: Sequence[int], lengths: Sequence[int]) -> Cache | None:
-                indices, streams = zip(*(rows[row] for row in chosen), strict=True)
-                return keys.cache_of(indices, streams, lengths, self.layerwise.model.config)
+    def _generate_skipping(
+        self, decoder: Decoder, prompts: Sequence[tuple[int, ...]], drafts: Sequence[Sequence[int]]
+    ) -> dict[tuple[int, int], list[int]]:
+        """The tokens after each prompt with each candidate skipped, by the prompt's index and the branch.
 
-            written = decoder.write([prompts[index] for index, _ in rows], skipped, begun, known)
-            texts |= dict(zip(rows, written, strict=True))
-        return [[decoder.text(texts[index, stream]) for stream in range(self.streams)] for index in range(len(prompts))]
+        Args:
+            drafts: of each prompt, the tokens that the untouched model decodes.
+        """
+        requests = [LogLikelihood(prompt, tuple(draft)) for prompt, draft in zip(prompts, drafts, strict=True)]
+        prefill = PrefillCache(self.candidates)
+        agreed = log_likelihoods(self.layerwise, self.candidates, requests, self.budget, prefill)[1].T.tolist()
+        rows = [(index, branch) for index in range(len(prompts)) for branch in range(1, self.branches)]
+
+        def cache_of(chosen: Sequence[int], lengths: Sequence[int]) -> Cache | None:
+            indices, branches = zip(*(rows[row] for row in chosen), strict=True)
+            return prefill.cache_of(indices, branches, lengths, self.layerwise.model.config)
+
+        written = decoder.decode(
+            [prompts[index] for index, _ in rows],
+            [self.candidates[branch - 1] for _, branch in rows],
+            [drafts[index][: agreed[index][branch]] for index, branch in rows],
+            cache_of,
+        )
+        return dict(zip(rows, written, strict=True))
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
         """Indices of requests that go together: of one kind, within the budget.
 
-        In trees, log-likelihoods go by their tokens, so that shared beginnings meet; all else goes longest first, so
-        that rows are of like length.
+        In prefix trees, log-likelihoods are sorted by their tokens, so that shared prefixes meet; all else goes longest
+        first, so that rows of a batch are of similar length.
         """
-        budget = self.budget.tokens(self.layerwise, self.streams)
+        budget = self.budget.tokens(self.layerwise, self.branches)
         batches = []
         order = sorted(range(len(requests)), key=lambda index: (_kind(requests[index]), *self._order(requests[index])))
         for _, group in groupby(order, key=lambda index: _kind(requests[index])):
@@ -165,9 +186,9 @@ class Engine:
 
 
 def _windows(request: Request, limit: int) -> list[Request]:
-    """A log-likelihood too long for the model, in the parts that lm-evaluation-harness cuts it to; all else whole.
+    """Cuts a log-likelihood that is too long for the model as lm-evaluation-harness does; others stay as they are.
 
-    Each part has `limit` tokens and the one before them as context, the last has as much context as there is room for.
+    Each window has `limit` tokens and the one before them as context; the last has as much context as fits.
     """
     if isinstance(request, Generation) or len(request.continuation) <= limit:
         return [request]

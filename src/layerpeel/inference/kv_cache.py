@@ -1,6 +1,6 @@
-"""Keys and values that a walk leaves behind, from which generation goes on without reading its prompts again.
+"""Keys and values from a forward over whole sequences, with which generation continues without a prefill of its own.
 
-Shapes: S streams, B batch, T tokens, R rows that write on, W tokens of the longest of them.
+Shapes: S branches, B batch, T tokens, R rows to continue, W tokens of the longest of them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class LayerKeyValues(NamedTuple):
     tokens: int
 
 
-class _KeyRecorder:
-    """Stands in for a model's cache while a layer runs: keeps what the layer would store, and adds nothing to it."""
+class KeyValueRecorder:
+    """Stands in for a model's KV cache while a layer runs: records what the layer would store, and returns it as is."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[Tensor, Tensor]] = []
@@ -33,8 +33,8 @@ class _KeyRecorder:
         self._parts.append((keys, values))
         return keys, values
 
-    def all_of(self, hidden: Tensor, batch: int) -> LayerKeyValues | None:
-        """What was kept of a layer that gave `hidden`, [S * B, T, D]; None if it is not one key a token."""
+    def recorded(self, hidden: Tensor, batch: int) -> LayerKeyValues | None:
+        """The keys and values of a layer whose output is `hidden`, [S * B, T, D]; None if they are not one a token."""
         if not self._parts:
             return None
         keys, values = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
@@ -45,12 +45,12 @@ class _KeyRecorder:
 
 @dataclass
 class PrefillCache:
-    """What the attention of each layer computed in a walk, on all streams.
+    """Keys and values of every layer on all branches, from one `LayerwiseModel.forward_with_skips`.
 
     Attributes:
-        candidates: positions that the streams after the first skip, ascending.
-        layers: of each layer, as `LayerwiseModel.forward_with_skips` gives them.
-        paths: for each sequence that was read, where its tokens are in the batch, flattened to [B * T].
+        candidates: positions that the branches after the first skip, ascending.
+        layers: of each layer; None for a layer that stores something else.
+        paths: for each sequence in the batch, the indices of its tokens in the batch, flattened to [B * T].
     """
 
     candidates: Sequence[int]
@@ -58,14 +58,14 @@ class PrefillCache:
     paths: Mapping[int, Tensor] = field(default_factory=dict)
 
     def cache_of(
-        self, sequences: Sequence[int], streams: Sequence[int], lengths: Sequence[int], config: PretrainedConfig
+        self, sequences: Sequence[int], branches: Sequence[int], lengths: Sequence[int], config: PretrainedConfig
     ) -> Cache | None:
-        """The cache of rows that have been read but for their last token, left-padded; takes the place of these keys.
+        """A left-padded KV cache of rows without the last token of each; frees what it was made from.
 
-        A row that skips a layer has what the untouched stream had there and below, and its own above.
+        A row that skips a layer has the untouched branch's keys and values up to that layer, and its branch's above.
 
         Args:
-            sequences, streams, lengths: [R], which sequence each row is of, on which stream, with how many tokens.
+            sequences, branches, lengths: [R], each row's sequence, its branch, and its number of tokens.
 
         Returns:
             a cache of W - 1 tokens; None where the family stores something else than all keys and values.
@@ -74,21 +74,21 @@ class PrefillCache:
         if not all(self.layers) or not is_plain(cache) or len(cache.layers) != len(self.layers):
             return None
         width = max(lengths)
-        places = torch.zeros(len(lengths), width - 1, dtype=torch.long)
+        tokens = torch.zeros(len(lengths), width - 1, dtype=torch.long)
         for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
-            places[row, width - length :] = self.paths[sequence][: length - 1]
-        stream = torch.tensor(streams)
-        skipped = torch.tensor([-1, *self.candidates])[stream]
+            tokens[row, width - length :] = self.paths[sequence][: length - 1]
+        branch_of_row = torch.tensor(branches)
+        skipped = torch.tensor([-1, *self.candidates])[branch_of_row]
         for position, layer in enumerate(self.layers):
             assert layer is not None
-            own = torch.where(skipped < position, stream, 0)  # the stream's number there
-            index = (own[:, None] * layer.tokens + places).to(layer.keys.device)
-            keys, values = (kept.transpose(1, 2).flatten(0, 1)[index] for kept in (layer.keys, layer.values))
+            branch = torch.where(skipped < position, branch_of_row, 0)
+            index = (branch[:, None] * layer.tokens + tokens).to(layer.keys.device)
+            keys, values = (states.transpose(1, 2).flatten(0, 1)[index] for states in (layer.keys, layer.values))
             cache.update(keys.transpose(1, 2), values.transpose(1, 2), position)
             self.layers[position] = None
         return cache
 
 
 def is_plain(cache: Cache | None) -> bool:
-    """Whether a cache holds all keys and values of all layers, so that rows can be chosen from it."""
+    """Whether a cache holds all keys and values of all layers, so that rows can be selected from it."""
     return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)

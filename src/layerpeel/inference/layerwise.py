@@ -1,12 +1,12 @@
 """A causal language model run layer by layer, outside its own forward.
 
-Each layer's arguments (masks, rotary embeddings, positions) are taken from the model itself (`calls`), so that no
-family needs code of its own.
+Each layer's arguments (masks, rotary embeddings, positions) are recorded from the model's own forward
+(`LayerInputRecorder`), so that no family needs code of its own.
 
 Batches are right-padded and no padding mask is passed: under causal attention a real token never sees what follows
 it, so its hidden state is the same with and without padding.
 
-Shapes: B batch, T tokens, D hidden, V vocabulary, L layers, C candidates.
+Shapes: B batch, T tokens, D hidden, V vocabulary, L layers, C candidates, S branches (1 + C).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from layerpeel.inference.kv_cache import LayerKeyValues, _KeyRecorder
+from layerpeel.inference.kv_cache import KeyValueRecorder, LayerKeyValues
 from layerpeel.model.architecture import find_architecture
 from layerpeel.model.config_fields import text_config
 from layerpeel.model.layer_inputs import (
@@ -33,11 +33,11 @@ from layerpeel.model.layer_inputs import (
     take_rows,
 )
 
-# Bytes of fp32 logits that may exist at a time, to which chunks of positions are sized. A CPU is fastest within its
-# caches; but below some rows the head's weights are read more often than they are used.
+# Bytes of fp32 logits that may exist at a time. A CPU is fastest if they fit its caches; but with fewer than
+# LEAST_LOGIT_ROWS, reading the head's weights takes longer than computing with them.
 LOGITS_BYTES_ON_CPU, LOGITS_BYTES, LEAST_LOGIT_ROWS = 8 * 2**20, 256 * 2**20, 512
-# Tokens that go through a layer at a time: enough to keep a processor busy, few enough for the caches of a CPU, where
-# they are told by the numbers in their hidden states.
+# Tokens that go through a layer at a time: enough to keep a processor busy. On a CPU, few enough that their hidden
+# states (HIDDEN_PER_CALL_ON_CPU numbers, tokens x D) fit its caches.
 TOKENS_PER_CALL, LEAST_TOKENS_PER_CALL, HIDDEN_PER_CALL_ON_CPU = 8192, 256, 2**20
 
 
@@ -53,11 +53,24 @@ def logit_rows_at_a_time(vocabulary: int, device: str) -> int:
 
 
 class LayerwiseModel:
-    """The decoder layers, the final norm and the head of `model`, to be called one by one.
+    """The decoder layers, the final norm and the head of a transformers model, to be called one by one.
+
+    Making one runs the model's forward on a few tokens, with its layers replaced by stand-ins, to find out what it
+    hands to a layer and expects back.
 
     Args:
-        resident: a context in which the layer at a position has its weights, for a model whose layers are not kept in
-            memory (`streaming.StreamedLayers`).
+        model: a causal language model; kept as `model`.
+        weights_loaded: a context in which the layer at a position has its weights, for a model whose layers are not
+            kept in memory (`model.streaming.StreamedLayers`).
+
+    Attributes:
+        layer_inputs: records what the model's own forward hands to its layers.
+        streamed: whether `weights_loaded` was given.
+        tokens_per_call: tokens through a layer at a time, where a call does not say otherwise.
+        logit_rows_at_a_time: rows of logits at a time, where a call does not say otherwise.
+
+    Raises:
+        InputError: the model cannot be run layer by layer.
     """
 
     def __init__(
@@ -65,7 +78,7 @@ class LayerwiseModel:
     ) -> None:
         self.model = model
         self.architecture = find_architecture(model)
-        self.calls = LayerInputRecorder(self.architecture)
+        self.layer_inputs = LayerInputRecorder(self.architecture)
         self.streamed = weights_loaded is not None
         self.weights_loaded = weights_loaded or (lambda _: nullcontext())
         self.tokens_per_call = tokens_per_call(self.width, self.device.type)
@@ -99,12 +112,12 @@ class LayerwiseModel:
     def begin(
         self, input_ids: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, list[LayerInputs]]:
-        """What enters the first layer, and the other arguments of each layer.
+        """What the model's forward hands to its layers: the first one's hidden states, and each one's other arguments.
 
         Args:
             input_ids: [B, T], right-padded.
-            positions: [B, T], where a row is not simply 0, 1, 2, ...
-            sees: [B, T, T] of bool, which tokens each token attends to, where that is not all before it.
+            positions: [B, T]; 0, 1, 2, ... in each row if not given.
+            attention_mask: [B, T, T] of bool, which tokens each token attends to; causal if not given.
 
         Returns:
             hidden states [B, T, D], and one `(args, kwargs)` a layer.
@@ -114,34 +127,36 @@ class LayerwiseModel:
             inputs["position_ids"] = positions.to(self.device)
         if attention_mask is not None:
             dtype = self.model.dtype
-            blocked = torch.zeros(attention_mask.shape, dtype=dtype).masked_fill_(
-                ~attention_mask, torch.finfo(dtype).min
-            )
-            inputs["attention_mask"] = blocked[:, None].to(self.device)
-        return self.calls.record(inputs)
+            additive = torch.zeros(attention_mask.shape, dtype=dtype)
+            additive.masked_fill_(~attention_mask, torch.finfo(dtype).min)
+            inputs["attention_mask"] = additive[:, None].to(self.device)
+        return self.layer_inputs.record(inputs)
 
     def layer(self, position: int, hidden: Tensor, arguments: LayerInputs) -> Tensor:
         """Runs one layer on the batch that `arguments` were recorded for: [B, T, D] -> [B, T, D]."""
         args, kwargs = arguments
         return first_tensor(self.layers[position](hidden, *args, **kwargs))
 
-    def layer_on_streams(self, position: int, hidden: Tensor, arguments: LayerInputs, batch: int) -> Tensor:
-        """Runs one layer on stacked copies of the batch that `arguments` were recorded for, some rows at a time.
+    def layer_on_branches(
+        self, position: int, hidden: Tensor, arguments: LayerInputs, batch: int, tokens_per_call: int | None = None
+    ) -> Tensor:
+        """Runs one layer on all branches of the batch that `arguments` were recorded for, some rows at a time.
 
         Args:
             hidden: [S * B, T, D].
             batch: B.
+            tokens_per_call: tokens at a time (at least one row).
 
         Returns:
             [S * B, T, D].
         """
-        rows = max(1, self.tokens_per_call // hidden.shape[1])
+        rows = max(1, (tokens_per_call or self.tokens_per_call) // hidden.shape[1])
         outputs = hidden[:0]
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows]
-            of = torch.arange(start, start + len(part), device=hidden.device) % batch
-            output = self.layer(position, part, take_rows(arguments, of, batch, self.calls.rows, ()))
-            if not start:  # room for all at once: parts kept between what layers free leave holes in a CPU's memory
+            batch_rows = torch.arange(start, start + len(part), device=hidden.device) % batch
+            output = self.layer(position, part, take_rows(arguments, batch_rows, batch, self.layer_inputs.rows, ()))
+            if not start:  # allocated once: parts kept until a concatenation fragment a CPU's memory
                 outputs = output.new_empty(len(hidden), *output.shape[1:])
             outputs[start : start + rows] = output
         return outputs
@@ -159,21 +174,22 @@ class LayerwiseModel:
         Returns:
             [N, V].
         """
-        finished = _Finished(last_hidden_state=hidden[None])  # type: ignore[arg-type]
-        asked = []
+        base_output = _BaseOutput(last_hidden_state=hidden[None])  # type: ignore[arg-type]
+        base_calls = 0
 
-        def give_back(*_: Any, **__: Any) -> _Finished:
-            asked.append(True)
-            return finished
+        def base_forward(*_: Any, **__: Any) -> _BaseOutput:
+            nonlocal base_calls
+            base_calls += 1
+            return base_output
 
-        with replaced_forward(self.architecture.base, give_back):
+        with replaced_forward(self.architecture.base, base_forward):
             logits = self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
-        assert asked, "the head did not ask the base model for hidden states"
+        assert base_calls, "the model's forward did not call its base model"
         return logits
 
-    def logit_rows(self, streams: int = 1) -> int:
-        """How many positions of `streams` streams may go through the head at a time."""
-        return max(1, self.logit_rows_at_a_time // streams)
+    def logit_rows(self, branches: int = 1) -> int:
+        """How many positions may go through the head at a time, each of them on all branches."""
+        return max(1, self.logit_rows_at_a_time // branches)
 
     @torch.no_grad()
     def forward_with_skips(
@@ -184,36 +200,38 @@ class LayerwiseModel:
         *,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        keys: list[LayerKeyValues | None] | None = None,
+        kv_cache: list[LayerKeyValues | None] | None = None,
+        tokens_per_call: int | None = None,
     ) -> Tensor:
-        """Walks the layers once, for the model as it is and for each candidate skipped.
+        """Final hidden states of the model as it is and with each candidate skipped, in one pass over the layers.
 
-        Before layer i the batch holds the untouched stream and one stream for each candidate already skipped; all
-        go through layer i together, and skipping i adds a copy of what entered it. L(L+1)/2 layer calls instead of
-        L(L-1) for all L candidates, and the numbers are those of removing and running.
+        Before layer i the batch holds the untouched branch and one branch for each candidate already skipped; all
+        go through layer i together, and skipping i adds a branch: a copy of layer i's input. For all L candidates
+        that is L(L+1)/2 layer calls instead of L(L-1), with the numbers of removing and running.
 
         Args:
             input_ids: [B, T], right-padded.
             candidates: positions to skip, ascending.
-            watch: called with (position, input, output) of the untouched stream, each [B, T, D].
-            positions, sees: as in `begin`.
-            keys: takes what each layer's attention computed; None for a layer that stores something else.
+            hook: called with (position, input, output) of each layer on the untouched branch, both [B, T, D].
+            positions, attention_mask: as in `begin`.
+            kv_cache: if given, each layer's keys and values on all branches are appended; None for a layer that
+                stores something else.
+            tokens_per_call: as in `layer_on_branches`.
 
         Returns:
-            [1 + C, B, T, D] after the final norm: untouched first, then in the order of the candidates.
+            [S, B, T, D] after the final norm: the untouched branch first, then in the order of the candidates.
         """
         hidden, arguments = self.begin(input_ids, positions, attention_mask)
         batch = hidden.shape[0]
-        for position in range(len(self.layers)):
+        for position, (args, kwargs) in enumerate(arguments):
             before = hidden[:batch]
-            args, kwargs = arguments[position]
-            recorder = _KeyRecorder()
-            if keys is not None:
+            recorder = KeyValueRecorder()
+            if kv_cache is not None:
                 kwargs = kwargs | {name: recorder for name in kwargs if name in CACHE_ARGUMENTS}
             with self.weights_loaded(position):
-                hidden = self.layer_on_streams(position, hidden, (args, kwargs), batch)
-            if keys is not None:
-                keys.append(recorder.all_of(hidden, batch))
+                hidden = self.layer_on_branches(position, hidden, (args, kwargs), batch, tokens_per_call)
+            if kv_cache is not None:
+                kv_cache.append(recorder.recorded(hidden, batch))
             if hook:
                 hook(position, before, hidden[:batch])
             if position in candidates:
@@ -222,25 +240,31 @@ class LayerwiseModel:
 
     @cached_property
     def runs_trees(self) -> bool:
-        """Whether rows may branch: tried on two sequences that share their first tokens."""
+        """Whether prefix trees give what separate rows give.
+
+        The first read runs the model on two sequences that share a prefix, in both ways.
+        """
         ids = torch.arange(4) % self.vocab_size
         attention_mask = torch.tensor([[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]]).bool()
-        rows = self._tried(torch.stack([ids[[0, 1, 2]], ids[[0, 1, 3]]]))
-        tree = self._tried(ids[None, :4], torch.tensor([[0, 1, 2, 2]]), attention_mask)
+        rows = self._try_forward(torch.stack([ids[[0, 1, 2]], ids[[0, 1, 3]]]))
+        tree = self._try_forward(ids[None, :4], torch.tensor([[0, 1, 2, 2]]), attention_mask)
         return rows is not None and tree is not None and self._same(tree[0, 2:], rows[:, 2])
 
     @cached_property
     def runs_packed(self) -> bool:
-        """Whether documents in a row stay apart when positions begin at 0 in each: tried on two of two tokens."""
+        """Whether documents in a row stay apart when positions restart at 0 in each.
+
+        The first read runs the model on two documents of two tokens, packed and each alone.
+        """
         ids = torch.arange(4) % self.vocab_size
         rows = torch.stack([ids, ids[[0, 1, 1, 1]], ids[[2, 3, 3, 3]]])  # both, and each alone
-        found = self._tried(rows, torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]))
-        return found is not None and self._same(found[0], found[1:, :2].flatten(0, 1))
+        hidden = self._try_forward(rows, torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]))
+        return hidden is not None and self._same(hidden[0], hidden[1:, :2].flatten(0, 1))
 
-    def _tried(
+    def _try_forward(
         self, input_ids: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor | None:
-        """[B, T, D] in fp32, or None if the model takes no such positions or mask."""
+        """Final hidden states [B, T, D] in fp32, or None if the model takes no such positions or mask."""
         try:
             return self.forward_with_skips(input_ids, positions=positions, attention_mask=attention_mask)[0].float()
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
@@ -251,8 +275,8 @@ class LayerwiseModel:
         return bool((hidden - expected).norm() <= tolerance * expected.norm())
 
 
-class _Finished(BaseModelOutputWithPast):
-    """What a base model gives back; what else a family's head may ask for (router logits, states) is None."""
+class _BaseOutput(BaseModelOutputWithPast):
+    """The output of a base model: hidden states; whatever else a family's head reads (router logits, ...) is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

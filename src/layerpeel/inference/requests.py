@@ -1,4 +1,4 @@
-"""What a model is asked, and what it answers."""
+"""Requests to a model, and the answers to them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
-def len_of(request: Request) -> int:
-    """Tokens that a request takes, at most."""
-    if isinstance(request, Generation):
-        return len(request.prompt) + request.max_new_tokens
-    return len(request.context) + len(request.continuation)
-
-
 @dataclass(frozen=True)
 class LogLikelihood:
-    """The log-probability of `continuation` after `context`, which is never empty."""
+    """The log-probability of `continuation` after `context`, which is never empty; both are token ids."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -23,7 +16,7 @@ class LogLikelihood:
 
 @dataclass(frozen=True)
 class Generation:
-    """Greedy text after `prompt`, cut at the first of `stop`."""
+    """Greedy text after `prompt` (token ids), cut at the first of `stop`."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -34,10 +27,22 @@ Request = LogLikelihood | Generation
 
 
 class Likelihood(NamedTuple):
-    """The answer to a `LogLikelihood`: summed natural log-probability, and whether greedy decoding gives the same."""
+    """The answer to a `LogLikelihood`.
+
+    Attributes:
+        log_probability: natural, summed over the continuation's tokens.
+        greedy: whether greedy decoding gives the same tokens.
+    """
 
     log_probability: float
     greedy: bool
 
 
 Answer = Likelihood | str
+
+
+def len_of(request: Request) -> int:
+    """Tokens that a request takes, at most."""
+    if isinstance(request, Generation):
+        return len(request.prompt) + request.max_new_tokens
+    return len(request.context) + len(request.continuation)

@@ -1,4 +1,4 @@
-"""Rows of one batch that each skip a layer of their own, in the model's own forward."""
+"""Batches in which each row skips a layer (or none), in the model's own forward."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.model.layer_inputs import (
-    first_tensor,
-    replaced_forward,
-)
+from layerpeel.model.layer_inputs import first_tensor, replaced_forward
 
 
 @contextmanager
 def skipping_by_row(layerwise: LayerwiseModel, skipped: Sequence[int | None]) -> Iterator[None]:
     """Lets the model's own forward, and so its `generate`, serve several candidates in one batch.
 
-    A skipped layer still runs on the rows that skip it, so that the KV cache keeps its shape; what it gives is put
-    aside.
+    A skipped layer still runs on the rows that skip it, so that the KV cache keeps its shape; its output for them is
+    replaced by its input.
 
     Args:
         skipped: for each row of the batch, the position that it skips, or None.
     """
     with ExitStack() as patches:
-        for position in {own for own in skipped if own is not None}:
-            rows = torch.tensor([row for row, own in enumerate(skipped) if own == position], device=layerwise.device)
-            patches.enter_context(_skip_rows(layerwise.layers[position], rows))
+        for position in {layer for layer in skipped if layer is not None}:
+            rows = [row for row, layer in enumerate(skipped) if layer == position]
+            index = torch.tensor(rows, device=layerwise.device)
+            patches.enter_context(_skip_rows(layerwise.layers[position], index))
         yield
 
 

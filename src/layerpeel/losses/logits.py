@@ -151,7 +151,7 @@ class _Sweep(torch.autograd.Function):
         factors = (scales * weighted).tolist()
         values = torch.zeros(len(losses), dtype=torch.float32, device=student.device)
         grad_hidden = torch.zeros_like(student) if any(ctx.needs_input_grad) else None
-        rows = min(outputs.student_head.logit_rows(streams=2), max(len(student), 1))
+        rows = min(outputs.student_head.logit_rows(branches=2), max(len(student), 1))
         heads = Heads(outputs.student_head, outputs.teacher_head, rows)
         reads_teacher = any(loss.reads_teacher for loss in losses)
         for start in range(0, len(student), rows):

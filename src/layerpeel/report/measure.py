@@ -188,7 +188,7 @@ def sample_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     prompts: list[tuple[str, Request]] = []
     for task in (task for task in make_tasks(config.tasks) if isinstance(task, Generate)):
         try:
-            prompts += [(task.name, request) for requests in task.requests(tokenizer)[:2] for request in requests]
+            prompts += [(task.name, request) for request in task.requests(tokenizer)[:2]]
         except (LayerpeelError, OSError):  # its data are gone
             continue
     if prompts:

@@ -1,10 +1,11 @@
-"""What a task is: requests that a model answers, and a score of the answers."""
+"""What a task is: samples with requests that a model answers, and a score of the answers."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from typing import Annotated, Any
@@ -12,16 +13,27 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.data.reading import expand, read_rows
+from layerpeel.data.reading import TableRow, expand, read_rows
 from layerpeel.errors import InputError
 from layerpeel.inference.requests import Request
 from layerpeel.tasks.scores import TaskScore
 
-Row = dict[str, Any]
+
+@dataclass(frozen=True)
+class Sample:
+    """One item of a task.
+
+    Attributes:
+        requests: what the model is asked, in this order.
+        reference: whatever the task's `score` compares the answers with; nothing else reads it.
+    """
+
+    requests: Sequence[Request]
+    reference: Any = None
 
 
 class Task(BaseModel, ABC):
-    """A measurement of quality; its fields are its options in the config."""
+    """A measurement of quality; its fields are its options in the config, and all that it keeps."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -31,15 +43,20 @@ class Task(BaseModel, ABC):
     """Take only the first rows (of each file, where several are named)."""
 
     @abstractmethod
-    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[list[Request]]:
-        """What the model is asked for each sample."""
+    def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+        """The samples, each with what the model is asked and what its answers are compared with.
+
+        Raises:
+            InputError: the data or the tokenizer will not do.
+        """
 
     @abstractmethod
-    def score(self, answers: Mapping[int, Sequence[Any]]) -> TaskScore:
-        """The score over some samples (or all).
+    def score(self, samples: Sequence[Sample], answers: Sequence[Sequence[Any]]) -> TaskScore:
+        """The score over some of the samples (or all).
 
         Args:
-            answers: by sample, in ascending order, the answers to its `requests`, in their order.
+            samples: of `samples`, in their order.
+            answers: of each sample, the answers to its requests.
         """
 
     @abstractmethod
@@ -50,9 +67,13 @@ class Task(BaseModel, ABC):
             InputError: it has not.
         """
 
+    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[Request]:
+        """The requests of all samples, one sample's after another's."""
+        return [request for sample in self.samples(tokenizer) for request in sample.requests]
+
 
 class RowTask(Task):
-    """A task over the rows of a dataset, each of them a sample."""
+    """A task over the rows of a dataset, one sample a row."""
 
     data: str
     """A .jsonl, .json, .csv or .parquet file, a glob, a saved dataset or a hub name."""
@@ -62,20 +83,20 @@ class RowTask(Task):
     """Where there are splits."""
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TableRow]:
         """The rows to test on.
 
         Raises:
             InputError: there are none, or they cannot be read.
         """
-        rows: list[Row] = []
+        rows: list[TableRow] = []
         for path in self._expand():
-            rows += islice(filter(self._is_asked, self._read(path, split=self.split)), self.limit)
+            rows += islice(filter(self._is_sample, self._read(path, split=self.split)), self.limit)
         if not rows:
             raise InputError(f"task {self.name}: {self.data} holds no rows", hint="give data with at least one row")
         return rows
 
-    def _is_asked(self, row: Row) -> bool:
+    def _is_sample(self, row: TableRow) -> bool:
         return True
 
     def _expand(self) -> list[str]:
@@ -84,7 +105,7 @@ class RowTask(Task):
         except InputError as error:
             raise InputError(f"task {self.name}: {error}", hint=error.hint) from None
 
-    def _read(self, path: str, *, split: str) -> Iterator[Row]:
+    def _read(self, path: str, *, split: str) -> Iterator[TableRow]:
         try:
             yield from read_rows(path, split=split, name=self.subset)
         except InputError as error:
@@ -92,11 +113,12 @@ class RowTask(Task):
 
     @property
     def where(self) -> str:
+        """How messages about the data begin."""
         return f"task {self.name}: {self.data}"
 
 
 class FewShot(RowTask):
-    """A task that can show solved rows before the one asked; no row is both shown and asked."""
+    """A row task that can show solved rows before each sample; no row is both shown and a sample."""
 
     num_fewshot: Annotated[int, Field(ge=0)] = 0
     """How many solved rows to show."""
@@ -108,7 +130,7 @@ class FewShot(RowTask):
     """Between them."""
 
     @cached_property
-    def shown(self) -> list[Row]:
+    def shown(self) -> list[TableRow]:
         """The solved rows.
 
         Raises:
@@ -117,9 +139,9 @@ class FewShot(RowTask):
         if not self.num_fewshot:
             return []
         source = self.fewshot_data or self.data
-        apart = self.fewshot_data is not None or self.fewshot_split is not None
+        separate = self.fewshot_data is not None or self.fewshot_split is not None
         rows = self._read(source, split=self.fewshot_split or self.split)
-        shown = list(islice(rows, self.num_fewshot)) if apart else list(deque(rows, maxlen=self.num_fewshot))
+        shown = list(islice(rows, self.num_fewshot)) if separate else list(deque(rows, maxlen=self.num_fewshot))
         if len(shown) < self.num_fewshot:
             raise InputError(
                 f"task {self.name}: {source} holds {len(shown)} rows, too few to show {self.num_fewshot}",
@@ -127,9 +149,9 @@ class FewShot(RowTask):
             )
         return shown
 
-    def fewshot_prefix(self, solved: Callable[[Row], str]) -> str:
+    def fewshot_prefix(self, solved: Callable[[TableRow], str]) -> str:
         """The rows shown, solved, each followed by the separator."""
         return "".join(solved(row) + self.fewshot_separator for row in self.shown)
 
-    def _is_asked(self, row: Row) -> bool:
+    def _is_sample(self, row: TableRow) -> bool:
         return row not in self.shown

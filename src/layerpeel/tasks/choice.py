@@ -5,19 +5,26 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.data.reading import column_of
+from layerpeel.data.reading import TableRow, column_of
 from layerpeel.errors import InputError
 from layerpeel.inference.encoding import encode_pair
-from layerpeel.inference.requests import LogLikelihood, Request
-from layerpeel.tasks.base import FewShot, Row
+from layerpeel.inference.requests import LogLikelihood
+from layerpeel.tasks.base import FewShot, Sample
 from layerpeel.tasks.scores import TaskScore
 from layerpeel.tasks.templates import fill
+
+
+class _Key(NamedTuple):
+    """The index of the right choice, and by what each choice's log-probability is divided."""
+
+    right: int
+    lengths: Sequence[int]
 
 
 class Choice(FewShot):
@@ -34,68 +41,64 @@ class Choice(FewShot):
     normalize: Literal["none", "bytes", "tokens"] = "none"
     """Divide each log-probability by the choice's length, so that long ones stand a chance."""
 
-    _lengths: list[list[int]] = PrivateAttr(default_factory=list)  # of each row's choices, by which to divide
-
     def check(self) -> None:
         self._prefix()
         for row in self.rows:
             fill(self.prompt, row, self.where)
             self._right(row)
 
-    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[list[Request]]:
+    def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         prefix = self._prefix()
-        self._lengths = []
-        requests: list[list[Request]] = []
-        for row in self.rows:
-            context = prefix + fill(self.prompt, row, self.where)
-            choices = self._choices(row)
-            own = [LogLikelihood(*encode_pair(tokenizer, context, self.delimiter + choice)) for choice in choices]
-            for request, choice in zip(own, choices, strict=True):
-                if not request.continuation:
-                    raise InputError(
-                        f"{self.where}: choice {choice!r} has no token of its own after its prompt",
-                        hint="let the delimiter hold a space or a line break",
-                    )
-            requests.append([*own])
-            sizes = {
-                "none": [1] * len(own),
-                "bytes": [max(1, len(choice.encode())) for choice in choices],
-                "tokens": [len(request.continuation) for request in own],
-            }
-            self._lengths.append(sizes[self.normalize])
-        return requests
+        return [self._sample(row, prefix, tokenizer) for row in self.rows]
 
-    def score(self, answers: Mapping[int, Sequence[Any]]) -> TaskScore:
+    def score(self, samples: Sequence[Sample], answers: Sequence[Sequence[Any]]) -> TaskScore:
+        keys: list[_Key] = [sample.reference for sample in samples]
         correct = []
-        for index, own in answers.items():
-            values = [a.log_probability / n for a, n in zip(own, self._lengths[index], strict=True)]
-            correct.append(float(values.index(max(values)) == self._right(self.rows[index])))
-        chance = math.fsum(1 / len(self._lengths[index]) for index in answers) / len(answers)
+        for key, likelihoods in zip(keys, answers, strict=True):
+            values = [a.log_probability / length for a, length in zip(likelihoods, key.lengths, strict=True)]
+            correct.append(float(values.index(max(values)) == key.right))
+        chance = math.fsum(1 / len(key.lengths) for key in keys) / len(keys)
         return TaskScore.of_mean(correct, chance=chance)
+
+    def _sample(self, row: TableRow, prefix: str, tokenizer: PreTrainedTokenizerBase) -> Sample:
+        context, choices = prefix + fill(self.prompt, row, self.where), self._choices(row)
+        requests = [LogLikelihood(*encode_pair(tokenizer, context, self.delimiter + choice)) for choice in choices]
+        for request, choice in zip(requests, choices, strict=True):
+            if not request.continuation:
+                raise InputError(
+                    f"{self.where}: choice {choice!r} has no token of its own after its prompt",
+                    hint="let the delimiter hold a space or a line break",
+                )
+        lengths = {
+            "none": [1] * len(choices),
+            "bytes": [max(1, len(choice.encode())) for choice in choices],
+            "tokens": [len(request.continuation) for request in requests],
+        }
+        return Sample(requests, _Key(self._right(row), lengths[self.normalize]))
 
     def _prefix(self) -> str:
         return self.fewshot_prefix(
             lambda row: fill(self.prompt, row, self.where) + self.delimiter + self._choices(row)[self._right(row)]
         )
 
-    def _choices(self, row: Row) -> list[str]:
+    def _choices(self, row: TableRow) -> list[str]:
         if isinstance(self.choices, list):
             return [fill(template, row, self.where) for template in self.choices]
-        found = column_of(row, self.choices, self.where)
-        if not isinstance(found, list) or len(found) < 2:
+        choices = column_of(row, self.choices, self.where)
+        if not isinstance(choices, list) or len(choices) < 2:
             raise InputError(
-                f"{self.where}: column '{self.choices}' holds {str(found)[:60]!r}, expected a list of choices",
+                f"{self.where}: column '{self.choices}' holds {str(choices)[:60]!r}, expected a list of choices",
                 hint="name a column with a list, or give a list of templates (choices: ['{a}', '{b}'])",
             )
-        odd = next((choice for choice in found if not isinstance(choice, str | int | float)), "")
+        odd = next((choice for choice in choices if not isinstance(choice, str | int | float)), "")
         if odd != "":
             raise InputError(
                 f"{self.where}: column '{self.choices}' holds a choice of {str(odd)[:60]!r}, expected text",
                 hint="each choice is a text or a number",
             )
-        return [str(choice) for choice in found]
+        return [str(choice) for choice in choices]
 
-    def _right(self, row: Row) -> int:
+    def _right(self, row: TableRow) -> int:
         choices, answer = self._choices(row), column_of(row, self.answer, self.where)
         if isinstance(answer, str):
             letters = [chr(ord("A") + index) for index in range(len(choices))]

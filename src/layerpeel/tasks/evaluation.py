@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.inference.engine import Engine
 from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.inference.requests import Answer, Request
-from layerpeel.tasks.base import Task
+from layerpeel.inference.requests import Answer
+from layerpeel.tasks.base import Sample, Task
 from layerpeel.tasks.scores import Evaluation, TaskScore
 
 
@@ -25,26 +25,23 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: 
 
 
 def score_tasks(engine: Engine, tasks: Sequence[Task]) -> list[dict[str, TaskScore]]:
-    """Scores each task on each stream.
+    """Scores each task on each branch.
 
     Returns:
         1 + C dicts from task name to score.
     """
-    streams: list[dict[str, TaskScore]] = [{} for _ in range(engine.streams)]
+    by_branch: list[dict[str, TaskScore]] = [{} for _ in range(engine.branches)]
     for task in tasks:
-        samples = task.requests(engine.tokenizer)
-        for stream, own in zip(streams, answer_samples(engine, dict(enumerate(samples)), task.name), strict=True):
-            stream[task.name] = task.score(own)
-    return streams
+        samples = task.samples(engine.tokenizer)
+        for scores, answers in zip(by_branch, answer_samples(engine, samples, task.name), strict=True):
+            scores[task.name] = task.score(samples, answers)
+    return by_branch
 
 
-def answer_samples(
-    engine: Engine, samples: dict[int, list[Request]], description: str
-) -> list[dict[int, list[Answer]]]:
-    """The answers to each sample's requests, on each stream."""
-    flat = engine.answer([request for own in samples.values() for request in own], description)
-    streams: list[dict[int, list[Answer]]] = []
-    for answers in flat:
+def answer_samples(engine: Engine, samples: Sequence[Sample], description: str) -> list[list[list[Answer]]]:
+    """The answers to each sample's requests on each branch, [1 + C][samples][requests of the sample]."""
+    by_branch = []
+    for answers in engine.answer([request for sample in samples for request in sample.requests], description):
         rest = iter(answers)
-        streams.append({sample: [next(rest) for _ in own] for sample, own in samples.items()})
-    return streams
+        by_branch.append([[next(rest) for _ in sample.requests] for sample in samples])
+    return by_branch

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.data.reading import text_of
+from layerpeel.data.reading import TableRow, text_of
 from layerpeel.inference.encoding import encode_pair
-from layerpeel.inference.requests import LogLikelihood, Request
-from layerpeel.tasks.base import RowTask
+from layerpeel.inference.requests import LogLikelihood
+from layerpeel.tasks.base import RowTask, Sample
 from layerpeel.tasks.scores import TaskScore
 
 
@@ -26,13 +26,14 @@ class Pairs(RowTask):
         for row in self.rows:
             self._pair(row)
 
-    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[list[Request]]:
-        return [[LogLikelihood(*encode_pair(tokenizer, "", text)) for text in self._pair(row)] for row in self.rows]
+    def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+        return [
+            Sample([LogLikelihood(*encode_pair(tokenizer, "", text)) for text in self._pair(row)]) for row in self.rows
+        ]
 
-    def score(self, answers: Mapping[int, Sequence[Any]]) -> TaskScore:
-        return TaskScore.of_mean(
-            [float(g.log_probability > b.log_probability) for g, b in answers.values()], chance=0.5
-        )
+    def score(self, samples: Sequence[Sample], answers: Sequence[Sequence[Any]]) -> TaskScore:
+        correct = [float(good.log_probability > bad.log_probability) for good, bad in answers]
+        return TaskScore.of_mean(correct, chance=0.5)
 
-    def _pair(self, row: dict[str, Any]) -> tuple[str, str]:
+    def _pair(self, row: TableRow) -> tuple[str, str]:
         return text_of(row, self.good, self.where), text_of(row, self.bad, self.where)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from layerpeel.data.reading import text_of
 from layerpeel.errors import InputError
 from layerpeel.inference.encoding import start_token
-from layerpeel.inference.requests import LogLikelihood, Request
-from layerpeel.tasks.base import RowTask
+from layerpeel.inference.requests import LogLikelihood
+from layerpeel.tasks.base import RowTask, Sample
 from layerpeel.tasks.scores import TaskScore
 
 
@@ -26,25 +26,25 @@ class Perplexity(RowTask):
     sequence_length: Annotated[int, Field(ge=2)] = 256
     """Tokens in a window; each window starts afresh from the beginning-of-text token."""
 
-    _tokens: list[int] = PrivateAttr(default_factory=list)  # of each document
-
     def check(self) -> None:
         if not any(text_of(row, self.column, self.where).strip() for row in self.rows):
             raise InputError(f"{self.where}: column '{self.column}' holds no text", hint="give rows with text in them")
 
-    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[list[Request]]:
+    def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+        """One sample a document; its reference is the number of its tokens."""
         size, start = self.sequence_length, (start_token(tokenizer),)
         documents = [
             tuple(tokenizer.encode(text_of(row, self.column, self.where), add_special_tokens=False))
             for row in self.rows
         ]
-        self._tokens = [len(ids) for ids in documents]
-        return [[LogLikelihood(start, ids[at : at + size]) for at in range(0, len(ids), size)] for ids in documents]
+        return [
+            Sample([LogLikelihood(start, ids[at : at + size]) for at in range(0, len(ids), size)], len(ids))
+            for ids in documents
+        ]
 
-    def score(self, answers: Mapping[int, Sequence[Any]]) -> TaskScore:
-        """A sample is a document, weighted by its tokens."""
-        tokens = [self._tokens[index] for index in answers]
-        losses = [-math.fsum(answer.log_probability for answer in own) for own in answers.values()]
+    def score(self, samples: Sequence[Sample], answers: Sequence[Sequence[Any]]) -> TaskScore:
+        tokens: list[int] = [sample.reference for sample in samples]
+        losses = [-math.fsum(window.log_probability for window in windows) for windows in answers]
         mean = TaskScore.of_mean([loss / max(n, 1) for loss, n in zip(losses, tokens, strict=True)], tokens)
         value = math.exp(min(mean.value, 700.0))
         return TaskScore(

@@ -12,9 +12,10 @@ class TaskScore:
     """A task's score: its value as people read it, its standard error, and the number of samples.
 
     Attributes:
-        influences: what each sample adds to the value beyond its share of the mean (to first order), [n]; the paired
-            error of a difference is that of the differences of these. None where samples can't be told apart.
-        chance: what guessing would score, where that is known.
+        influences: [n], how far each sample moves the value from the mean (to first order); the paired standard error
+            of a difference of two scores is that of the differences of these. None if the score is no mean over
+            samples.
+        chance: what guessing would score, if known.
     """
 
     value: float
@@ -49,7 +50,7 @@ class Evaluation:
     scores: dict[str, TaskScore]
 
     def qualities(self, reference: Evaluation) -> dict[str, float]:
-        """Each task's score as higher-is-better: perplexity enters as the reference's divided by one's own."""
+        """Each task's score as higher-is-better: of perplexity, the reference's divided by this model's."""
         return {
             name: reference.scores[name].value / score.value if score.lower_is_better else score.value
             for name, score in self.scores.items()
@@ -57,10 +58,13 @@ class Evaluation:
 
     def aggregate(self, reference: Evaluation, how: str = "mean") -> float:
         """One number: the mean of the qualities (the paper's), or of quality / the reference's (`relative`)."""
-        own, theirs = self.qualities(reference), reference.qualities(reference)
+        qualities, reference_qualities = self.qualities(reference), reference.qualities(reference)
         if how == "relative":
-            own = {name: value / theirs[name] if theirs[name] else 1.0 for name, value in own.items()}
-        return sum(own.values()) / len(own)
+            qualities = {
+                name: value / reference_qualities[name] if reference_qualities[name] else 1.0
+                for name, value in qualities.items()
+            }
+        return sum(qualities.values()) / len(qualities)
 
     def aggregate_stderr(self, reference: Evaluation, how: str = "mean") -> float:
         """The standard error of the aggregate, from those of its tasks; the teacher's scores are taken as exact."""
@@ -74,20 +78,20 @@ class Evaluation:
 
         Args:
             reference: the teacher's evaluation, taken as exact.
-            seen: the share of each task's samples that the scores are of, if not all are: what is left to draw is
-                then finite, and the error of the whole shrinks to 0 as the share goes to 1.
+            seen: the share of each task's samples that the scores are of, if not of all. Samples are drawn without
+                replacement, so the error of the final difference goes to 0 as the share goes to 1.
         """
         variances = self.difference_variances(other, reference, how)
-        left = [variance * (1 - seen[name] if seen else 1) for name, variance in variances.items()]
-        return math.sqrt(math.fsum(left)) / len(left)
+        remaining = [variance * (1 - seen[name] if seen else 1) for name, variance in variances.items()]
+        return math.sqrt(math.fsum(remaining)) / len(remaining)
 
     def difference_variances(self, other: Evaluation, reference: Evaluation, how: str = "mean") -> dict[str, float]:
         """By task, the variance of the difference between two models' qualities, paired where samples can be."""
         variances = {}
         for name in self.scores:
-            own, theirs = (e._quality_influences(name, reference, how) for e in (self, other))
-            if own is not None and theirs is not None:
-                variances[name] = _stderr_of([a - b for a, b in zip(own, theirs, strict=True)]) ** 2
+            left, right = (e._quality_influences(name, reference, how) for e in (self, other))
+            if left is not None and right is not None:
+                variances[name] = _stderr_of([a - b for a, b in zip(left, right, strict=True)]) ** 2
             else:
                 variances[name] = sum(
                     (e.scores[name].stderr * e._quality_slope(name, reference, how)) ** 2 for e in (self, other)
