@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from layerpeel.data.rows import Rows, positions_of
 from layerpeel.importance.base import Metric, MetricResult, ScoringInputs
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.processes.distributed import processes_of
 from layerpeel.processes.interrupts import stop_if_asked
 from layerpeel.processes.progress import progress
 
@@ -155,7 +155,7 @@ def mean_over_text(
         M means.
     """
     assert inputs.text is not None
-    state = PartialState(cpu=inputs.student.device.type == "cpu")
+    state = processes_of(inputs.student.device)
     text = inputs.text
     if positions_of(text.document) is not None and not inputs.student.runs_packed:
         text = text.unpacked()
