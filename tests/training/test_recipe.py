@@ -63,7 +63,7 @@ def test_adamw_is_made_as_torch_makes_it() -> None:
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults == plain.defaults
     options = {"betas": [0.9, 0.95], "fused": True}
     (optimizer,) = recipe(optimizer_options=options).optimizers([parameter], [True], rate=0.1, steps=4).optimizers
-    assert optimizer.defaults["betas"] == [0.9, 0.95] and optimizer.defaults["fused"]
+    assert tuple(optimizer.defaults["betas"]) == (0.9, 0.95) and optimizer.defaults["fused"]
 
 
 def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest() -> None:
@@ -110,7 +110,7 @@ def test_the_state_of_an_optimizer_is_measured(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"optimizer": "adamw"}, "unknown optimizer 'adamw'; did you mean 'AdamW'"),
+        ({"optimizer": "muon"}, "unknown optimizer 'muon'; did you mean 'Muon'"),
         ({"optimizer": "torch.nn:Linear"}, "optimizer 'torch.nn:Linear' is not derived from Optimizer"),
         ({"optimizer": "LBFGS"}, "distill.optimizer: LBFGS"),
         ({"optimizer": "SparseAdam"}, "distill.optimizer: SparseAdam"),

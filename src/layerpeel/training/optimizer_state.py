@@ -87,7 +87,7 @@ def restore(
         for name, index in index_of.items():
             if index in state:
                 loaded = optimizer.state[parameters[name]]
-                loaded.update(_with_dtypes(dict(loaded), state[index]))
+                loaded.update(_as_saved(loaded, state[index]))
 
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -134,12 +134,12 @@ def _split_as(parameter: DTensor, full: Tensor, split: list[int | None] | None) 
     return distribute_tensor(full.to(parameter.device), parameter.device_mesh, placements)
 
 
-def _with_dtypes(loaded: Any, saved: Any) -> Any:
-    """The loaded state in the dtypes that were saved: `load_state_dict` casts to the parameter's."""
-    if isinstance(loaded, Mapping):
-        return {key: _with_dtypes(value, saved[key]) for key, value in loaded.items()}
-    if isinstance(loaded, list | tuple):
-        return type(loaded)(_with_dtypes(value, other) for value, other in zip(loaded, saved, strict=True))
-    if isinstance(loaded, Tensor) and loaded.dtype is not saved.dtype:
-        return saved.to(loaded.device)
-    return loaded
+def _as_saved(loaded: Any, saved: Any) -> Any:
+    """The saved state with tensors where they were loaded to: `load_state_dict` casts their dtypes, and spoils text."""
+    if isinstance(saved, Tensor):
+        return saved.to(loaded.device) if loaded.dtype is not saved.dtype else loaded
+    if isinstance(saved, Mapping):
+        return {key: _as_saved(loaded[key], value) for key, value in saved.items()}
+    if isinstance(saved, list | tuple):
+        return type(saved)(_as_saved(one, other) for one, other in zip(loaded, saved, strict=True))
+    return saved
