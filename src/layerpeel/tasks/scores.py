@@ -104,8 +104,8 @@ class Evaluation:
         return None if influences is None else [slope * value for value in influences]
 
     def _quality_slope(self, name: str, reference: Evaluation, how: str) -> float:
-        """How the task's part of the aggregate changes with its value."""
-        own, theirs = self.scores[name], reference.scores[name].value
-        slope = -theirs / own.value**2 if own.lower_is_better else 1.0
-        whole = 1.0 if own.lower_is_better else theirs  # the reference's quality
-        return slope / whole if how == "relative" and whole else slope
+        """Derivative of the task's part of the aggregate by the task's value."""
+        score, reference_value = self.scores[name], reference.scores[name].value
+        slope = -reference_value / score.value**2 if score.lower_is_better else 1.0
+        reference_quality = 1.0 if score.lower_is_better else reference_value
+        return slope / reference_quality if how == "relative" and reference_quality else slope
