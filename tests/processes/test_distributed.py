@@ -7,6 +7,7 @@ import runpy
 import pytest
 import torch
 
+from layerpeel.processes import distributed
 from layerpeel.processes.distributed import gather, is_main_process, processes_of, sum_numbers
 
 
@@ -33,5 +34,5 @@ def test_ranks_are_those_that_the_launcher_set(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    module = runpy.run_module("layerpeel.processes.distributed")
+    module = runpy.run_path(distributed.__file__)
     assert (module["RANK"], module["LOCAL_RANK"], module["is_main_process"]()) == expected

@@ -46,7 +46,7 @@ class TaskConfig(BaseModel):
 
 
 class RunConfig(Section):
-    """A whole run."""
+    """A run."""
 
     teacher: Annotated[str, Field(min_length=1)]
     """A model folder or a hub name."""

@@ -68,7 +68,7 @@ class ScoreConfig(Section):
     heal: HealConfig | None = None
     """In a run: before the choice, distil the gap of the best few for a moment, and choose by what tasks say then."""
     memory: Annotated[int, BeforeValidator(_parse_bytes), Field(ge=2**20)] | None = None
-    """Bytes for the streams of all candidates, as 8GB; 1GB on a CPU, half of what is free on a GPU, if not given."""
+    """Bytes for the branches of all candidates, as 8GB; 1GB on a CPU, half of what is free on a GPU, if not given."""
     weights: Literal["memory", "stream"] = "memory"
     """stream: layers are read from the checkpoint one at a time while the model is scored (`score` only), so that a
     model larger than memory can be."""

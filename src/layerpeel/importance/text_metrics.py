@@ -15,14 +15,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from layerpeel.data.rows import Rows, positions_of
 from layerpeel.importance.base import Metric, MetricResult, ScoringInputs
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.processes.distributed import processes_of
+from layerpeel.processes.distributed import gather, processes_of
 from layerpeel.processes.interrupts import stop_if_asked
 from layerpeel.processes.progress import progress
 
@@ -162,7 +161,7 @@ def mean_over_text(
     indices = torch.arange(len(text))[state.process_index :: state.num_processes]
     totals = _totals(metric, inputs, text, indices, sums, branches)
     if state.num_processes > 1:
-        parts = [torch.tensor(part, dtype=torch.float64) for part in gather_object([totals.tolist()]) if part]
+        parts = [torch.tensor(part, dtype=torch.float64) for part in gather(totals.tolist()) if part]
         totals = torch.stack(parts).sum(0)
     means: list[float] = (totals / text.mask.sum()).tolist()
     return means

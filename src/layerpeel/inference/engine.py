@@ -11,7 +11,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from transformers import Cache, PreTrainedTokenizerBase
 
 from layerpeel.inference.answer_cache import AnswerCache
@@ -21,7 +20,7 @@ from layerpeel.inference.kv_cache import PrefillCache
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.likelihoods import log_likelihoods, window_length
 from layerpeel.inference.requests import Answer, Generation, Likelihood, LogLikelihood, Request, len_of
-from layerpeel.processes.distributed import processes_of
+from layerpeel.processes.distributed import gather, processes_of
 from layerpeel.processes.interrupts import stop_if_asked
 from layerpeel.processes.progress import Advance, progress
 
@@ -84,7 +83,7 @@ class Engine:
             while left := [index for index in indices if index not in answers]:
                 self._answer_while_memory_lasts(requests, left, answers, advance)
         if world > 1:
-            for part in gather_object([answers]):
+            for part in gather(answers):
                 answers |= part
         return [[answers[index][branch] for index in range(len(requests))] for branch in range(self.branches)]
 

@@ -104,7 +104,7 @@ class Evaluation:
         return None if influences is None else [slope * value for value in influences]
 
     def _quality_slope(self, name: str, reference: Evaluation, how: str) -> float:
-        """How the task's part of the aggregate changes with its value."""
+        """Derivative of the task's part of the aggregate by the task's value."""
         score, reference_value = self.scores[name], reference.scores[name].value
         slope = -reference_value / score.value**2 if score.lower_is_better else 1.0
         reference_quality = 1.0 if score.lower_is_better else reference_value

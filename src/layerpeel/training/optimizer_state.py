@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.optim import Optimizer
 
 from layerpeel.errors import InputError
-from layerpeel.processes.distributed import RANK
+from layerpeel.processes.distributed import is_main_process
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -31,7 +31,7 @@ def gather_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     gathered = {}
     for name, parameter in parameters.items():
         full = gather(parameter)  # of one at a time, in the others
-        if not RANK:
+        if is_main_process():
             gathered[name] = full
     return gathered
 
@@ -94,7 +94,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """A value that JSON takes; tensors go into `tensors`, and those of DTensors with the dimension that is split."""
     if isinstance(value, Tensor):
         full = gather(value)
-        if not RANK:
+        if is_main_process():
             tensors[path] = full
         placements = value.placements if isinstance(value, DTensor) else None
         split = [each.dim if isinstance(each, Shard) else None for each in placements] if placements else None

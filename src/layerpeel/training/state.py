@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layerpeel.processes.distributed import RANK
+from layerpeel.processes.distributed import is_main_process
 from layerpeel.processes.progress import console
 from layerpeel.storage.files import whole_file
 from layerpeel.training.result import TrainingResult
@@ -86,7 +86,7 @@ class TrainingState:
     def save(self, checkpoint: Checkpoint) -> None:
         """Puts a state in the place of the one before; returns once it is on the disk."""
         started = time.monotonic()
-        if not RANK:
+        if is_main_process():
             text = json.dumps({"of": self.of, "format": FORMAT} | checkpoint.to_json())
             tensors = checkpoint.tensors()
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ class TrainingState:
         return Checkpoint.from_parts(tensors, numbers) if same else None
 
     def clear(self) -> None:
-        if not RANK:
+        if is_main_process():
             self.path.unlink(missing_ok=True)
 
 
