@@ -39,6 +39,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 from layerpeel.config.distill import DistillConfig
 from layerpeel.data.rows import Rows
 from layerpeel.model.surgery import remove_layers
+from layerpeel.training.recipe import TrainingRecipe
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache
 from layerpeel.training.trainable import parameters_to_train
@@ -120,7 +121,7 @@ def main() -> None:
 
 
 def in_a_process(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """What a rival measures, alone in a process, so that its peak is its own."""
+    """What a rival measures, alone in a process, so that its peak is its outputs."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "measured.json"
         command = [
@@ -202,10 +203,12 @@ def ours(
     """Our training loop."""
     student = Student(teacher)
     student.remove(shape.gap)
-    config = DistillConfig(text=[], batch_size=shape.rows, sequence_length=shape.tokens, tokens_per_round=0)
+    tokens = steps * shape.rows * shape.tokens
+    config = DistillConfig(batch_size=shape.rows, sequence_length=shape.tokens, tokens_per_round=tokens, train=train)
     ids = torch.cat(list(batches(shape, steps)))
-    trainer = Trainer(student, parameters_to_train(student, train), config, steps, cache, None)
-    trainer.train(Rows(ids, torch.ones_like(ids).bool()), 0, mark, "ours")
+    recipe = TrainingRecipe(config)
+    trainer = Trainer(student, recipe.parameters(student), recipe, cache=cache, log=mark, description="ours")
+    trainer.train(Rows(ids, torch.ones_like(ids).bool()), seed=0)
 
 
 def cached(teacher: PreTrainedModel, shape: Shape, train: str, steps: int, mark: Callable[..., None]) -> None:
@@ -224,7 +227,7 @@ def full_student(teacher: PreTrainedModel, shape: Shape, train: str) -> tuple[Pr
     last = max(layer for name in names if (layer := chosen.layer_of(name)) is not None)
     by_position = dict(zip(chosen.parameters(), [n for n, _ in chosen.model.named_parameters()], strict=True))
     wanted = {by_position[name] for name in names}
-    position = chosen.depth.position(last)
+    position = chosen.kept_layers.position(last)
     del chosen
     student = remove_layers(copy.deepcopy(teacher), shape.gap)
     for name, parameter in student.named_parameters():
@@ -249,21 +252,23 @@ def published(
         ids = ids.to(teacher.device)
         options = {"output_hidden_states": True, "use_cache": False, "logits_to_keep": 1 if fused else 0}
         with torch.no_grad():
-            theirs = teacher(ids, **options)
-        own = student(ids, **options)
+            teacher_outputs = teacher(ids, **options)
+        outputs = student(ids, **options)
         if fused:
             head = teacher.get_output_embeddings().weight
             loss = fused(
-                own.hidden_states[-1].flatten(0, 1),
+                outputs.hidden_states[-1].flatten(0, 1),
                 student.get_output_embeddings().weight,
-                theirs.hidden_states[-1].flatten(0, 1),
+                teacher_outputs.hidden_states[-1].flatten(0, 1),
                 head,
             )
         else:
-            logs, target = own.logits.log_softmax(-1), theirs.logits.softmax(-1)
+            logs, target = outputs.logits.log_softmax(-1), teacher_outputs.logits.softmax(-1)
             loss = functional.kl_div(logs, target, reduction="sum") / 100
-        loss = loss + functional.mse_loss(own.hidden_states[last + 1], theirs.hidden_states[kept[last] + 1])
-        loss = loss + functional.mse_loss(own.hidden_states[-1], theirs.hidden_states[-1])
+        loss = loss + functional.mse_loss(
+            outputs.hidden_states[last + 1], teacher_outputs.hidden_states[kept[last] + 1]
+        )
+        loss = loss + functional.mse_loss(outputs.hidden_states[-1], teacher_outputs.hidden_states[-1])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 0.3)
         optimizer.step()

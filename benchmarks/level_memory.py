@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from layerpeel.config.reading import parse_config
 from layerpeel.config.run import RunConfig
 from layerpeel.demo.preparing import TEACHER
-from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
+from layerpeel.run.writing import OpenRun
 
 SETTLED, MOST = 5, 0.02  # rounds until all is allocated that a round needs; growth after that
 
@@ -61,14 +61,14 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
-    process, sizes, record = psutil.Process(), list[int](), Run.record_round
+    process, sizes, record = psutil.Process(), list[int](), OpenRun.record_round
 
-    def watched(run: Run, *arguments: Any) -> None:
+    def watched(run: OpenRun, *arguments: Any) -> None:
         record(run, *arguments)
         sizes.append(process.memory_info().rss)
         print(f"round {len(sizes):2}: {sizes[-1] / 2**20:.0f} MiB", file=sys.stderr)
 
-    Run.record_round = watched  # type: ignore[method-assign]
+    OpenRun.record_round = watched  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         peel(config_of(Path(folder), options.layers, options.rounds))
     growth = max(sizes[SETTLED:]) / max(sizes[:SETTLED]) - 1

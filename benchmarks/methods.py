@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from layerpeel.model.loading import load_model
 from layerpeel.model.surgery import remove_layers
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
+from layerpeel.run.results_json import evaluation_to_json
 from layerpeel.tasks.evaluation import evaluate
 from layerpeel.tasks.registry import make_tasks
 from layerpeel.tasks.scores import Evaluation
@@ -46,7 +48,7 @@ def main() -> None:
     record = {
         "command": f"python benchmarks/methods.py {options.config} --depths {','.join(map(str, options.depths))}",
         "machine": machine(),
-        "minutes_of_the_loop": round((full.events[-1]["time"] - full.events[0]["time"]) / 60, 1),
+        "minutes_of_the_loop": round((full.events[-1].time - full.events[0].time) / 60, 1),
         "results": results,
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -82,11 +84,7 @@ def chosen_by_kl(config: RunConfig) -> RunConfig:
 
 def by_depth(run: Run, depths: list[int]) -> dict[str, Any]:
     """The rounds of a run that ended in one of the depths."""
-    return {
-        str(len(event["kept"])): row(run, Evaluation.from_json(event["evaluation"]), event["kept"])
-        for event in run.rounds
-        if len(event["kept"]) in depths
-    }
+    return {str(each.layers): row(run, each.evaluation, each.kept) for each in run.rounds if each.layers in depths}
 
 
 def one_shot(config: RunConfig, run: Run, depths: list[int]) -> dict[str, Any]:
@@ -97,19 +95,19 @@ def one_shot(config: RunConfig, run: Run, depths: list[int]) -> dict[str, Any]:
         model, tokenizer = load_model(config.teacher, device=config.device, dtype=config.dtype)
         ranked = score_layers(model, tokenizer, score, text=scoring_text(config, tokenizer)).ranked()
         total = model.config.num_hidden_layers
-        gone = ranked[: total - depth]
-        remove_layers(model, gone)
-        kept = [layer for layer in range(total) if layer not in gone]
+        removed = ranked[: total - depth]
+        remove_layers(model, removed)
+        kept = [layer for layer in range(total) if layer not in removed]
         results[str(depth)] = row(run, evaluate(model, tokenizer, make_tasks(config.tasks)), kept)
     return results
 
 
-def row(run: Run, evaluation: Evaluation, kept: list[int] | None = None) -> dict[str, Any]:
+def row(run: Run, evaluation: Evaluation, kept: Sequence[int] | None = None) -> dict[str, Any]:
     """Aggregate, share of the teacher's, and each task's score."""
     how = run.config.aggregate
     aggregate = evaluation.aggregate(run.reference, how)
     share = aggregate / run.reference.aggregate(run.reference, how)
-    return {"aggregate": aggregate, "kept_quality": share, "kept": kept, "scores": evaluation.to_json()}
+    return {"aggregate": aggregate, "kept_quality": share, "kept": kept, "scores": evaluation_to_json(evaluation)}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -121,10 +119,10 @@ def markdown(results: dict[str, Any]) -> str:
     methods = [name for name in results if name != "teacher"]
     for depth in sorted({depth for name in methods for depth in results[name]}, key=int, reverse=True):
         rows += [(depth, name, results[name][depth]) for name in methods if depth in results[name]]
-    for depth, name, found in rows:
-        scores = [f"{found['scores'][task]['value']:.3f}" for task in names]
-        share = f"{100 * found['kept_quality']:.1f}"
-        lines.append(f"| {depth} | {name} | {found['aggregate']:.3f} | {share} | " + " | ".join(scores) + " |")
+    for depth, name, result in rows:
+        scores = [f"{result['scores'][task]['value']:.3f}" for task in names]
+        share = f"{100 * result['kept_quality']:.1f}"
+        lines.append(f"| {depth} | {name} | {result['aggregate']:.3f} | {share} | " + " | ".join(scores) + " |")
     return "\n".join(lines)
 
 

@@ -30,7 +30,7 @@ from layerpeel.inference.requests import Generation, LogLikelihood, Request
 from layerpeel.plan.planning import Plan, plan_run
 from layerpeel.plan.speed import Speed
 from layerpeel.processes.text import count, size
-from layerpeel.report.gather import seconds_of
+from layerpeel.report.gather import costs_of
 from layerpeel.run.folder import Run
 
 # The public config.json of each model on the hub.
@@ -88,7 +88,7 @@ Assumptions:
 - layers go from the middle, as one gap, and no quality floor ends the run before;
 - the tasks are {choices[0]} choice questions with prompts of {choices[1]} tokens, and {written} texts to be written;
 - a prompt runs once for all choices after it; text is generated to its full length; nothing races;
-- streams of candidates take 8 GiB (`score.memory`) while the model is scored;
+- branches of candidates take 8 GiB (`score.memory`) while the model is scored;
 - the frozen weights are whole on each GPU; with FSDP2, what trains is split: fp32 copy, gradients, AdamW's state;
 - a step of generation reads the weights once for all rows; memory for the CUDA context, and what an allocator leaves
   unused, comes on top.
@@ -131,16 +131,17 @@ def main() -> None:
 def compare(config: str, overrides: list[str], folder: Path) -> dict[str, Any]:
     """Plans, runs, and puts both beside each other."""
     path = str(prepare_demo(folder)) if config == "demo" else config
-    own = [part for text in [*overrides, f"output={folder / 'run'}"] for part in ("--set", text)]
+    settings = [part for text in [*overrides, f"output={folder / 'run'}"] for part in ("--set", text)]
     layerpeel = [sys.executable, "-m", "layerpeel"]
-    said = subprocess.run([*layerpeel, "plan", path, *own, "--json"], check=True, capture_output=True, text=True).stdout
-    planned = json.loads(said)
+    command = [*layerpeel, "plan", path, *settings, "--json"]
+    planned = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the plan, to be sure that the run is larger
-    subprocess.run([*layerpeel, "run", path, *own, "--no-report", "--json"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*layerpeel, "run", path, *settings, "--no-report", "--json"], check=True, stdout=subprocess.DEVNULL)
     peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     run = Run(folder / "run")
-    seconds = seconds_of(run)
-    measured = seconds | {"in all": run.events[-1]["time"] - run.events[0]["time"], "peak": peak}
+    costs = costs_of(run)
+    seconds = {"scoring": costs.scoring_seconds, "training": costs.training_seconds}
+    measured = seconds | {"in all": run.events[-1].time - run.events[0].time, "peak": peak}
     expected = {part: planned["seconds"][part] for part in seconds}
     expected |= {"in all": sum(planned["seconds"].values()), "peak": planned["peak"]}
     return {
@@ -223,7 +224,7 @@ def plan_shape(sizes: dict[str, Any], decide: str, train: str, gpus: int) -> Pla
         teacher,
         config,
         requests(),
-        lambda shape: Speed.of_processor(shape, FLOPS, BANDWIDTH),
+        lambda shape: Speed.of_processor(shape, FLOPS, BANDWIDTH, config.distill),
         dtype=torch.bfloat16,
         device="cuda",
         gpus=gpus,

@@ -51,7 +51,7 @@ TOKENS_PER_BATCH = 4096  # of the padded loop; more is slower on two cores
 
 
 def main() -> None:
-    """Runs all rivals and writes the ratios of their times over ours."""
+    """Runs all rivals and writes the ratios of their times over that of the one pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3, help="timings of each, of which the median counts")
@@ -78,7 +78,7 @@ def main() -> None:
         max_tokens=4096,
     )
 
-    def score(config: ScoreConfig = full, shorter: PreTrainedModel = model) -> LayerScores:
+    def one_pass(config: ScoreConfig = full, shorter: PreTrainedModel = model) -> LayerScores:
         return score_layers(shorter, tokenizer, config, tasks=tasks, text=text)
 
     record = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
@@ -87,10 +87,10 @@ def main() -> None:
         "machine": machine(),
     }
     if options.only != "choices":
-        record |= compare_times(options, model, tokenizer, tasks, lambda: score(full), lambda: score(raced))
+        record |= compare_times(options, model, tokenizer, tasks, lambda: one_pass(full), lambda: one_pass(raced))
     if options.only != "times":
-        rounds = compare_choices(model, score, full, raced, options.depth)
-        record |= {"agreement": sum(each["same"] for each in rounds) / len(rounds), "rounds": rounds}
+        rounds = compare_choices(model, one_pass, full, raced, options.depth)
+        record |= {"agreement": sum(choice["same"] for choice in rounds) / len(rounds), "rounds": rounds}
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({k: record[k] for k in ("ratios", "same_scores", "agreement") if k in record}, indent=1))
 
@@ -100,15 +100,15 @@ def compare_times(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: list[Task],
-    score: Callable[[], LayerScores],
+    one_pass: Callable[[], LayerScores],
     raced: Callable[[], LayerScores],
 ) -> dict[str, Any]:
-    """Medians of all rivals' times over ours, and whether their scores are the same."""
+    """Medians of all rivals' times over that of the one pass, and whether their scores are the same."""
     candidates = list(range(1, model.config.num_hidden_layers - 1))
     chosen = [None, *candidates[:: max(1, len(candidates) // options.candidates)][: options.candidates]]
     times: dict[str, list[float]] = {name: [] for name in ("ours", "raced", "loop", "loop_same_rows")}
     for _ in range(options.repeats):
-        scored = timed(times["ours"], score)
+        result = timed(times["ours"], one_pass)
         timed(times["raced"], raced)
         by_loop = timed(times["loop"], lambda: loop(model, tokenizer, tasks, chosen, padded))
         same_rows = timed(times["loop_same_rows"], lambda: loop(model, tokenizer, tasks, chosen, one_by_one))
@@ -120,7 +120,7 @@ def compare_times(
         by_harness[candidate] = harness(shortened(model, candidate), tokenizer, options.limit)
         per_candidate.append(time.monotonic() - started)
         print(candidate, round(per_candidate[-1], 1), flush=True)
-    scores = {candidate: {n: s.value for n, s in e.scores.items()} for candidate, e in scored.evaluations.items()}
+    scores = {candidate: {n: s.value for n, s in e.scores.items()} for candidate, e in result.evaluations.items()}
     middle = {name: statistics.median(values) for name, values in times.items()}
     for name in ("loop", "loop_same_rows"):
         middle[name] *= (len(candidates) + 1) / len(chosen)
@@ -169,7 +169,7 @@ def loop(
 
 
 def one_by_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task]) -> dict[str, TaskScore]:
-    """The rows that the one pass runs, for one model alone."""
+    """The rows that the one pass runs, for one model by itself."""
     return score_tasks(Engine(LayerwiseModel(model), tokenizer), tasks)[0]
 
 
@@ -179,7 +179,7 @@ def padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: li
     scores = {}
     for task in tasks:
         samples = task.samples(tokenizer)
-        requests = [r for sample in samples for r in sample.requests if isinstance(r, LogLikelihood)]
+        requests = [request for sample in samples for request in sample.requests if isinstance(request, LogLikelihood)]
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].context + requests[i].continuation))
         answers: list[Likelihood] = [Likelihood(0.0, False)] * len(requests)
         while order:
@@ -189,10 +189,10 @@ def padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: li
             ids = torch.tensor([row + (0,) * (width - len(row)) for row in rows])
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
             logs = model(ids[:, :-1], attention_mask=mask[:, :-1]).logits.float().log_softmax(-1)
-            for index, row, row_logs in zip(batch, rows, logs, strict=True):
+            for index, row, log_probs in zip(batch, rows, logs, strict=True):
                 start = len(requests[index].context)
                 target = torch.tensor(row[start:])
-                predicted = row_logs[start - 1 : len(row) - 1]
+                predicted = log_probs[start - 1 : len(row) - 1]
                 total = predicted.gather(-1, target[:, None]).sum().item()
                 answers[index] = Likelihood(total, bool((predicted.argmax(-1) == target).all()))
         rest = iter(answers)
@@ -216,12 +216,12 @@ def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: i
 
 
 def compare_choices(
-    model: PreTrainedModel, score: Callable[..., LayerScores], full: ScoreConfig, raced: ScoreConfig, depth: int
+    model: PreTrainedModel, one_pass: Callable[..., LayerScores], full: ScoreConfig, raced: ScoreConfig, depth: int
 ) -> list[dict[str, Any]]:
     """From the model's depth down, without training: the choice by full scores, and by shortlist and race."""
     shorter, rounds = copy.deepcopy(model), []
     while shorter.config.num_hidden_layers > depth:
-        by_full, by_race = score(full, shorter), score(raced, shorter)
+        by_full, by_race = one_pass(full, shorter), one_pass(raced, shorter)
         best, other = by_full.ranked()[0], by_race.ranked()[0]
         gap = by_full.importance[other] - by_full.importance[best]
         error = Evaluation.difference_stderr(

@@ -54,6 +54,8 @@ PLAIN = {
 }
 # What is written after an option, by the type of its value.
 VALUES = {**dict.fromkeys([int, float, int | None, float | None], "NUMBER"), Path: "PATH", Path | None: "PATH"}
+# What the text under a field refers to, and where that stands on the page.
+LINKS = {f"table of {name}": f"[table of {name}](#{name})" for name in ("metrics", "losses")}
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 CONFIG_HEAD = """# Config reference
@@ -157,8 +159,11 @@ def _fields(model: type[BaseModel], without: set[str] = frozenset()) -> str:  # 
 
 def _said_of(name: str, model: type[BaseModel]) -> str:
     """What stands under a field; a class that only changes its default leaves that to the one it is derived from."""
-    known = [kind.model_fields[name].description for kind in model.__mro__ if name in getattr(kind, "model_fields", {})]
-    return next(filter(None, known), "")
+    texts = [kind.model_fields[name].description for kind in model.__mro__ if name in getattr(kind, "model_fields", {})]
+    text = next(filter(None, texts), "")
+    for words, link in LINKS.items():
+        text = text.replace(words, link)
+    return text
 
 
 def _default(value: Any) -> str:

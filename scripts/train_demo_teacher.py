@@ -27,6 +27,7 @@ from layerpeel.demo.world import World, make_tokenizer
 from layerpeel.inference.engine import Engine
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.model.loading import load_model
+from layerpeel.run.results_json import evaluation_to_json
 from layerpeel.tasks.evaluation import evaluate, score_tasks
 from layerpeel.tasks.registry import make_tasks
 from layerpeel.tasks.scores import Evaluation
@@ -163,7 +164,7 @@ def measure(folder: Path) -> dict[str, Any]:
         "command": "python scripts/train_demo_teacher.py",
         "machine": "2 CPU cores",
         "aggregate": aggregate,
-        "scores": whole.to_json(),
+        "scores": evaluation_to_json(whole),
         "cost_of_skipping": {
             str(layer): {"cost": aggregate - e.aggregate(whole), "stderr": whole.difference_stderr(e, whole)}
             for layer, e in zip(layers, skipped, strict=True)

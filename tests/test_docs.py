@@ -32,7 +32,9 @@ from layerpeel.data.documents import read_documents
 from layerpeel.importance.metrics import make_metric
 from layerpeel.losses.loss_sum import LossSum
 from layerpeel.tasks.registry import make_tasks
+from layerpeel.training.rounds import distill
 from tests.families import tiny_model, tiny_tokenizer
+from tests.test_house import lines_of_code
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -287,15 +289,34 @@ def test_configs_and_rows_can_be_read(page: str, folder: Path) -> None:
             next(read_documents(source))
 
 
-def test_the_metric_of_contributing_scores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = blocks_of("CONTRIBUTING.md", "python")
-    (folder / "my_metrics.py").write_text(block.text)
+@pytest.fixture
+def contributed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """CONTRIBUTING's metric and loss, in modules as its configs name them: their sources by module."""
+    metric, loss = (block.text for block in blocks_of("CONTRIBUTING.md", "python"))
+    modules = {"my_metrics": metric, "my_losses": loss}
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "my_metrics", raising=False)
-    own = ["--set", "score.decide=my_metrics:NormGrowth", "--set", "score.shortlist=null", "-o", "grown"]
-    assert call(quick(["score", "my.yaml", *own])) == 0
-    found = json.loads(Path("grown/scores.json").read_text())
-    assert found["metric"] == "my_metrics:NormGrowth" and len(found["importance"]) == LAYERS - 2
+    for name, source in modules.items():
+        (folder / f"{name}.py").write_text(source)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return modules
+
+
+def test_the_metric_of_contributing_scores(contributed: dict[str, str]) -> None:
+    assert lines_of_code(contributed["my_metrics"]) <= 12
+    options = ["--set", "score.decide=my_metrics:NormGrowth", "--set", "score.shortlist=null", "-o", "grown"]
+    assert call(quick(["score", "my.yaml", *options])) == 0
+    scores = json.loads(Path("grown/scores.json").read_text())
+    assert scores["metric"] == "my_metrics:NormGrowth" and len(scores["importance"]) == LAYERS - 2
+    assert all(value > 0 for value in scores["importance"].values())
+
+
+def test_the_loss_of_contributing_trains(contributed: dict[str, str]) -> None:
+    (block,) = (block for block in blocks_of("CONTRIBUTING.md", "yaml") if "my_losses" in block.text)
+    losses = yaml.safe_load(block.text)["distill"]["losses"]
+    config = load_config("my.yaml", [*QUICK, f"distill.losses={json.dumps(losses)}"])
+    assert set(config.distill.losses) == {"kl", "my_losses:LogitMSE"}
+    _, result = distill(tiny_model("llama"), tiny_tokenizer(), [2], config.distill)
+    assert result.curve and all(point["my_losses:LogitMSE"] > 0 for point in result.curve)
 
 
 # The site

@@ -175,8 +175,8 @@ def test_nothing_runs_code_found_in_data(path: Path) -> None:
 
 def test_the_loop_fits_on_one_screen() -> None:
     source = (PACKAGE / "run" / "loop.py").read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= 130
-    assert lines_of_code(source) < 90
+    assert len(source.splitlines()) <= 80
+    assert lines_of_code(source) < 80
 
 
 def test_the_public_face_is_eight_names() -> None:

@@ -41,8 +41,8 @@ def test_names_from_outside_stay_in_the_run_and_off_the_terminal(
     assert "[red]" in listed and "\\u001b" in listed
     new = set(tmp_path.rglob("*")) - before
     assert new and all(path.is_relative_to(folder / "out") for path in new)
-    start = Run(folder / "out").events[0]
-    assert start["event"] == "start" and start["trust_remote_code"] is False
+    start = Run(folder / "out").start
+    assert start and start.trust_remote_code is False
 
 
 def test_code_of_a_checkpoint_runs_only_by_the_flag(

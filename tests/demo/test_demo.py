@@ -151,4 +151,4 @@ def test_the_demo_runs(tmp_path: Path) -> None:
         assert task.model_extra is not None
         task.model_extra["limit"] = 4
     run = peel(config)
-    assert run.finish is not None and len(run.rounds[0]["evaluation"]) == 7
+    assert run.finish is not None and len(run.rounds[0].evaluation.scores) == 7

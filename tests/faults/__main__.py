@@ -30,6 +30,7 @@ from layerpeel.config.reading import load_config, parse_config
 from layerpeel.config.run import RunConfig
 from layerpeel.demo.preparing import prepare_demo
 from layerpeel.errors import LayerpeelError
+from layerpeel.run.events import event_to_json
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
 from layerpeel.storage.files import sha256_of
@@ -86,11 +87,12 @@ def outcome(folder: Path) -> Any:
     """What has to be the same however a run came to its end."""
     run = Run(folder)
     assert run.finish and run.teacher
-    events = [run.teacher, *run.rounds, run.finish]
-    curves = [[numbers(point) for point in run.curve(event)] for event in run.rounds]
-    weights = [sha256_of(folder / f"rounds/{event['round']:02d}/trained.safetensors") for event in run.rounds]
+    rounds = [event for each in run.rounds for event in (each.scored, each.end)]
+    events = [event_to_json(event) for event in (run.teacher, *rounds, run.finish)]
+    curves = [[numbers(point) for point in run.curve(each)] for each in run.rounds]
+    weights = [sha256_of(run.round_folder(each.number) / "trained.safetensors") for each in run.rounds]
     student = {path.name: sha256_of(path) for path in run.student_folder.glob("*.json*")}
-    return json.loads(json.dumps([numbers(events), curves, weights, student, run.finish["files"]]))
+    return json.loads(json.dumps([numbers(events), curves, weights, student, run.finish.files]))
 
 
 class Child:
@@ -162,7 +164,7 @@ def stage(folder: Path) -> str:
         return "beginning"
     if any(folder.rglob("*.partial")) or any(folder.rglob(".*.old")):
         return "saving"
-    last = Run(folder).live[-1]["event"]
+    last = Run(folder).live[-1].event
     if last == "scored":
         return "training" if (folder / "rounds/.training.safetensors").exists() else "removing"
     scoring = any((folder / "rounds/.answers").glob("*"))
@@ -249,7 +251,7 @@ class Faults:
                         continue
                     grow(8 * size)
                     self.finish(folder / "run", f"disk {number}")
-                    if any(event["event"] == "back" for event in Run(folder / "run").events):
+                    if any(event.event == "back" for event in Run(folder / "run").events):
                         self.failures.append(f"disk {number}: a file was damaged")
             except PermissionError:
                 return "skipped: no right to mount a tmpfs"

@@ -36,15 +36,15 @@ def test_the_best_few_are_healed_before_the_choice(tmp_path: Path) -> None:
     config = parse_config(settings, "test")
     run = peel(config)
     (event,) = run.rounds
-    said = event["scores"]
-    first = sorted(said["importance"], key=lambda layer: (said["importance"][layer], int(layer)))[:3]
-    assert set(said["healed"]) == set(first) and said["heal_seconds"] > 0
-    assert str(event["removed"]) == min(said["healed"], key=lambda layer: (said["healed"][layer], int(layer)))
+    scores = event.scores
+    first = sorted(scores.importance, key=lambda layer: (scores.importance[layer], layer))[:3]
+    assert set(scores.healed) == set(first) and scores.heal_seconds > 0
+    assert event.removed == min(scores.healed, key=lambda layer: (scores.healed[layer], layer))
     teacher, tokenizer = load_model(config.teacher)
     tasks, trial = make_tasks(config.tasks), config.distill.model_copy(update={"tokens_per_round": 4 * 4 * 16})
-    for layer, lost in said["healed"].items():
-        student, result = distill(teacher, tokenizer, [int(layer)], trial, seed=config.seed)
+    for layer, lost in scores.healed.items():
+        student, result = distill(teacher, tokenizer, [layer], trial, seed=config.seed)
         assert result.steps == 4
         quality = evaluate(student, tokenizer, tasks).aggregate(run.reference)
         assert lost == pytest.approx(run.reference.aggregate(run.reference) - quality, abs=1e-6)
-    assert any(said["healed"][layer] != said["importance"][layer] for layer in first)
+    assert any(scores.healed[layer] != scores.importance[layer] for layer in first)

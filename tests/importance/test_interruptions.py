@@ -53,22 +53,22 @@ def scored(tasks: list[Task], layerwise: LayerwiseModel | None = None, **options
 
 
 def small() -> LayerwiseModel:
-    """A stack whose budget holds few tokens."""
+    """A model whose budget holds few tokens."""
     return LayerwiseModel(tiny_model("llama", hidden_size=128, head_dim=32))
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[int]:
-    """Counts walks over the layers; interrupts one."""
-    walk, walks = LayerwiseModel.forward_with_skips, []
+    """Counts forward passes over the layers; interrupts one."""
+    forward, passes = LayerwiseModel.forward_with_skips, []
 
     def counting(self: LayerwiseModel, *args: Any, **options: Any) -> Any:
-        if len(walks) == stop_after:
+        if len(passes) == stop_after:
             raise KeyboardInterrupt
-        walks.append(1)
-        return walk(self, *args, **options)
+        passes.append(1)
+        return forward(self, *args, **options)
 
     monkeypatch.setattr(LayerwiseModel, "forward_with_skips", counting)
-    return walks
+    return passes
 
 
 @pytest.mark.parametrize("metric", ["task_quality", "teacher_kl"])
@@ -79,11 +79,11 @@ def test_an_interrupted_scoring_goes_on_where_it_was(
         return AnswerCache(tmp_path / "kept/answers.jsonl", "this model")
 
     with monkeypatch.context() as patch:
-        all_walks = watched(patch)
-        whole = scored(tasks, decide=metric)
-    trying = 2 * (metric == "task_quality")  # walks that find out whether rows may branch
-    assert len(all_walks) - trying >= 4
-    stop = len(all_walks) - 2
+        all_passes = watched(patch)
+        full = scored(tasks, decide=metric)
+    trials = 2 * (metric == "task_quality")  # passes that find out whether rows may branch
+    assert len(all_passes) - trials >= 4
+    stop = len(all_passes) - 2
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         watched(patch, stop_after=stop)
         scored(tasks, decide=metric, answer_cache=answer_cache())
@@ -92,14 +92,14 @@ def test_an_interrupted_scoring_goes_on_where_it_was(
     with (tmp_path / "kept/answers.jsonl").open("a") as file:
         file.write('{"key": "torn by a cra')
     with monkeypatch.context() as patch:
-        walks = watched(patch)
+        passes = watched(patch)
         resumed = scored(tasks, decide=metric, answer_cache=answer_cache())
-    assert resumed.importance == whole.importance and resumed.stderr == whole.stderr
-    assert len(walks) <= len(all_walks) - kept + trying
+    assert resumed.importance == full.importance and resumed.stderr == full.stderr
+    assert len(passes) <= len(all_passes) - kept + trials
     with monkeypatch.context() as patch:
-        walks = watched(patch)
-        assert scored(tasks, decide=metric, answer_cache=answer_cache()).importance == whole.importance
-    assert len(walks) <= trying  # all is known
+        passes = watched(patch)
+        assert scored(tasks, decide=metric, answer_cache=answer_cache()).importance == full.importance
+    assert len(passes) <= trials  # all answers are cached
 
 
 def test_answers_of_another_model_are_dropped(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 
 
 def limited(most: int, error: Callable[[], Exception]) -> LayerwiseModel:
-    """A stack whose third layer has memory for so many tokens at a time."""
+    """A model whose third layer has memory for so many tokens at a time."""
     layerwise = small()
     run = layerwise.layers[2].forward
 
@@ -135,12 +135,11 @@ def limited(most: int, error: Callable[[], Exception]) -> LayerwiseModel:
 @pytest.mark.parametrize("error", ERRORS)
 def test_running_out_of_memory_halves_the_budget_and_goes_on(tasks: list[Task], metric: str, error: str) -> None:
     tasks = tasks[:1] if metric == "task_quality" else []
-    whole = scored(tasks, decide=metric, memory=None)
-    assert whole.to_json()["memory_halved"] == 0
-    found = scored(tasks, limited(40, ERRORS[error]), decide=metric, memory=2**27)
-    assert found.importance == pytest.approx(whole.importance, abs=1e-5)
-    said = found.to_json()
-    assert said["memory_halved"] > 0 and said["memory"] == 2**27 >> said["memory_halved"]
+    full = scored(tasks, decide=metric, memory=None)
+    assert full.memory_halved == 0
+    scores = scored(tasks, limited(40, ERRORS[error]), decide=metric, memory=2**27)
+    assert scores.importance == pytest.approx(full.importance, abs=1e-5)
+    assert scores.memory_halved > 0 and scores.memory == 2**27 >> scores.memory_halved
 
 
 def test_the_deciding_metric_begins_with_what_the_cheap_one_left_of_the_budget(tasks: list[Task]) -> None:
@@ -151,9 +150,10 @@ def test_the_deciding_metric_begins_with_what_the_cheap_one_left_of_the_budget(t
         return failures[-1]
 
     shortlist = {"by": "teacher_kl", "keep": 2}
-    said = scored(tasks[:1], limited(40, error), shortlist=shortlist, memory=2**27).to_json()
-    assert 0 < said["cheap"]["memory_halved"] <= said["memory_halved"] == len(failures)
-    assert said["memory"] == 2**27 >> len(failures)
+    scores = scored(tasks[:1], limited(40, error), shortlist=shortlist, memory=2**27)
+    assert scores.cheap
+    assert 0 < scores.cheap.memory_halved <= scores.memory_halved == len(failures)
+    assert scores.memory == 2**27 >> len(failures)
 
 
 def test_when_not_even_a_row_fits_it_says_so(tasks: list[Task]) -> None:
@@ -178,15 +178,15 @@ def test_two_processes_give_the_numbers_of_one(tasks: list[Task], tmp_path: Path
     command = ["-m", "layerpeel", "score", str(tmp_path / "run.yaml"), "--json", "-o"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    said = {}
+    printed = {}
     for name, start in (("one", []), ("two", launch)):
         done = subprocess.run(
             [sys.executable, *start, *command, str(tmp_path / name)], capture_output=True, text=True, env=environment
         )
         assert done.returncode == 0, done.stderr
-        said[name] = json.loads(done.stdout)  # printed once
-        assert json.loads((tmp_path / name / "scores.json").read_text()) == said[name]
-    one, two = said["one"], said["two"]
+        printed[name] = json.loads(done.stdout)  # printed once
+        assert json.loads((tmp_path / name / "scores.json").read_text()) == printed[name]
+    one, two = printed["one"], printed["two"]
     assert two["importance"] == pytest.approx(one["importance"], abs=1e-6)
     assert two["cheap"]["importance"] == pytest.approx(one["cheap"]["importance"], abs=1e-6)
     assert two["stderr"] == pytest.approx(one["stderr"], abs=1e-6)

@@ -75,7 +75,7 @@ def test_ranking_once_and_training_once(config: RunConfig) -> None:
 
 
 def test_block_influence_skips_nothing() -> None:
-    work = count_work(make_metric("block_influence"), 6, [1, 2, 3], 10, [], own=6)
+    work = count_work(make_metric("block_influence"), 6, [1, 2, 3], 10, [], teacher_layers=6)
     assert (work.layer_tokens, work.head_tokens, work.one_by_one) == (60, 0, 6)
 
 
@@ -90,6 +90,11 @@ def test_weights_and_what_trains_by_hand(config: RunConfig) -> None:
         assert parts["weights"] == 4 * count_parameters(model)
         assert (parts["trained copies in fp32"], parts["AdamW"]) == (4 * layers * layer, 8 * layers * layer)
     assert plan(config, dtype=torch.bfloat16).training_memory["weights"] == 2 * count_parameters(model)
+    config.distill.optimizer = "Muon"
+    norms = sum(parameter.numel() for parameter in model.model.layers[0].parameters() if parameter.ndim == 1)
+    config.distill.train = r"layers\.5\."
+    assert plan(config).training_memory["Muon and AdamW"] == 4 * (layer - norms) + 8 * norms
+    config.distill.optimizer = "AdamW"
     split = plan(config, gpus=4, fsdp=True).training_memory
     assert split["AdamW"] == 2 * layer and split["weights"] == 4 * count_parameters(model)
 
@@ -101,7 +106,7 @@ def test_what_a_layer_keeps_is_what_it_keeps(family: str) -> None:
     model.requires_grad_(False)
     layerwise.layers[0].requires_grad_(True)
     hidden, arguments = layerwise.begin(torch.zeros(3, 16, dtype=torch.long))
-    known = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    not_counted = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -110,7 +115,7 @@ def test_what_a_layer_keeps_is_what_it_keeps(family: str) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = layerwise.layer(0, hidden.detach().requires_grad_(), arguments[0])
-    real = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in known)
+    real = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in not_counted)
     shape = shape_of(empty_model(model.config, torch.float32), 3, 16)
     assert output.grad_fn is not None and shape.kept * 48 == pytest.approx(real, rel=0.1)
     assert shape.parameters == count_parameters(model) and shape.layers == len(layerwise.layers)
@@ -161,24 +166,26 @@ def test_scoring_memory_by_hand() -> None:
     texts: list[list[Request]] = [[Generation((1,) * 5, 7, ())] * 3]
     score, budget = ScoreConfig(decide="task_quality", tokens=50), 2**20
     parts = scoring_memory(shape, score, texts, 200, {"text": 0, "tasks": 3}, budget, "cuda")
-    # 9 rows of 5 + 7 tokens go in and out of a layer; two of three streams, on average, leave keys of 4 layers behind.
+    # 9 rows of 5 + 7 tokens go in and out of a layer; two of three branches, on average, leave keys of 4 layers behind.
     # In the layer, half of the 10 bytes that a backward pass would want.
     read = 2 * 9 * 12 * 8 * 2 + 9 * 12 * 5 + 9 * 12 * 6 * 4 * 2 / 3
-    assert parts["streams of candidates and their caches"] == read
-    assert (parts["weights"], parts["the student's own"]) == (2000, 400)
+    assert parts["branches of candidates and their caches"] == read
+    assert (parts["weights"], parts["trained weights of the student"]) == (2000, 400)
     parts = scoring_memory(shape, score, [], 200, {"text": 3, "tasks": 1}, budget, "cuda")
-    assert parts["streams of candidates and their caches"] == 2 * 150 * 8 * 2 + 150 * 5
+    assert parts["branches of candidates and their caches"] == 2 * 150 * 8 * 2 + 150 * 5
     asked: list[list[Request]] = [[LogLikelihood((1, 2, 3), (4, 5))] * 6]
     parts = scoring_memory(shape, score, asked, 200, {"text": 0, "tasks": 3}, budget, "cuda")
-    assert parts["streams of candidates and their caches"] == 2 * 90 * 8 * 2 + 90 * 5
-    here = scoring_memory(shape, score, asked, 200, {"text": 0, "tasks": 3}, budget, "cpu")
-    changing = here["streams of candidates and their caches"] + here["chunks of logits"]
-    assert here["unused, between tensors"] == pytest.approx(0.4 * changing) and "unused, between tensors" not in parts
+    assert parts["branches of candidates and their caches"] == 2 * 90 * 8 * 2 + 90 * 5
+    on_cpu = scoring_memory(shape, score, asked, 200, {"text": 0, "tasks": 3}, budget, "cpu")
+    changing = on_cpu["branches of candidates and their caches"] + on_cpu["chunks of logits"]
+    assert on_cpu["unused, between tensors"] == pytest.approx(0.4 * changing) and "unused, between tensors" not in parts
     wide = replace(shape, cache=60)  # what the rows that write on keep is more than what is read
     parts = scoring_memory(wide, score, texts, 200, {"text": 0, "tasks": 3}, budget, "cuda")
-    assert parts["streams of candidates and their caches"] == 9 * 12 * 60 * 4
+    assert parts["branches of candidates and their caches"] == 9 * 12 * 60 * 4
 
 
 def test_a_plan_is_json(config: RunConfig) -> None:
-    said = json.loads(json.dumps(plan(config).to_json()))
-    assert said["peak"] == sum(said["training_memory"].values()) or said["peak"] == sum(said["scoring_memory"].values())
+    written = json.loads(json.dumps(plan(config).to_json()))
+    assert written["peak"] == sum(written["training_memory"].values()) or written["peak"] == sum(
+        written["scoring_memory"].values()
+    )

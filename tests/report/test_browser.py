@@ -31,10 +31,10 @@ def test_the_page_in_a_browser(run: Run, browser: Any) -> None:
     for width, scheme, background in ((1400, "light", "rgb(255, 255, 255)"), (400, "dark", "rgb(18, 22, 28)")):
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
         page = context.new_page()
-        said: list[str] = []
-        page.on("console", lambda message, said=said: said.append(message.text))
-        page.on("pageerror", lambda error, said=said: said.append(str(error)))
-        page.on("dialog", lambda dialog, said=said: (said.append("dialog"), dialog.dismiss()))
+        messages: list[str] = []
+        page.on("console", lambda message, messages=messages: messages.append(message.text))
+        page.on("pageerror", lambda error, messages=messages: messages.append(str(error)))
+        page.on("dialog", lambda dialog, messages=messages: (messages.append("dialog"), dialog.dismiss()))
         page.goto(address)
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == background
         assert page.evaluate("document.documentElement.scrollWidth") <= width  # only tables and figures scroll
@@ -44,7 +44,7 @@ def test_the_page_in_a_browser(run: Run, browser: Any) -> None:
         _changes_theme(page, background)
         assert "owned" not in page.title()
         assert page.locator("img").count() == 0 and page.locator("body script").count() == 1
-        assert said == []
+        assert messages == []
         context.close()
 
 

@@ -10,32 +10,33 @@ import pytest
 from layerpeel.errors import InputError
 from layerpeel.report.listing import list_runs
 from layerpeel.run.folder import Run
+from layerpeel.run.opening import open_run
 
 
 def test_states(run: Run, tmp_path: Path) -> None:
     lines = run.journal.read_text(encoding="utf-8").splitlines(keepends=True)
     first_round = next(number for number, line in enumerate(lines, start=1) if '"event": "round"' in line)
-    (found,) = list_runs(tmp_path)
-    assert found["run"] == str(run.folder)
-    assert (found["state"], found["note"]) == ("finished", "the target depth was reached")
-    assert (found["rounds"], found["teacher_layers"], found["layers"], found["last_layers"]) == (2, 6, 4, 4)
-    assert found["kept_quality"] == run.rounds[-1]["kept_quality"]
+    (status,) = list_runs(tmp_path)
+    assert status.run == str(run.folder)
+    assert (status.state, status.note) == ("finished", "the target depth was reached")
+    assert (status.rounds, status.teacher_layers, status.layers, status.last_layers) == (2, 6, 4, 4)
+    assert status.kept_quality == run.rounds[-1].kept_quality
 
     run.journal.write_text(
         "".join(lines[:first_round]) + '{"event": "rou', encoding="utf-8"
     )  # torn by a crash, or being written
-    (found,) = list_runs(run.folder)
-    assert (found["state"], found["rounds"], found["layers"]) == ("interrupted", 1, 5)
+    (status,) = list_runs(run.folder)
+    assert (status.state, status.rounds, status.layers) == ("interrupted", 1, 5)
     assert run.journal.read_text(encoding="utf-8").endswith('{"event": "rou')  # whoever looks changes nothing
 
-    with Run.open(run.config.model_copy(update={"output": run.folder})):
-        assert list_runs(tmp_path)[0]["state"] == "running"
-    assert list_runs(tmp_path)[0]["state"] == "interrupted"
+    with open_run(run.config.model_copy(update={"output": run.folder})):
+        assert list_runs(tmp_path)[0].state == "running"
+    assert list_runs(tmp_path)[0].state == "interrupted"
 
     run.journal.write_text(lines[0], encoding="utf-8")
-    assert list_runs(tmp_path)[0]["rounds"] == 0
+    assert list_runs(tmp_path)[0].rounds == 0
     run.journal.write_text("{}\n[]\nx\n", encoding="utf-8")
-    assert list_runs(tmp_path)[0]["state"] == "damaged"
+    assert list_runs(tmp_path)[0].state == "damaged"
 
 
 def test_the_latest_comes_first(finished: Path, tmp_path: Path) -> None:
@@ -44,8 +45,8 @@ def test_the_latest_comes_first(finished: Path, tmp_path: Path) -> None:
         (tmp_path / name / "journal.jsonl").touch()
         (tmp_path / name / "config.yaml").write_bytes((finished / "config.yaml").read_bytes())
         os.utime(tmp_path / name / "journal.jsonl", (age and 1e9 - age,) * 2)
-    assert [Path(row["run"]).name for row in list_runs(tmp_path)] == ["new", "middle", "old"]
-    assert list_runs(tmp_path)[0]["last_activity"] == 1e9 - 1
+    assert [Path(row.run).name for row in list_runs(tmp_path)] == ["new", "middle", "old"]
+    assert list_runs(tmp_path)[0].last_activity == 1e9 - 1
 
 
 def test_no_folder(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from layerpeel.report.measure import measurements, most_allocated, sample_prompts
+from layerpeel.report.measurements import Measurements
 from layerpeel.report.page import write_report
 from layerpeel.run.folder import Run
 from tests.families import tiny_tokenizer
@@ -25,17 +26,19 @@ def test_measurements_are_made_of_every_depth_and_kept(run: Run, monkeypatch: py
     monkeypatch.setattr("layerpeel.report.measure.REPEATS", 2)
     monkeypatch.setattr("layerpeel.report.measure.NEW", 4)
     assert measurements(run, measure=False) is None
-    found = measurements(run)
-    assert found and list(found["depths"]) == ["0", "1", "2"]
-    for event, speed in zip([run.teacher, *run.rounds], found["depths"].values(), strict=True):
-        assert event and speed["peak_memory"] > 4 * event["parameters"]  # float32 weights, and something on top
-        assert 0 < speed["ms_per_token_least"] <= speed["ms_per_token"] <= speed["ms_per_token_most"]
-    peaks = [speed["peak_memory"] for speed in found["depths"].values()]
+    measured = measurements(run)
+    assert isinstance(measured, Measurements) and list(measured.depths) == [0, 1, 2]
+    assert run.teacher
+    parameters = [run.teacher.parameters, *(each.parameters for each in run.rounds)]
+    for count, speed in zip(parameters, measured.depths.values(), strict=True):
+        assert speed.peak_memory > 4 * count  # float32 weights, and something on top
+        assert 0 < speed.ms_per_token_least <= speed.ms_per_token <= speed.ms_per_token_most
+    peaks = [speed.peak_memory for speed in measured.depths.values()]
     assert peaks == sorted(peaks, reverse=True)
-    assert [sample["source"] for sample in found["samples"]] == [HOSTILE, HOSTILE]
-    assert found["samples"][0]["prompt"] == "w5 w9"
+    assert [sample.source for sample in measured.samples] == [HOSTILE, HOSTILE]
+    assert measured.samples[0].prompt == "w5 w9"
     monkeypatch.setattr("layerpeel.report.measure.measure_run", None)
-    assert measurements(run) == found  # not measured again
+    assert measurements(run) == measured  # not measured again
     text = write_report(run).read_text(encoding="utf-8")
     assert "ms/token" in text and "Peak memory is" in text
 

@@ -16,8 +16,10 @@ import pytest
 from layerpeel.report import page as page_module
 from layerpeel.report.gather import depth_rows, names_of
 from layerpeel.report.page import watch, write_report
+from layerpeel.report.rows import ImportanceRow
+from layerpeel.run.events import Finding
 from layerpeel.run.folder import Run
-from layerpeel.tasks.scores import Evaluation, TaskScore, aggregate_stderr
+from layerpeel.tasks.scores import Evaluation, TaskScore
 from tests.report.conftest import HOSTILE
 
 VOID = {"meta", "link", "img", "wbr", "br", "input"}
@@ -57,44 +59,46 @@ def test_tables_hold_the_journals_values(run: Run) -> None:
     write_report(run, measure=False)
     folder = run.folder / "report"
     depths = rows_of(folder, "depths")
-    assert run.teacher and run.finish
-    events = [run.teacher, *run.rounds, run.finish["last_pass"]]
+    assert run.teacher and run.last_pass
+    students = [run.teacher, *(each.end for each in run.rounds), run.last_pass]
     assert [row["layers"] for row in depths] == [6, 5, 4, 4]
-    assert [row["parameters"] for row in depths] == [event["parameters"] for event in events]
-    assert [row["kept_quality"] for row in depths] == [event["kept_quality"] for event in events]
-    assert [row["=ppl"] for row in depths] == [event["evaluation"]["=ppl"]["value"] for event in events]
+    assert [row["parameters"] for row in depths] == [student.parameters for student in students]
+    assert [row["kept_quality"] for row in depths] == [student.kept_quality for student in students]
+    assert [row["=ppl"] for row in depths] == [student.evaluation.scores["=ppl"].value for student in students]
     importance = rows_of(folder, "importance")
     assert {(row["role"], row["metric"]) for row in importance} == {
         ("decides", "block_influence"),
         ("shortlist", "teacher_kl"),
     }
-    for event in run.rounds:
-        own = [row for row in importance if row["round"] == event["round"]]
-        deciding = {str(row["layer"]): row["importance"] for row in own if row["role"] == "decides"}
-        assert deciding == event["scores"]["importance"]
-        assert {r["layer"] for r in own if r["removed"]} == {event["removed"]}
+    for each in run.rounds:
+        rows = [row for row in importance if row["round"] == each.number]
+        deciding = {row["layer"]: row["importance"] for row in rows if row["role"] == "decides"}
+        assert deciding == each.scores.importance
+        assert {row["layer"] for row in rows if row["removed"]} == {each.removed}
     costs = rows_of(folder, "costs")
     lost = sum(row["aggregate_lost"] for row in costs)
-    assert lost == pytest.approx(events[0]["aggregate"] - events[2]["aggregate"])  # the last pass is no round
+    assert lost == pytest.approx(students[0].aggregate - students[2].aggregate)  # the last pass is no round
     with (folder / "tables/depths.csv").open(encoding="utf-8", newline="") as file:
         table = list(csv.reader(file))
     assert "'=ppl" in table[0] and HOSTILE in table[0]  # no formula in a spreadsheet, and nothing lost
-    assert [float(line[table[0].index("aggregate")]) for line in table[1:]] == [e["aggregate"] for e in events]
+    assert [float(line[table[0].index("aggregate")]) for line in table[1:]] == [
+        student.aggregate for student in students
+    ]
 
 
 def test_sizes_on_disk_are_those_of_the_files(run: Run) -> None:
     last = depth_rows(run)[-1]
-    assert last["bytes"] == sum(file.stat().st_size for file in run.student_folder.glob("*.safetensors"))
+    assert last.bytes == sum(file.stat().st_size for file in run.student_folder.glob("*.safetensors"))
     shutil.rmtree(run.student_folder)
-    assert depth_rows(run)[-1]["bytes"] == 4 * last["parameters"]  # by the teacher's dtype, without headers
+    assert depth_rows(run)[-1].bytes == 4 * last.parameters  # by the teacher's dtype, without headers
 
 
 def test_the_aggregates_error_is_that_of_its_tasks() -> None:
     reference = Evaluation({"a": TaskScore(0.8, 0.1, 9), "p": TaskScore(4.0, 0.2, 9, lower_is_better=True)})
-    own = Evaluation({"a": TaskScore(0.6, 0.03, 9), "p": TaskScore(5.0, 0.5, 9, lower_is_better=True)})
+    student = Evaluation({"a": TaskScore(0.6, 0.03, 9), "p": TaskScore(5.0, 0.5, 9, lower_is_better=True)})
     # quality of p is 4 / 5, and falls by 4 / 25 for each unit of perplexity
-    assert aggregate_stderr(own, reference, "mean") == pytest.approx(math.hypot(0.03, 0.5 * 4 / 25) / 2)
-    assert aggregate_stderr(own, reference, "relative") == pytest.approx(math.hypot(0.03 / 0.8, 0.5 * 4 / 25) / 2)
+    assert student.aggregate_stderr(reference, "mean") == pytest.approx(math.hypot(0.03, 0.5 * 4 / 25) / 2)
+    assert student.aggregate_stderr(reference, "relative") == pytest.approx(math.hypot(0.03 / 0.8, 0.5 * 4 / 25) / 2)
 
 
 def test_the_page_is_whole_and_loads_nothing(run: Run) -> None:
@@ -118,7 +122,7 @@ def test_the_page_is_whole_and_loads_nothing(run: Run) -> None:
 
 
 def test_hostile_strings_stay_text(run: Run) -> None:
-    run.record("finding", check=HOSTILE, severity="warning", message=HOSTILE, hint=HOSTILE, round=2)
+    run.events.append(Finding(check=HOSTILE, severity="warning", message=HOSTILE, hint=HOSTILE, round=2))
     (run.folder / "report").mkdir(exist_ok=True)
     samples = [{"source": HOSTILE, "prompt": HOSTILE, "texts": dict.fromkeys("012", HOSTILE)}]
     speed = {"ms_per_token": 1.0, "ms_per_token_least": 0.5, "ms_per_token_most": 9.0, "tokens_per_second": 2.0}
@@ -190,7 +194,11 @@ def test_figures_hold_runs_of_any_length(run: Run, tmp_path: Path, count: int) -
     """No warning of matplotlib's, which would be an error here."""
     from layerpeel.report import figures, style
 
-    rows = [{"round": n, "layer": layer, "importance": 0.0} for n in range(1, count + 1) for layer in range(n, 40)]
+    rows = [
+        ImportanceRow(number, layer, "metric", "decides", 0.0, None, None, removed=False)
+        for number in range(1, count + 1)
+        for layer in range(number, 40)
+    ]
     for figure in (
         figures.draw_heat(rows, list(range(1, count + 1)), 40, "metric"),
         figures.draw_training({n: [{"loss": 0.0, "tokens": 1.0}] for n in range(1, count + 1)}),

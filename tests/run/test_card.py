@@ -27,17 +27,18 @@ def test_peel_leaves_a_card_beside_the_student(run: Run) -> None:
         "text-generation",
     )
     assert (head["license"], head["license_name"], head["language"]) == ("other", "tiny-licence", ["en", "ru"])
-    order = ", ".join(str(event["removed"]) for event in run.rounds)
+    order = ", ".join(str(event.removed) for event in run.rounds)
     assert run.teacher and run.finish
-    last = run.finish["last_pass"]
-    tokens = sum(event["training"]["tokens"] for event in [*run.rounds, last])
+    last = run.finish.last_pass
+    assert last
+    tokens = sum(event.training.tokens for event in [*run.rounds, last])
     for words in (
         f"Teacher layers removed, in this order (counted from 0): {order}.",
         "arXiv 2511.05085",
         f"{tokens} tokens in all",
-        f"{last['training']['tokens']} were a last pass",
-        f"{run.teacher['evaluation']['=ppl']['value']:.1f} ±",
-        f"{last['evaluation']['=ppl']['value']:.1f} ±",
+        f"{last.training.tokens} were a last pass",
+        f"{run.teacher.evaluation.scores['=ppl'].value:.1f} ±",
+        f"{last.evaluation.scores['=ppl'].value:.1f} ±",
         "from_pretrained(path)",
     ):
         assert words in card.text
@@ -70,7 +71,7 @@ def test_an_export_is_the_rounds_student(run: Run, tmp_path: Path) -> None:
     assert export_student(run, tmp_path / "first", 1) == 1
     model, _ = load_model(tmp_path / "first")
     assert model.config.num_hidden_layers == 5
-    kept = run.rounds[0]["kept"]
+    kept = run.rounds[0].kept
     trained = load_file(run.folder / "rounds/01/trained.safetensors")
     for name, value in trained.items():
         layer = int(name.split(".")[2])

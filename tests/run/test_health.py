@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from layerpeel.config.reading import parse_config
 from layerpeel.losses.base import Loss, StepOutputs
+from layerpeel.run.events import RoundEnd, TeacherRecord
 from layerpeel.run.folder import Run
 from layerpeel.run.health import findings, note_findings
 from layerpeel.run.loop import peel
+from layerpeel.run.writing import OpenRun
 from layerpeel.storage.hash_chain import append, checksum, to_line
+from layerpeel.tasks.scores import TaskScore
 from tests.families import save_tiny
 
 TASKS = [
@@ -24,6 +28,7 @@ TASKS = [
     {"name": "copy", "kind": "generate", "data": "b.jsonl", "metric": "copy"},
 ]
 HEALTHY = {
+    "layers": [3],
     "steps": 100,
     "skipped": 0,
     "restarts": 0,
@@ -41,35 +46,42 @@ def score(value: float, n: int = 400, **more: float) -> dict[str, Any]:
 
 def journal(
     folder: Path, *rounds: tuple[float, float], whole: tuple[float, float] = (0.7, 0.9), **training: Any
-) -> Run:
+) -> OpenRun:
     """A run with these scores of the two tasks after each round; the last round's training has changes."""
 
     def quality(pick: float, copy: float, n: int = 400) -> dict[str, Any]:
         scores = {"pick": score(pick, n, chance=0.25), "copy": score(copy, n)}
-        own = (pick + copy) / 2
-        return {"evaluation": scores, "aggregate": own, "kept_quality": own / (sum(whole) / 2)}
+        aggregate = (pick + copy) / 2
+        return {
+            "parameters": 9,
+            "evaluation": scores,
+            "aggregate": aggregate,
+            "kept_quality": aggregate / (sum(whole) / 2),
+        }
 
     config = {"teacher": "x", "output": str(folder), "stop": {"target_layers": 2}, "tasks": TASKS}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    start = {"event": "start", "time": 0, "config": config}
-    events = [start, {"event": "teacher", "time": 0, "layers": 12, "parameters": 9, **quality(*whole)}]
+    start = {"event": "start", "version": 2, "time": 0, "config": config, "process": 1}
+    start |= {"teacher_files": {}, "versions": {}, "machine": {}}
+    events = [start, {"event": "teacher", "time": 0, "layers": 12, **quality(*whole)}]
     for number, scores in enumerate(rounds, start=1):
         changes = training if number == len(rounds) else {}
-        events.append({"event": "scored", "round": number, "removed": 12 - number, "scores": {}})
+        layer_scores = {"metric": "teacher_kl", "importance": {str(12 - number): 0.1}}
+        events.append({"event": "scored", "round": number, "removed": 12 - number, "scores": layer_scores})
         events.append(
             {"event": "round", "time": number, "round": number, "training": HEALTHY | changes, "files": {}}
-            | quality(*scores)
+            | {"kept": list(range(12 - number)), **quality(*scores)}
         )
     (folder / "journal.jsonl").unlink(missing_ok=True)
-    seals = [""]
+    before = ""
     for event in events:
-        seals.append(checksum(event, seals[-1]))
-        append(folder / "journal.jsonl", to_line(event | {"checksum": seals[-1]}))
+        before = checksum(event, before)
+        append(folder / "journal.jsonl", to_line(event | {"checksum": before}))
     (folder / "journal.jsonl").touch()
-    return Run(folder)
+    return OpenRun(folder)
 
 
-def found(run: Run) -> list[tuple[str, str, int | None]]:
+def found(run: OpenRun) -> list[tuple[str, str, int | None]]:
     return [(each.check, each.severity, each.round) for each in findings(run)]
 
 
@@ -121,17 +133,17 @@ def test_signs_of_failure(
 
 
 def test_no_training_is_no_failed_training(tmp_path: Path) -> None:
-    run = journal(tmp_path, *FLAT)
-    run.rounds[0]["training"] = {"steps": 0, "skipped": 0, "restarts": 0, "without_gradient": []}
-    assert found(run) == []
+    training = {"steps": 0, "losses": {}} | dict.fromkeys(("first_loss", "last_loss", "gradient_norm"))
+    assert found(journal(tmp_path, *FLAT, **training)) == []
 
 
 def test_a_drop_within_the_noise_is_none(tmp_path: Path) -> None:
     run = journal(tmp_path, (0.6, 0.75))
     assert found(run) == [("sharp_drop", "warning", 1)]
     for event in run.events:
-        for own in event.get("evaluation", {}).values():
-            own |= {"n": 10, "stderr": 0.14}
+        if isinstance(event, TeacherRecord | RoundEnd):
+            for name, value in event.evaluation.scores.items():
+                event.evaluation.scores[name] = replace(value, n=10, stderr=0.14)
     assert ("sharp_drop", "warning", 1) not in found(run)
 
 
@@ -148,7 +160,7 @@ def test_the_absolute_floor_is_the_papers(tmp_path: Path) -> None:
 def test_a_task_at_chance_is_seen_from_the_start(value: float, n: int, silent: bool, tmp_path: Path) -> None:
     run = journal(tmp_path)
     assert run.teacher
-    run.teacher["evaluation"]["pick"] = score(value, n, chance=0.25)
+    run.teacher.evaluation.scores["pick"] = TaskScore(**score(value, n, chance=0.25))
     assert found(run) == ([] if silent else [("at_chance", "warning", None)])
 
 
@@ -158,10 +170,10 @@ def test_findings_are_recorded_and_said_once(tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr().err
     assert "warning: round 1: loss [red]\\u001b[31mkl does not depend on what trains" in said
     assert said.count("hint:") == 2 and "\x1b" not in said
-    written = [event for event in Run(tmp_path).events if event["event"] == "finding"]
-    assert [(each["check"], each["severity"], each["round"]) for each in written] == found(run)
-    assert all(each["message"] and each["hint"] for each in written)
-    note_findings(Run(tmp_path))
+    written = Run(tmp_path).findings
+    assert [(each.check, each.severity, each.round) for each in written] == found(run)
+    assert all(each.message and each.hint for each in written)
+    note_findings(OpenRun(tmp_path))
     assert not capsys.readouterr().err and len(Run(tmp_path).events) == len(run.events)
 
 
@@ -200,9 +212,9 @@ def test_a_real_run_finds_what_is_wrong_with_it(tmp_path: Path, capsys: pytest.C
         )
     )
     said = capsys.readouterr().err
-    kinds = {event["check"] for event in run.events if event["event"] == "finding"}
+    kinds = {finding.check for finding in run.findings}
     assert {"at_chance", "idle_loss"} <= kinds
     assert "task guess: the teacher scores" in said and "guessing would score 0.250" in said
-    assert run.rounds[0]["training"]["without_gradient"] == ["tests.run.test_health:Constant"]
-    assert run.rounds[0]["training"]["gradient_norm"] > 0
-    assert run.rounds[0]["training"]["losses"]["tests.run.test_health:Constant"] == [pytest.approx(1.0)] * 2
+    assert run.rounds[0].training.without_gradient == ["tests.run.test_health:Constant"]
+    assert (run.rounds[0].training.gradient_norm or 0) > 0
+    assert run.rounds[0].training.losses["tests.run.test_health:Constant"] == (pytest.approx(1.0), pytest.approx(1.0))

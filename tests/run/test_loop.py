@@ -57,12 +57,12 @@ def numbers(run: Run) -> list[Any]:
     """What has to be the same whenever a run is repeated: all but times."""
     return [
         (
-            event["removed"],
-            event["kept"],
-            event["scores"]["importance"],
-            event["evaluation"],
-            event["training"]["first_loss"],
-            event["training"]["last_loss"],
+            event.removed,
+            event.kept,
+            event.scores.importance,
+            event.evaluation,
+            event.training.first_loss,
+            event.training.last_loss,
         )
         for event in run.rounds
     ]
@@ -70,16 +70,16 @@ def numbers(run: Run) -> list[Any]:
 
 def test_a_run_ends_at_its_target_with_a_student_that_is_the_one_measured(settings: dict[str, Any]) -> None:
     run = peel(config_of(settings))
-    assert run.finish is not None and run.finish["reason"] == "target_layers"
-    assert [len(event["kept"]) for event in run.rounds] == [5, 4]
+    assert run.finish is not None and run.finish.reason == "target_layers"
+    assert [len(event.kept) for event in run.rounds] == [5, 4]
     for event in run.rounds:
-        assert event["training"]["last_loss"] < event["training"]["first_loss"]
+        assert event.training.last_loss < event.training.first_loss
     student, tokenizer = load_model(run.student_folder)
     again = evaluate(student, tokenizer, make_tasks(run.config.tasks))
-    assert again.to_json() == run.rounds[-1]["evaluation"]
+    assert again == run.rounds[-1].evaluation
 
 
-@pytest.mark.parametrize("stage", ["layerpeel.run.loop.score_candidates", "layerpeel.run.loop.evaluate"])
+@pytest.mark.parametrize("stage", ["layerpeel.run.peeling.score_candidates", "layerpeel.run.peeling.evaluate"])
 def test_resumed_is_uninterrupted(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -126,10 +126,10 @@ def test_a_floor_gives_the_last_student_above_it(settings: dict[str, Any], monke
         value = 10.0 * (7 - model.config.num_hidden_layers)  # qualities 1, 1/2, 1/3, 1/4
         return Evaluation({"perplexity": TaskScore(value, 0.0, 5, lower_is_better=True)})
 
-    monkeypatch.setattr("layerpeel.run.loop.evaluate", worse_with_each_layer)
+    monkeypatch.setattr("layerpeel.run.peeling.evaluate", worse_with_each_layer)
     run = peel(config_of(settings, stop={"target_layers": 2, "min_quality": 0.4}))
-    assert run.finish is not None and (run.finish["reason"], run.finish["round"]) == ("min_quality", 1)
-    assert [event["kept_quality"] for event in run.rounds] == [1 / 2, 1 / 3]
+    assert run.finish is not None and (run.finish.reason, run.finish.round) == ("min_quality", 1)
+    assert [event.kept_quality for event in run.rounds] == [1 / 2, 1 / 3]
     student, _ = load_model(run.student_folder)
     assert student.config.num_hidden_layers == 5
     own = load_file(run.folder / "rounds/01/trained.safetensors")  # by teacher layer, of which one is gone
@@ -139,7 +139,7 @@ def test_a_floor_gives_the_last_student_above_it(settings: dict[str, Any], monke
 
 def test_a_run_in_bfloat16_trains_and_keeps_what_was_measured(settings: dict[str, Any]) -> None:
     run = peel(config_of(settings, dtype="bfloat16", stop={"target_layers": 5}))
-    assert run.rounds[0]["training"]["last_loss"] < run.rounds[0]["training"]["first_loss"]
+    assert run.rounds[0].training.last_loss < run.rounds[0].training.first_loss
     assert load_model(run.student_folder, dtype="float32")[0].dtype == torch.float32
 
 
@@ -147,11 +147,11 @@ def test_a_last_pass_trains_everything_and_is_judged(settings: dict[str, Any]) -
     distill = settings["distill"] | {"train": "neighbours", "last_pass": {"tokens": 256, "learning_rate": 1e-4}}
     run = peel(config_of(settings, distill=distill, stop={"target_layers": 5}))
     assert run.finish is not None
-    last = run.finish["last_pass"]
-    assert last["training"]["steps"] == 4 and last["training"]["layers"] == run.rounds[-1]["kept"]
+    last = run.finish.last_pass
+    assert last.training.steps == 4 and last.training.layers == list(run.rounds[-1].kept)
     student, tokenizer = load_model(run.student_folder)
     again = evaluate(student, tokenizer, make_tasks(run.config.tasks))
-    assert again.to_json() == last["evaluation"]
+    assert again == last.evaluation
     teacher, _ = load_model(settings["teacher"])
     assert not torch.equal(student.lm_head.weight, teacher.lm_head.weight)
 
@@ -182,11 +182,11 @@ def test_layers_that_the_config_fixes_stay_with_the_reason_said_once(
     settings["distill"]["tokens_per_round"] = 0
     run = peel(config_of(settings, stop={"target_layers": 1}))
     assert run.finish is not None
-    assert run.rounds[0]["removed"] in (0, 3, 5) and set(run.rounds[0]["scores"]["importance"]) == {"0", "3", "5"}
+    assert run.rounds[0].removed in (0, 3, 5) and set(run.rounds[0].scores.importance) == {0, 3, 5}
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("layers 1, 2, 4 stay: without one, layer 2 would be loaded with other modules") == 1
     student = AutoModelForCausalLM.from_pretrained(run.student_folder)
-    assert len(student.model.layers) == run.finish["layers"] < 6
+    assert len(student.model.layers) == run.finish.layers < 6
 
 
 def test_another_config_is_refused_and_the_run_left_alone(settings: dict[str, Any]) -> None:
@@ -271,17 +271,17 @@ def test_a_ranking_serves_as_many_rounds_as_the_config_says(
     score = {"decide": "teacher_kl", "tokens": 64, "every": every}
     config = config_of(settings, score=score, stop={"target_layers": 3})
     with monkeypatch.context() as patch:
-        patch.setattr("layerpeel.run.loop.evaluate", fails_in_round_two())
+        patch.setattr("layerpeel.run.peeling.evaluate", fails_in_round_two())
         with pytest.raises(KeyboardInterrupt):
             peel(config)
     run = peel(config)  # resumed in the midst of a ranking
-    rankings = [event["scores"] for event in run.rounds]
-    assert [scores.get("from_round", number) for number, scores in enumerate(rankings, start=1)] == made_in
+    rankings = [event.scores for event in run.rounds]
+    assert [scores.from_round or number for number, scores in enumerate(rankings, start=1)] == made_in
     for event, scores, made in zip(run.rounds, rankings, made_in, strict=True):
-        order = sorted(rankings[made - 1]["importance"].items(), key=lambda item: (item[1], int(item[0])))
-        gone = {str(earlier["removed"]) for earlier in run.rounds[: event["round"] - 1]}
-        assert event["removed"] == int(next(layer for layer, _ in order if layer not in gone))
-        assert (scores["layer_tokens"] > 0) == ("from_round" not in scores)
+        order = sorted(rankings[made - 1].importance.items(), key=lambda item: (item[1], item[0]))
+        gone = {earlier.removed for earlier in run.rounds[: event.number - 1]}
+        assert event.removed == next(layer for layer, _ in order if layer not in gone)
+        assert (scores.layer_tokens > 0) == (scores.from_round is None)
 
 
 def fails_in_round_two() -> Any:
@@ -299,17 +299,17 @@ def fails_in_round_two() -> Any:
 def test_a_shortlist_that_is_used_up_is_made_anew(settings: dict[str, Any]) -> None:
     score = {"decide": "block_influence", "shortlist": {"by": "teacher_kl", "keep": 2}, "tokens": 64, "every": 0}
     run = peel(config_of(settings, score=score, stop={"target_layers": 3}))
-    assert [event["scores"].get("from_round") for event in run.rounds] == [None, 1, None]
+    assert [event.scores.from_round for event in run.rounds] == [None, 1, None]
 
 
 def test_training_at_the_end_sees_the_tokens_of_all_rounds(settings: dict[str, Any]) -> None:
     each = peel(config_of(settings))
     distill = settings["distill"] | {"when": "end"}
     run = peel(config_of(settings, distill=distill, output=f"{settings['output']}-end"))
-    assert run.finish is not None and run.finish["last_pass"]
-    assert [event["training"]["tokens"] for event in run.rounds] == [0, 0]
-    last = run.finish["last_pass"]["training"]
-    assert last["steps"] == sum(event["training"]["steps"] for event in each.rounds)
-    assert last["layers"] == run.rounds[-1]["kept"] and last["last_loss"] < last["first_loss"]
+    assert run.finish is not None and run.finish.last_pass
+    assert [event.training.tokens for event in run.rounds] == [0, 0]
+    last = run.finish.last_pass.training
+    assert last.steps == sum(event.training.steps for event in each.rounds)
+    assert last.layers == list(run.rounds[-1].kept) and last.last_loss < last.first_loss
     with pytest.raises(InputError, match="with when: end, the training at the end is that of the rounds"):
         config_of(settings, distill=distill | {"last_pass": {"tokens": 96}})

@@ -2,47 +2,55 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 
 from layerpeel.report.style import save
 from layerpeel.study import charts
+from layerpeel.study.rows import LayerRow, ResultRow, VariantDepthRow
 
-
-def rows(count: int, **fields: Any) -> list[dict[str, Any]]:
-    """A row a variant; a field that is a function is called with the row's number."""
-    base = {"aggregate": 0.5, "aggregate_ci": 0.1} | fields
-    return [
-        {"variant": f"variant {i}"} | {key: value(i) if callable(value) else value for key, value in base.items()}
-        for i in range(count)
-    ]
-
+RESULT = ResultRow(
+    variant="",
+    values={},
+    runs=1,
+    removed=1,
+    layers=5,
+    parameters=10,
+    aggregate=0.5,
+    aggregate_ci=0.1,
+    kept_quality=1.0,
+    kept_quality_ci=None,
+    removed_layers="1",
+    scoring_seconds=1.0,
+    layer_tokens=1,
+    training_seconds=0.0,
+    training_tokens=0,
+)
+LAYER = LayerRow("a", layer=0, relative_depth=0.0, metric="m", lost=0.0, lost_ci=None, removed_in=0.0, round=None)
 
 FIGURES = {
     "costs": (
         lambda: charts.draw_costs(
-            rows(4, scoring_seconds=lambda i: 0.2 * 9**i, layer_tokens=lambda i: 5e4 * 9**i), 0.6
+            [
+                replace(RESULT, variant=f"variant {i}", scoring_seconds=0.2 * 9**i, layer_tokens=5e4 * 9**i)
+                for i in range(4)
+            ],
+            0.6,
         ),
         ["1", "10", "100", "100 k", "1.00 M", "10.0 M"],
     ),
     "sweep": (
-        lambda: charts.draw_sweep(rows(6, weight=lambda i: 0.01 * 10**i), "weight", 0.6),
+        lambda: charts.draw_sweep(
+            [replace(RESULT, variant=f"variant {i}", values={"weight": 0.01 * 10**i}) for i in range(6)], "weight", 0.6
+        ),
         ["0.01", "0.1", "1", "10", "100", "1000"],
     ),
     "layers": (
         lambda: charts.draw_layers(
-            rows(
-                5,
-                variant="a",
-                metric="m",
-                relative_depth=lambda i: i / 4,
-                lost_ci=None,
-                removed_in=0.0,
-                lost=lambda i: [-0.02, 0, 0.01, 0.1, 0.5][i],
-            )
+            [replace(LAYER, relative_depth=i / 4, lost=lost) for i, lost in enumerate([-0.02, 0, 0.01, 0.1, 0.5])]
         ),
         ["−2", "−1", "0", "1", "10", "50"],
     ),
@@ -59,13 +67,12 @@ def test_logarithmic_axes_are_labelled_in_plain_numbers(name: str, tmp_path: Pat
 
 def test_lines_of_many_variants_differ_and_are_named_whole() -> None:
     names = [f"single pass block influence, untrained {i}" for i in range(12)]
-    made = [
-        row | {"variant": name, "removed": removed, "parameters": 10 - removed}
+    rows = [
+        VariantDepthRow(name, removed, False, 1, 10 - removed, 10 - removed, 0.5, 0.1, 1.0, None)
         for name in names
         for removed in range(2)
-        for row in rows(1)
     ]
-    figure: Figure = charts.draw_depths(made, dict.fromkeys(names, "1 seed"))
+    figure: Figure = charts.draw_depths(rows, dict.fromkeys(names, "1 seed"))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"{name} (1 seed)" for name in names]
     looks = [
         (c.lines[0].get_color(), c.lines[0].get_marker(), c.lines[0].get_linestyle()) for c in figure.axes[0].containers

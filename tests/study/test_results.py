@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from layerpeel.errors import InputError
 from layerpeel.report.tables import Cell, Table
+from layerpeel.run.events import AnyEvent, Scored, TeacherRecord
 from layerpeel.run.folder import Run
 from layerpeel.study.rankings import Rankings, kendall_tau
 from layerpeel.study.results import interval
 from layerpeel.study.tables import markdown
 from layerpeel.study.writing import run_study
+from layerpeel.tasks.scores import Evaluation, TaskScore
 
 
 def test_an_interval_is_that_of_students_t() -> None:
@@ -38,35 +40,43 @@ def test_kendalls_tau(a: list[float], b: list[float], tau: float | None) -> None
     assert kendall_tau(a, b) == (None if tau is None else pytest.approx(tau))
 
 
-def scores(good: float, perplexity: float) -> dict[str, Any]:
-    return {
-        "choice": {"value": good, "stderr": 0.0, "n": 4, "lower_is_better": False},
-        "ppl": {"value": perplexity, "stderr": 0.0, "n": 4, "lower_is_better": True},
-    }
+def scores(good: float, perplexity: float) -> Evaluation:
+    return Evaluation({"choice": TaskScore(good, 0.0, 4), "ppl": TaskScore(perplexity, 0.0, 4, lower_is_better=True)})
 
 
 def test_rankings_by_hand(base: Path, tmp_path: Path) -> None:
     study = tmp_path / "study.yaml"
     study.write_text(f"{{base: '{base}', output: '{tmp_path / 'out'}', remove: 1, show: rankings}}\n")
-    done = run_study(study, ["score.shortlist=null", "distill.tokens_per_round=0"])
-    assert [row["ranking"] for row in done.rows["rankings"]] == ["choice", "perplexity"]
+    finished = run_study(study, ["score.shortlist=null", "distill.tokens_per_round=0"])
+    assert [row.ranking for row in finished.rows.rankings] == ["choice", "perplexity"]
     run = Run(tmp_path / "out" / "runs" / "base" / "seed-0")
-    run.teacher["evaluation"] = scores(0.8, 4.0)  # type: ignore[index]
-    skipped = {"1": scores(0.7, 4.0), "2": scores(0.8, 5.0), "3": scores(0.2, 8.0)}
-    run.rounds[0]["scores"]["evaluations"] = skipped
-    rankings = Rankings(run)
+    skipped = {1: scores(0.7, 4.0), 2: scores(0.8, 5.0), 3: scores(0.2, 8.0)}
+    rankings = Rankings(with_scores(run, scores(0.8, 4.0), skipped))
     assert rankings.lost(["choice"]) == pytest.approx([0.1, 0.0, 0.6])
     assert rankings.lost(["ppl"]) == pytest.approx([0.0, 0.2, 0.5])  # 1 - 4 / 5, 1 - 4 / 8
     assert rankings.lost(["choice", "ppl"]) == pytest.approx([0.05, 0.1, 0.55])
-    names, matrix = rankings.matrix()
-    assert names == ["choice", "ppl", "all tasks"]
+    taus = rankings.taus()
+    assert [row.ranking for row in taus] == list(taus[0].taus) == ["choice", "ppl", "all tasks"]
     third = pytest.approx(1 / 3)
-    assert matrix == [[1, third, third], [third, 1, 1], [third, 1, 1]]
+    assert [list(row.taus.values()) for row in taus] == [[1, third, third], [third, 1, 1], [third, 1, 1]]
     choice, ppl = rankings.rows()
-    assert (choice["same_first"], ppl["same_first"]) == (0, 1) and choice["first_picks"] == "2 1 3"
-    del run.rounds[0]["scores"]["evaluations"]
+    assert (choice.same_first, ppl.same_first) == (0, 1) and choice.first_picks == "2 1 3"
     with pytest.raises(InputError, match="its first scoring ran no tasks"):
-        Rankings(run)
+        Rankings(with_scores(run, scores(0.8, 4.0), {}))
+
+
+def with_scores(run: Run, teacher: Evaluation, skipped: dict[int, Evaluation]) -> Run:
+    """The run with other task scores of the teacher, and of the candidates of the first scoring."""
+
+    def changed(event: AnyEvent) -> AnyEvent:
+        if isinstance(event, TeacherRecord):
+            return event.model_copy(update={"evaluation": teacher})
+        if isinstance(event, Scored):
+            return event.model_copy(update={"scores": replace(event.scores, evaluations=skipped)})
+        return event
+
+    run.events = [changed(event) for event in run.events]
+    return run
 
 
 def test_text_in_markdown_is_only_text() -> None:

@@ -25,8 +25,8 @@ SEVEN = {
 
 
 def tiny(path: Path, base: Path, output: Path, *overrides: str) -> Study:
-    own = [f"base={base}", f"output={output}", "remove=1", "distill.tokens_per_round=32"]
-    return run_study(path, [*own, *overrides])
+    values = [f"base={base}", f"output={output}", "remove=1", "distill.tokens_per_round=32"]
+    return run_study(path, [*values, *overrides])
 
 
 def journal(folder: Path) -> list[dict[str, Any]]:
@@ -40,16 +40,18 @@ def test_there_are_seven() -> None:
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_shipped_study_says_what_its_journals_say(path: Path, base: Path, tmp_path: Path) -> None:
     seeds = [0, 1] if path.stem == "loss-ablation" else [0]
-    done = tiny(path, base, tmp_path, f"seeds={seeds}")
+    study = tiny(path, base, tmp_path, f"seeds={seeds}")
     raw = yaml.safe_load(path.read_text())
     variants = raw.get("variants") or {"base": {}}
     grid = next(iter(raw.get("grid", {}).values()), None)
     rows = json.loads((tmp_path / "results.json").read_text())
-    assert rows == json.loads(json.dumps(done.rows["results"])) and len(rows) == len(grid or variants)
+    assert rows == json.loads(json.dumps([row.columns() for row in study.rows.results])) and len(rows) == len(
+        grid or variants
+    )
     folders = [journal.parent for journal in (tmp_path / "runs").rglob("journal.jsonl")]
     assert len(folders) == len(rows) * len(seeds)
-    found = sorted(_of_journals(folder.parent) for folder in folders if folder.name == "seed-0")
-    said = sorted(
+    expected = sorted(_of_journals(folder.parent) for folder in folders if folder.name == "seed-0")
+    tabulated = sorted(
         (
             row["aggregate"],
             row["aggregate_ci"] or 0.0,
@@ -59,8 +61,8 @@ def test_a_shipped_study_says_what_its_journals_say(path: Path, base: Path, tmp_
         )
         for row in rows
     )
-    for own, expected in zip(said, found, strict=True):
-        assert own[:4] == pytest.approx(expected[:4]) and own[4] == expected[4]
+    for shown, recorded in zip(tabulated, expected, strict=True):
+        assert shown[:4] == pytest.approx(recorded[:4]) and shown[4] == recorded[4]
     with (tmp_path / "results.csv").open(newline="") as file:
         assert [float(row["aggregate"]) for row in csv.DictReader(file)] == [row["aggregate"] for row in rows]
     for name in ("figure.png", "figure.svg", "tables.md", "index.html", "study.json", "depths.csv"):

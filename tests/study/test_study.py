@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from layerpeel.errors import InputError, RunError
+from layerpeel.importance.scores import LayerScores
 from layerpeel.report import gather
+from layerpeel.run.events import Finish, RoundEnd, Scored
 from layerpeel.run.folder import Run
+from layerpeel.run.opening import open_run
+from layerpeel.run.results_json import evaluation_to_json
+from layerpeel.storage.files import sha256_of
 from layerpeel.study.file import load_study
 from layerpeel.study.writing import run_study
+from layerpeel.tasks.scores import Evaluation
+from layerpeel.training.result import TrainingSummary
 
 
 @pytest.fixture
@@ -59,7 +69,7 @@ def test_a_teacher_is_measured_once_and_a_study_goes_on_where_it_stopped(
     monkeypatch.setattr(running, "peel", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_study(study)
-    assert len(measured) == 1 and len({json.dumps(Run(path).teacher["evaluation"]) for path in started}) == 1  # type: ignore[index]
+    assert len(measured) == 1 and len({json.dumps(evaluation_to_json(Run(path).reference)) for path in started}) == 1
     before = journals(tmp_path)
     first = run_study(study)
     after = journals(tmp_path)
@@ -69,10 +79,10 @@ def test_a_teacher_is_measured_once_and_a_study_goes_on_where_it_stopped(
 
 
 def test_runs_that_score_alike_score_once(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layerpeel.run import loop
+    from layerpeel.run import loop, peeling
 
-    scored, score = [], loop.score_candidates
-    monkeypatch.setattr(loop, "score_candidates", lambda *a: scored.append(1) or score(*a))
+    scored, score = [], peeling.score_candidates
+    monkeypatch.setattr(peeling, "score_candidates", lambda *a: scored.append(1) or score(*a))
     variants = {
         "one": {},
         "other losses": {"distill.losses": {"kl": {}}},
@@ -85,35 +95,40 @@ def test_runs_that_score_alike_score_once(study: Path, tmp_path: Path, monkeypat
     run_study(write(tmp_path, raw))
     assert len(scored) == 3  # "other tokens" and "healed" on their own
     runs = {path.parent.name: Run(path) for path in (tmp_path / "out" / "runs").glob("*/seed-0")}
-    assert runs["one"].rounds[0]["scores"] == runs["other-losses"].rounds[0]["scores"]
+    assert runs["one"].rounds[0].scores == runs["other-losses"].rounds[0].scores
     costs = {name: gather.cost_rows(run)[0] for name, run in runs.items()}
-    took = sum(row["scoring_seconds"] + row["healing_seconds"] + row["training_seconds"] for row in costs.values())
-    shared = costs["one"]["scoring_seconds"]  # of three runs
-    said = json.loads((tmp_path / "out" / "study.json").read_text())["seconds"]
-    assert said == pytest.approx(took - 2 * shared) and shared > 0
+    took = sum(row.scoring_seconds + row.healing_seconds + row.training_seconds for row in costs.values())
+    shared = costs["one"].scoring_seconds  # of three runs
+    seconds = json.loads((tmp_path / "out" / "study.json").read_text())["seconds"]
+    assert seconds == pytest.approx(took - 2 * shared) and shared > 0
     alone = loop.peel(runs["other-losses"].config.model_copy(update={"output": tmp_path / "alone"}))
     for name in ("removed", "kept", "evaluation", "aggregate"):
-        assert alone.rounds[0][name] == runs["other-losses"].rounds[0][name]
+        assert getattr(alone.rounds[0], name) == getattr(runs["other-losses"].rounds[0], name)
 
 
 def test_processes_give_the_numbers_of_one(study: Path, tmp_path: Path) -> None:
     alone = run_study(study)
     apart = run_study(study, [f"output={tmp_path / 'apart'}"], processes=2)
     drop = ("scoring_seconds", "training_seconds")
-    for one, other in zip(alone.rows["results"], apart.rows["results"], strict=True):
-        assert {k: v for k, v in one.items() if k not in drop} == {k: v for k, v in other.items() if k not in drop}
+    for one, other in zip(alone.rows.results, apart.rows.results, strict=True):
+        assert replace(one, **dict.fromkeys(drop, 0.0)) == replace(other, **dict.fromkeys(drop, 0.0))
 
 
 def test_a_run_that_fails_apart_is_named_and_the_others_are_done(study: Path, tmp_path: Path) -> None:
     _, jobs = load_study(study)
-    with Run.open(jobs[0].config) as run:
-        run.record("scored", round=1, removed=1, scores={})
-        run.record("round", round=1, training={"steps": 0}, files={})  # of which a run can make nothing
+    with open_run(jobs[0].config) as run:
+        weights = run.folder / "rounds/01/trained.safetensors"
+        weights.parent.mkdir(parents=True)
+        save_file({"no_such_parameter": torch.zeros(1)}, weights)  # of which a student can make nothing
+        files = {"rounds/01/trained.safetensors": str(sha256_of(weights))}
+        quality = {"parameters": 1, "evaluation": Evaluation({}), "aggregate": 1.0, "kept_quality": 1.0}
+        run.record(Scored(round=1, removed=1, scores=LayerScores("teacher_kl", {1: 0.0})))
+        run.record(RoundEnd(round=1, kept=(0, 2, 3, 4, 5), training=TrainingSummary([]), files=files, **quality))
     for job in jobs[1:3]:
-        with Run.open(job.config) as run:
-            run.record("finish", reason="target_layers", round=0, layers=6, last_pass=None, files={})
+        with open_run(job.config) as run:
+            run.record(Finish(reason="target_layers", round=0, layers=6, last_pass=None, files={}))
     with pytest.raises(
-        RunError, match=r"1 of 2 runs failed, the first of them by KL, seed 0: a bug in layerpeel: .*kept"
+        RunError, match=r"1 of 2 runs failed, the first of them by KL, seed 0: a bug in layerpeel: .*no_such_parameter"
     ):
         from layerpeel.study.running import run_jobs
 
@@ -125,8 +140,8 @@ def test_overrides_go_to_the_study_or_to_its_base(study: Path, base: Path) -> No
     overrides = ["model=elsewhere", "seeds=[3]", "score.tokens=48", "variants.third.score.tokens=16"]
     with pytest.raises(InputError, match="no such model: elsewhere"):
         load_study(study, overrides)
-    own, jobs = load_study(study, [f"model={base.parent / 'teacher'}", *overrides[1:]])
-    assert own.seeds == [3] and [job.variant for job in jobs] == ["by KL", "by tasks", "third"]
+    config, jobs = load_study(study, [f"model={base.parent / 'teacher'}", *overrides[1:]])
+    assert config.seeds == [3] and [job.variant for job in jobs] == ["by KL", "by tasks", "third"]
     assert [job.config.score.tokens for job in jobs] == [48, 48, 16]
     assert [job.config.seed for job in jobs] == [3, 3, 3]
     assert len({job.config.output for job in jobs}) == 3

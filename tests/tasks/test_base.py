@@ -150,4 +150,3 @@ def test_aggregates() -> None:
     assert student.aggregate(teacher) == pytest.approx((0.4 + 0.75) / 2)
     assert student.aggregate(teacher, "relative") == pytest.approx((0.5 + 0.75) / 2)
     assert teacher.aggregate(teacher) == pytest.approx(0.9)
-    assert Evaluation.from_json(json.loads(json.dumps(student.to_json()))) == student

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,18 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from layerpeel.config.reading import load_config
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
+from layerpeel.training.parallel import sharded
 from layerpeel.training.result import TrainingResult
 from layerpeel.training.state import TrainingState
 from layerpeel.training.student import Student
-from tests.families import save_tiny
-from tests.training.test_rounds import train, write_text
+from tests.families import save_tiny, tiny_model
+from tests.training.test_rounds import Killed, kill_at, same, train, write_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,6 +66,31 @@ def train_in_two(folder: Path, *, fsdp: bool = False, **options: Any) -> tuple[d
     return load_file(folder / "owned.safetensors"), json.loads((folder / "result.json").read_text())
 
 
+OPTIMIZERS: list[dict[str, Any]] = [
+    {},
+    {"optimizer_options": {"fused": True}},
+    {"optimizer": "Muon"},
+    {"optimizer": "Adafactor"},
+]
+
+
+def _resume_each(folder: Path, **options: Any) -> None:
+    """What each of the processes runs: with each optimizer a training, and one that is killed and goes on."""
+    for number, optimizer in enumerate(OPTIMIZERS):
+
+        def state(number: int = number) -> TrainingState:
+            return TrainingState(folder / f"{number}.safetensors", "this training", every=0.0)
+
+        uninterrupted, expected = train(folder / "text.jsonl", **options, **optimizer)
+        with pytest.raises(Killed):
+            train(folder / "text.jsonl", state=state(), log=kill_at(4), **options, **optimizer)
+        resumed, result = train(folder / "text.jsonl", state=state(), **options, **optimizer)
+        same(uninterrupted, resumed, 0.0)
+        assert result.curve == expected.curve and len(result.curve) == options["steps"] // 2
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 def _worker(folder: Path, poisoned_call: int = 0, dies_after: int = 0, keeps: bool = False, **options: Any) -> None:
     """What each of the processes runs."""
     state = TrainingState(folder / "state.safetensors", "this training", every=0.0)
@@ -76,7 +105,7 @@ def _worker(folder: Path, poisoned_call: int = 0, dies_after: int = 0, keeps: bo
         student, result = train(folder / "text.jsonl", state=state if keeps else None, **options)
     if not RANK:
         save_file(student.trained_state(), folder / "owned.safetensors")
-        (folder / "result.json").write_text(json.dumps(result.summary() | {"curve": result.curve}))
+        (folder / "result.json").write_text(json.dumps(asdict(result.summary()) | {"curve": result.curve}))
     torch.distributed.barrier()  # or one leaves while the other still writes, and may be aborted in gloo's threads
     torch.distributed.destroy_process_group()
 
@@ -98,9 +127,9 @@ def same_training(student: Student, alone: TrainingResult, weights: Any, result:
     assert len(result["curve"]) == len(alone.curve)
     for a, b in zip(alone.curve, result["curve"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["tokens"] == b["tokens"]
-    own = student.trained_state()
-    assert own.keys() == weights.keys()
-    for name, value in own.items():
+    trained = student.trained_state()
+    assert trained.keys() == weights.keys()
+    for name, value in trained.items():
         assert (value - weights[name]).norm() <= 1e-4 * value.norm(), name
 
 
@@ -117,13 +146,47 @@ def test_two_processes_train_the_student_of_one(tmp_path: Path, fsdp: bool) -> N
 def test_two_processes_that_die_go_on_to_the_same_student(tmp_path: Path, fsdp: bool) -> None:
     write_text(tmp_path / "text.jsonl")
     options: dict[str, Any] = {"steps": 16, "batch_size": 4, "train_norm": True}
-    weights, whole = train_in_two(tmp_path, fsdp=fsdp, **options)
+    weights, uninterrupted = train_in_two(tmp_path, fsdp=fsdp, **options)
     dying = json.dumps(options | {"keeps": True, "dies_after": 5})
     launch("-m", "tests.training.test_parallel", str(tmp_path), dying, fsdp=fsdp, dies=True)
     assert (tmp_path / "state.safetensors").exists()
     again, resumed = train_in_two(tmp_path, fsdp=fsdp, keeps=True, **options)
-    assert resumed["curve"] == whole["curve"] and len(whole["curve"]) == 8
+    assert resumed["curve"] == uninterrupted["curve"] and len(resumed["curve"]) == 8
     assert all(torch.equal(value, again[name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+def test_any_optimizer_goes_on_to_the_same_student_in_two_processes(tmp_path: Path, fsdp: bool) -> None:
+    write_text(tmp_path / "text.jsonl")
+    options = json.dumps({"steps": 16, "batch_size": 4, "train_norm": True, "each_optimizer": True})
+    launch("-m", "tests.training.test_parallel", str(tmp_path), options, fsdp=fsdp)
+    assert len([*tmp_path.glob("*.safetensors")]) == len(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("fault", [None, Killed], ids=["well", "with an exception"])
+def test_a_student_has_its_own_layers_back(monkeypatch: pytest.MonkeyPatch, fault: type[BaseException] | None) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    student = Student(tiny_model("llama"))
+    student.remove([2])
+    student.add_trained([name for name in student.parameters() if student.layer_of(name) in (1, 3)])
+    weights = {name: value.clone() for name, value in student.trained_state().items()}
+    for name in student.trained:
+        student.parameters()[name].requires_grad_(True)
+    layers = list(student.layerwise.layers)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with suppress(Killed), sharded(student, weights):
+            assert list(student.layerwise.layers) != layers
+            for parameter in student.parameters().values():
+                if isinstance(parameter, DTensor):
+                    parameter.to_local().data.add_(1.0)
+            if fault:
+                raise fault
+    finally:
+        torch.distributed.destroy_process_group()
+    assert list(student.layerwise.layers) == layers
+    for name, value in student.trained_state().items():
+        assert torch.equal(value, weights[name] + (0.0 if fault else 1.0)), name
 
 
 def test_nan_in_one_process_is_skipped_in_both(tmp_path: Path) -> None:
@@ -165,9 +228,9 @@ def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
     both = Run(tmp_path / "two")
     assert both.finish and alone.finish and len(both.rounds) == 2
     for a, b in zip(alone.rounds, both.rounds, strict=True):
-        assert a["removed"] == b["removed"] and a["training"]["tokens"] == b["training"]["tokens"]
-        assert a["aggregate"] == pytest.approx(b["aggregate"], rel=1e-4)
-        assert a["scores"]["importance"] == pytest.approx(b["scores"]["importance"], rel=1e-3, abs=1e-6)
+        assert a.removed == b.removed and a.training.tokens == b.training.tokens
+        assert a.aggregate == pytest.approx(b.aggregate, rel=1e-4)
+        assert a.scores.importance == pytest.approx(b.scores.importance, rel=1e-3, abs=1e-6)
     one, two = (AutoModelForCausalLM.from_pretrained(run.student_folder) for run in (alone, both))
     for value, other in zip(one.parameters(), two.parameters(), strict=True):
         assert (value - other).norm() <= 1e-4 * value.norm()
@@ -175,4 +238,5 @@ def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    _worker(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+    settings = json.loads(sys.argv[2])
+    (_resume_each if settings.pop("each_optimizer", False) else _worker)(Path(sys.argv[1]), **settings)

@@ -38,9 +38,9 @@ def dense_reference(teacher, removed, trained, batch, reduction):
     """Two whole models, dense logits, the losses written out; gives the loss and gradients by (layer, name)."""
     kept = [layer for layer in range(6) if layer not in removed]
     student = remove_layers(copy.deepcopy(teacher), removed).requires_grad_(True)
-    own = student.base_model.h if hasattr(student.base_model, "h") else student.base_model.layers
+    decoder_layers = student.base_model.h if hasattr(student.base_model, "h") else student.base_model.layers
     for index, weights in trained.items():
-        own[kept.index(index)].load_state_dict(weights)
+        decoder_layers[kept.index(index)].load_state_dict(weights)
     mask, seen = batch["attention_mask"].bool(), {}
     base = {name: model.base_model for name, model in (("teacher", teacher), ("student", student))}
     lists = {name: model.h if hasattr(model, "h") else model.layers for name, model in base.items()}
@@ -55,19 +55,19 @@ def dense_reference(teacher, removed, trained, batch, reduction):
     student_out, student_final = student(**ask).logits, student.base_model(**ask).last_hidden_state
     p, q = teacher_out[mask].double().softmax(-1), student_out[mask].double().softmax(-1)
     m, labels = (p + q) / 2, batch["labels"][mask]
-    known = labels >= 0
+    labelled = labels >= 0
     tokens = int(mask.sum())
     even = (p * (p / m).log()).sum() / 2 + (q * (q / m).log()).sum() / 2
-    entropy = -q[known].log()[torch.arange(int(known.sum())), labels[known]].sum()
+    entropy = -q[labelled].log()[torch.arange(int(labelled.sum())), labels[labelled]].sum()
     on_logits = [
         (1.0, (p * (p / q).log()).sum(), tokens),
         (0.3, (q * (q / p).log()).sum(), tokens),
         (0.7, even, tokens),
-        (0.2, entropy, int(known.sum())),
+        (0.2, entropy, int(labelled.sum())),
     ]
     loss = sum(w * total / (n if reduction == "token_mean" else 100) for w, total, n in on_logits)
-    for ours, theirs in ((seen["student"], seen["teacher"]), (student_final, teacher_final)):
-        a, b = ours[mask].double(), theirs[mask].double()
+    for of_student, of_teacher in ((seen["student"], seen["teacher"]), (student_final, teacher_final)):
+        a, b = of_student[mask].double(), of_teacher[mask].double()
         squares = (a - b).pow(2).mean(-1) / (b.pow(2).mean(-1) if reduction == "token_mean" else 1)
         cosines = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
         loss = loss + (0.5 * squares + 0.4 * (1 - cosines)).sum() / tokens
@@ -115,9 +115,9 @@ def test_loss_and_gradients_are_those_of_two_models(family: str, gap: str, reduc
     reference_loss, gradients = dense_reference(teacher, removed, own_weights, batch, reduction)
     assert loss.item() == pytest.approx(reference_loss, rel=1e-5)
     for (index, name), expected in gradients.items():
-        own = dict(student.layer(index).named_parameters())[name].grad
-        assert own is not None
-        assert (own - expected).norm() <= 1e-5 * expected.norm() + 1e-9, (index, name)
+        gradient = dict(student.layer(index).named_parameters())[name].grad
+        assert gradient is not None
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm() + 1e-9, (index, name)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -127,9 +127,9 @@ def test_gradients_of_everything_are_those_of_two_models(family: str, tied: bool
     student = Student(teacher)
     student.remove([2])
     student.add_trained(parameters_to_train(student, "everything"))
-    here = student.parameters()
+    parameters = student.parameters()
     with torch.no_grad():
-        for parameter in here.values():
+        for parameter in parameters.values():
             parameter.mul_(1.02).requires_grad_(True)
     assert student.trains_embeddings and student.shared_prefix == 0
     tokens = int(batch["attention_mask"].sum())
@@ -141,10 +141,10 @@ def test_gradients_of_everything_are_those_of_two_models(family: str, tied: bool
     mask, ids = batch["attention_mask"].bool(), batch["input_ids"]
     with torch.no_grad():
         wanted = teacher(ids).logits[mask].double().softmax(-1)
-    found = reference(ids).logits[mask].double().log_softmax(-1)
-    ((wanted * (wanted.log() - found)).sum() / tokens).backward()
+    log_probabilities = reference(ids).logits[mask].double().log_softmax(-1)
+    ((wanted * (wanted.log() - log_probabilities)).sum() / tokens).backward()
     expected = dict(reference.named_parameters())
-    assert len(expected) == len(list(here))
+    assert len(expected) == len(list(parameters))
     for (name, parameter), (other, twin) in zip(student.model.named_parameters(), expected.items(), strict=True):
         assert name == other and parameter.grad is not None and twin.grad is not None
         assert (parameter.grad - twin.grad).norm() <= 1e-5 * twin.grad.norm() + 1e-9, name
@@ -161,8 +161,8 @@ def test_sharing_costs_no_weights_and_leaves_the_teacher_alone() -> None:
         for parameter in student.layer(3).parameters():
             parameter.add_(1.0)
     shared = {id(p) for p in teacher.parameters()}
-    own = [p for p in student.model.parameters() if id(p) not in shared]
-    assert len(own) == len(list(student.layer(1).parameters())) * 2
+    copies = [p for p in student.model.parameters() if id(p) not in shared]
+    assert len(copies) == len(list(student.layer(1).parameters())) * 2
     assert torch.equal(teacher(ids).logits, before)
     assert teacher.config.num_hidden_layers == 6 and student.model.config.num_hidden_layers == 5
 

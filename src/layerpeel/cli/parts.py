@@ -1,4 +1,4 @@
-"""What several verbs of the command line do alike."""
+"""Steps that several verbs of the command line share."""
 
 from __future__ import annotations
 
@@ -18,29 +18,32 @@ from layerpeel.model.loading import load_teacher
 from layerpeel.model.streaming import load_streamed
 from layerpeel.processes.distributed import RANK
 from layerpeel.processes.progress import console, shown
+from layerpeel.run.events import event_to_json
 from layerpeel.run.folder import Run
 from layerpeel.run.preflight import check_output
 
 
 def _finish(run: Run, as_json: bool, report: bool = True) -> None:
+    """Writes the report of a finished run, and prints what came of it; exits with 3 at the quality floor."""
     assert run.finish
     if not RANK:
         from layerpeel.report.page import write_report
 
         _show(run, write_report(run) if report else None, as_json)
-    if run.finish["reason"] == "min_quality":
-        console.print(f"stopped by the quality floor; the student is that of round {run.finish['round']}")
+    if run.finish.reason == "min_quality":
+        console.print(f"stopped by the quality floor; the student is that of round {run.finish.round}")
         sys.exit(3)
 
 
 def _show(run: Run, page: Path | None, as_json: bool) -> None:
+    assert run.teacher and run.finish
     if as_json:
         print(
             json.dumps(
                 {
-                    "teacher": run.teacher,
-                    "rounds": run.rounds,
-                    "finish": run.finish,
+                    "teacher": event_to_json(run.teacher),
+                    "rounds": [event_to_json(each.scored) | event_to_json(each.end) for each in run.rounds],
+                    "finish": event_to_json(run.finish),
                     "student": str(run.student_folder),
                     "report": str(page) if page else None,
                 }
@@ -63,7 +66,7 @@ def _announce(estimates: list[Estimate]) -> None:
         )
 
 
-def _load_stack(settings: RunConfig) -> tuple[LayerwiseModel, Any]:
+def _load_layerwise(settings: RunConfig) -> tuple[LayerwiseModel, Any]:
     if settings.score.weights == "stream":
         files, tokenizer = load_streamed(
             settings.teacher,
@@ -79,10 +82,10 @@ def _load_stack(settings: RunConfig) -> tuple[LayerwiseModel, Any]:
 def _parse_layers(text: str) -> list[int]:
     layers: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*([0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
-        if not found or int(found[2] or found[1]) < int(found[1]):
+        match = re.fullmatch(r"\s*([0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
             raise InputError(f"--layers {text}: expected layer numbers", hint="as in --layers 5,7 or --layers 5-8")
-        layers += range(int(found[1]), int(found[2] or found[1]) + 1)
+        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
     twice = [layer for layer in layers if layers.count(layer) > 1]
     if twice:
         raise InputError(f"--layers {text}: layer {twice[0]} is named twice", hint="name each layer once")

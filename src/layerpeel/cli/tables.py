@@ -1,41 +1,43 @@
-"""Tables as the commands print them."""
+"""The tables that the commands print."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from rich.table import Table
 
 from layerpeel.importance.scores import LayerScores
 from layerpeel.plan.planning import Plan
 from layerpeel.processes.progress import shown
-from layerpeel.processes.text import count, duration, size
+from layerpeel.processes.text import count, duration, moment, one_line, percent, size
 from layerpeel.report import tables
+from layerpeel.report.listing import RunStatus
+from layerpeel.run.events import Quality
 from layerpeel.run.folder import Run
 from layerpeel.tasks.scores import Evaluation
 
 
 def run_table(run: Run) -> Table:
-    assert run.teacher
-    names = list(run.teacher["evaluation"])
-    columns = [
-        "round",
-        "removed",
-        "layers",
-        "params",
-        "aggregate",
-        "% of\nteacher",
-        *(shown(name).replace("_", "\n") for name in names),
-    ]
-    table = Table(*columns, box=None, header_style="bold")
-    start = {"round": "-", "removed": "-", "kept": range(run.teacher["layers"])}
-    for event in [run.teacher | start, *run.rounds]:
-        cells = [event["round"], event["removed"], len(event["kept"]), f"{event['parameters'] / 1e6:.2f} M"]
-        quality = [f"{event['aggregate']:.3f}", f"{100 * event['kept_quality']:.1f}"]
-        scores = [_number(event["evaluation"][name]["value"]) for name in names]
-        table.add_row(*map(str, cells), *quality, *scores)
+    """The teacher and the student of each round: size and scores."""
+    teacher = run.teacher
+    assert teacher
+    tasks = list(teacher.evaluation.scores)
+    heads = ["round", "removed", "layers", "params", "aggregate", "% of\nteacher"]
+    table = Table(*heads, *(shown(task).replace("_", "\n") for task in tasks), box=None, header_style="bold")
+
+    def add(number: str, removed: str, layers: int, quality: Quality) -> None:
+        scores = [_number(quality.evaluation.scores[task].value) for task in tasks]
+        shares = [f"{quality.aggregate:.3f}", f"{100 * quality.kept_quality:.1f}"]
+        table.add_row(number, removed, str(layers), f"{quality.parameters / 1e6:.2f} M", *shares, *scores)
+
+    add("-", "-", teacher.layers, teacher)
+    for each in run.rounds:
+        add(str(each.number), str(each.removed), each.layers, each.end)
     return table
 
 
 def score_table(scores: LayerScores) -> Table:
+    """The layers by importance, least important first, with a bar each."""
     columns = ["rank", "layer", f"{shown(scores.metric)}:\nlost when skipped", ""]
     table = Table(*columns[:3], *(["± stderr"] if scores.stderr else []), columns[3], box=None, header_style="bold")
     span = max(map(abs, scores.importance.values())) or 1.0
@@ -52,30 +54,41 @@ def score_table(scores: LayerScores) -> Table:
     return table
 
 
-def plan_tables(planned: Plan) -> list[Table | str]:
+def plan_tables(plan: Plan) -> list[Table | str]:
+    """What a plan says of memory and of work."""
     memory = Table("memory of each device", "training", "scoring", box=None, header_style="bold")
-    parts = planned.training_memory, planned.scoring_memory
-    for part in dict.fromkeys([*planned.training_memory, *planned.scoring_memory]):
-        memory.add_row(part, *(size(own[part]) if part in own else "" for own in parts))
-    memory.add_row("in all", *(size(sum(own.values())) for own in parts), style="bold")
+    phases = plan.training_memory, plan.scoring_memory
+    for part in dict.fromkeys([*plan.training_memory, *plan.scoring_memory]):
+        memory.add_row(part, *(size(phase[part]) if part in phase else "" for phase in phases))
+    memory.add_row("in all", *(size(sum(phase.values())) for phase in phases), style="bold")
     work = Table("work", "tokens × layers", "time", box=None, header_style="bold")
-    for part, seconds in planned.seconds.items():
-        work.add_row(part, count(planned.layer_tokens[part]), duration(seconds))
-    work.add_row(
-        "in all", count(sum(planned.layer_tokens.values())), duration(sum(planned.seconds.values())), style="bold"
-    )
-    return [f"{planned.rounds} rounds, {count(planned.trained)} parameters in training", memory, "", work]
+    for part, seconds in plan.seconds.items():
+        work.add_row(part, count(plan.layer_tokens[part]), duration(seconds))
+    work.add_row("in all", count(sum(plan.layer_tokens.values())), duration(sum(plan.seconds.values())), style="bold")
+    return [f"{plan.rounds} rounds, {count(plan.trained)} parameters in training", memory, "", work]
 
 
-def report_table(own: tables.Table) -> Table:
-    """A table of a report or a study."""
-    table = Table(*map(shown, own.heads), box=None, header_style="bold", title=own.caption, title_justify="left")
-    for row in own.rows:
-        table.add_row(*(shown(cell.text) for cell in row))
+def listing_table(statuses: Sequence[RunStatus]) -> Table:
+    """The runs below a folder."""
+    table = Table("run", "state", "rounds", "layers", "% kept", "last activity", "", box=None, header_style="bold")
+    for status in statuses:
+        layers = f"{status.teacher_layers} → {status.layers}" if status.layers else "–"
+        cells = [status.run, status.state, status.rounds, layers, percent(status.kept_quality)]
+        cells += [moment(status.last_activity), one_line(status.note)]
+        table.add_row(*(shown(cell) for cell in cells))
     return table
 
 
+def report_table(table: tables.Table) -> Table:
+    """A table of a report or a study, for the terminal."""
+    printed = Table(*map(shown, table.heads), box=None, header_style="bold", title=table.caption, title_justify="left")
+    for row in table.rows:
+        printed.add_row(*(shown(cell.text) for cell in row))
+    return printed
+
+
 def evaluation_table(evaluation: Evaluation) -> Table:
+    """The score of each task."""
     table = Table("task", "score", "stderr", "n", box=None, header_style="bold")
     for name, score in evaluation.scores.items():
         table.add_row(shown(name), _number(score.value), _number(score.stderr), str(score.n))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +12,8 @@ import typer
 from rich.table import Table
 
 from layerpeel.cli.app import AsJson, ConfigFile, Folder, Layers, Overrides, ScoreFolder, app, output
-from layerpeel.cli.parts import _announce, _check_free, _finish, _load_stack, _parse_layers
-from layerpeel.cli.tables import evaluation_table, plan_tables, report_table, score_table
+from layerpeel.cli.parts import _announce, _check_free, _finish, _load_layerwise, _parse_layers
+from layerpeel.cli.tables import evaluation_table, listing_table, plan_tables, report_table, score_table
 from layerpeel.config.reading import load_config
 from layerpeel.demo.preparing import prepare_demo
 from layerpeel.errors import InputError
@@ -33,11 +34,11 @@ from layerpeel.plan.shape import Shape
 from layerpeel.plan.speed import Speed
 from layerpeel.processes.distributed import RANK
 from layerpeel.processes.progress import shown
-from layerpeel.processes.text import moment, one_line, percent
 from layerpeel.report.listing import list_runs
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
 from layerpeel.run.preflight import check, check_output
+from layerpeel.run.results_json import evaluation_to_json, scores_to_json
 from layerpeel.tasks.evaluation import evaluate
 from layerpeel.training.rounds import distill
 
@@ -68,7 +69,7 @@ def score(
     tasks = check(settings)
     folder = output_ or settings.output.with_name(f"{settings.output.name}-score")
     check_output(folder, settings.teacher)
-    layerwise, tokenizer = _load_stack(settings)
+    layerwise, tokenizer = _load_layerwise(settings)
     answer_cache = AnswerCache(folder / f"answers.{RANK}.jsonl", fingerprint(settings.teacher, layerwise.model.dtype))
     scores = score_layers(
         layerwise,
@@ -82,13 +83,13 @@ def score(
     )
     if RANK:
         return
-    found = json.dumps(scores.to_json(), ensure_ascii=False)
-    (folder / "scores.json").write_text(found + "\n", encoding="utf-8")
+    text = json.dumps(scores_to_json(scores), ensure_ascii=False)
+    (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
     from layerpeel.report.figures import draw_importance
 
     draw_importance(scores, folder / "importance.png")
     if as_json:
-        print(json.dumps(scores.to_json()))
+        print(json.dumps(scores_to_json(scores)))
     else:
         output.print(score_table(scores))
         output.print(f"scores   {shown(folder / 'scores.json')}", soft_wrap=True)
@@ -123,7 +124,7 @@ def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Override
     save_model(student, tokenizer, output_, storage)
     ends = result.summary()
     output.print(
-        f"{len(find_architecture(student).layers)} layers, loss {ends['first_loss']:.4f} -> {ends['last_loss']:.4f} "
+        f"{len(find_architecture(student).layers)} layers, loss {ends.first_loss:.4f} -> {ends.last_loss:.4f} "
         f"over {result.tokens:,} tokens in {result.seconds:.0f} s: {shown(output_)}"
     )
 
@@ -141,7 +142,7 @@ def eval_(
     loaded, tokenizer = load_teacher(settings)
     evaluation = evaluate(loaded, tokenizer, tasks)
     if as_json and not RANK:
-        print(json.dumps(evaluation.to_json()))
+        print(json.dumps(evaluation_to_json(evaluation)))
     else:
         output.print(evaluation_table(evaluation))
 
@@ -184,13 +185,14 @@ def study(
     """Run the variants of a study, with each seed, to one table and one figure. Running again goes on."""
     from layerpeel.study.writing import run_study
 
-    done = run_study(file, set_, processes)
+    finished = run_study(file, set_, processes)
     if as_json:
-        print(json.dumps({"output": str(done.folder), **done.rows}, ensure_ascii=False))
+        rows = {name: [row.columns() for row in rows] for name, rows in finished.rows.tables().items()}
+        print(json.dumps({"output": str(finished.folder), **rows}, ensure_ascii=False))
         return
-    for each in done.tables.values():
-        output.print(report_table(each), "")
-    output.print(f"page     {shown(done.folder / 'index.html')}", soft_wrap=True)
+    for table in finished.tables.values():
+        output.print(report_table(table), "")
+    output.print(f"page     {shown(finished.folder / 'index.html')}", soft_wrap=True)
 
 
 @app.command()
@@ -215,7 +217,7 @@ def plan(
 
     def speed(shape: Shape) -> Speed:
         return (
-            Speed.of_processor(shape, flops, bandwidth)
+            Speed.of_processor(shape, flops, bandwidth, settings.distill)
             if flops
             else Speed.measure(teacher, settings.distill, dtype, settings.device)
         )
@@ -272,14 +274,8 @@ def export(
 @app.command()
 def ls(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"), as_json: AsJson = False) -> None:
     """List the runs below a folder, and how far each has come."""
-    found = list_runs(folder)
+    statuses = list_runs(folder)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps([asdict(status) for status in statuses]))
         return
-    table = Table("run", "state", "rounds", "layers", "% kept", "last activity", "", box=None, header_style="bold")
-    for row in found:
-        depth = f"{row['teacher_layers']} → {row['layers']}" if row["layers"] else "–"
-        cells = [row["run"], row["state"], row["rounds"], depth, percent(row["kept_quality"])]
-        cells += [moment(row["last_activity"]), one_line(row["note"])]
-        table.add_row(*(shown(cell) for cell in cells))
-    output.print(table if found else f"no runs below {shown(folder)}")
+    output.print(listing_table(statuses) if statuses else f"no runs below {shown(folder)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -23,7 +23,7 @@ class LastPassConfig(Section):
     """A last training, after the last removal."""
 
     tokens: Annotated[int, BeforeValidator(_parse_count), Field(ge=1)]
-    """How many."""
+    """How many to train on."""
     train: str = "everything"
     """Which parameters, as in `distill.train`."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -31,7 +31,7 @@ class LastPassConfig(Section):
 
 
 class DistillConfig(Section):
-    """How the gap is healed after each removal."""
+    """How the student is distilled from the teacher after each removal."""
 
     text: Texts = []
     """What to train on; sources are mixed document by document."""
@@ -63,14 +63,18 @@ class DistillConfig(Section):
     last_pass: LastPassConfig | None = None
     """One more training after the last removal."""
     losses: dict[str, LossConfig] = {"kl": LossConfig(), "hidden_mse": LossConfig()}
-    """The losses and their weights: kl, reverse_kl, jensen_shannon, cross_entropy, hidden_mse, hidden_cosine, or
-    module:Class."""
+    """The losses and their weights: names from the table of losses, or module:Class."""
     balance_losses: bool = False
     """Scale each loss to the running size of the first one, before its weight."""
+    optimizer: str = "AdamW"
+    """A class of torch.optim, as AdamW, Adafactor or SGD; or module:Class, derived from torch.optim.Optimizer. Muon
+    takes only matrices: it gets those of the layers, and AdamW the rest."""
+    optimizer_options: dict[str, Any] = {}
+    """Its other keyword arguments, as {betas: [0.9, 0.95]} or {fused: true}."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak learning rate of AdamW; a cosine brings it to 0 within each round."""
+    """Its peak; a cosine brings it to 0 within each round."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """Of AdamW."""
+    """Of optimizers that take one."""
     warmup_steps: Annotated[int, Field(ge=0)] = 8
     """Optimizer steps to the peak; at most half of a round."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 0.3
@@ -82,7 +86,7 @@ class DistillConfig(Section):
     """Keep only what enters each layer, and run it again in the backward pass: less memory, a third more time."""
     save_every: Annotated[float, Field(ge=0)] = 600.0
     """Seconds between saves of the state of training, from which a run that was killed goes on; saves that take long
-    are made less often; 0: after each step. It takes three times the room of what trains, in float32."""
+    are made less often; 0: after each step. With AdamW it takes three times the room of what trains, in float32."""
     teacher_cache: Literal["auto", "on", "off"] = "auto"
     """Keep the teacher's hidden states on disk, in bfloat16, for text that comes again; auto: where every round trains
     on the same text and they fit into teacher_cache_size and half of the free disk."""

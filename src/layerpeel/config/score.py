@@ -13,7 +13,7 @@ class ShortlistConfig(Section):
     """A cheap metric that chooses which layers the deciding one looks at."""
 
     by: str = "teacher_kl"
-    """A metric."""
+    """A name from the table of metrics, or module:Class."""
     keep: Annotated[int, Field(ge=1)]
     """How many candidates stay."""
 
@@ -51,7 +51,7 @@ class ScoreConfig(Section):
     """How layers are scored."""
 
     decide: str = "task_quality"
-    """The metric whose lowest layer goes: task_quality, teacher_kl, block_influence, or module:Class."""
+    """The metric whose lowest layer goes: a name from the table of metrics, or module:Class."""
     shortlist: ShortlistConfig | None = None
     """Score all candidates by a cheap metric first, and only the best by `decide`."""
     protect: ProtectConfig = ProtectConfig()

@@ -1,1 +1,1 @@
-"""Students as people take them away: checkpoints in a folder or on the hub."""
+"""Writes students as checkpoints, to a folder or to the Hugging Face hub."""

@@ -11,10 +11,14 @@ from layerpeel.processes.text import one_line
 
 
 def push(folder: Path, repository: str, api: HfApi | None = None) -> str:
-    """Uploads a checkpoint to the hub, to a private repository if it is a new one; gives its address.
+    """Uploads a checkpoint to the hub; a repository that does not exist is created, as a private one.
 
     Args:
-        api: that of the user who is logged in, if not given.
+        repository: as `user/name`.
+        api: the client; one for the logged-in user if not given.
+
+    Returns:
+        the repository's URL.
 
     Raises:
         RunError: the hub cannot be reached, or refuses.
@@ -23,7 +27,7 @@ def push(folder: Path, repository: str, api: HfApi | None = None) -> str:
     try:
         address = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="A student made by layerpeel")
-    except Exception as error:  # the hub's refusals, and whatever the client's transport has for a lost network
+    except Exception as error:  # HTTP errors, and whatever the client's transport raises without a network
         raise RunError(
             f"--push {repository}: nothing was uploaded ({one_line(error, 300)})",
             hint=f"the checkpoint is in {folder}; log in with `hf auth login`, check the name and the network",

@@ -1,4 +1,4 @@
-"""The student of any round as a full Hugging Face checkpoint, in a folder or on the hub."""
+"""Writes the student of any round as a full Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from layerpeel.errors import InputError
 from layerpeel.model.checkpoint import stored_dtype
 from layerpeel.model.loading import load_teacher
 from layerpeel.model.saving import save_model
-from layerpeel.report.gather import result_round
-from layerpeel.report.measure import rebuild
 from layerpeel.run.card import write_card
 from layerpeel.run.folder import Run
 
@@ -19,27 +17,28 @@ def export_student(run: Run, folder: Path, round_: int | None = None) -> int:
     """Writes a round's student with its model card, in the dtype of the teacher's checkpoint.
 
     Args:
-        round_: the run's result, unless named: of a finished run that is the checkpoint it has, which needs no teacher.
+        round_: the round; the run's result if not given. The result of a finished run is copied from the run's folder,
+            which needs no teacher.
 
     Returns:
         the round.
 
     Raises:
-        InputError: there is no such round, or no teacher any more.
+        InputError: there is no such round, or the teacher is gone.
         RunError: the round's files are gone or damaged.
     """
     if round_ is None and run.finish and (run.student_folder / "config.json").is_file():
         run.check_files(run.finish)
         shutil.copytree(run.student_folder, folder, dirs_exist_ok=True)
-        return result_round(run)
-    round_ = result_round(run) if round_ is None else round_
+        return run.result_round
+    round_ = run.result_round if round_ is None else round_
     if not 1 <= round_ <= len(run.rounds):
-        there = f"it has rounds 1 to {len(run.rounds)}" if run.rounds else "it has finished none yet"
+        rounds = f"it has rounds 1 to {len(run.rounds)}" if run.rounds else "it has finished none yet"
         raise InputError(
-            f"{run.folder} has no round {round_}: {there}", hint="`layerpeel ls` shows what runs have done"
+            f"{run.folder} has no round {round_}: {rounds}", hint="`layerpeel ls` shows what runs have done"
         )
     teacher, tokenizer = load_teacher(run.config)
-    student = rebuild(run, teacher, round_)
+    student = run.student_of(teacher, round_)
     folder.parent.mkdir(parents=True, exist_ok=True)
     save_model(student.model, tokenizer, folder, stored_dtype(run.config.teacher))
     write_card(run, folder, round_)

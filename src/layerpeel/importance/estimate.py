@@ -1,4 +1,4 @@
-"""What scoring will take, said before it begins."""
+"""Estimates of what a scoring will cost, before it begins."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from layerpeel.inference.layerwise import LayerwiseModel
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a metric will take.
+    """The cost of one metric.
 
     Attributes:
         metric: its name.
         tokens: tokens of the text or the tasks.
-        layer_runs: how often a layer runs on each of them, over all candidates.
-        one_by_one: how often it would, if each candidate were removed and run.
-        seconds: about how long, by the time of one layer and of the head on a few tokens.
-        memory: bytes beside those of the weights, at most.
+        layer_runs: layer calls for each token, over all candidates.
+        one_by_one: layer calls for each token if every candidate were removed and run by itself.
+        seconds: estimated from the time of one layer and of the head on a short batch.
+        memory: upper bound in bytes, without the weights.
     """
 
     metric: str
@@ -36,35 +36,35 @@ class Estimate:
 
 
 def estimate(inputs: ScoringInputs) -> list[Estimate]:
-    """What scoring will take, from counting tokens and timing one layer and the head; racing may take less."""
+    """Estimates each metric's cost by counting tokens and timing one layer and the head; racing may take less."""
     config, count = inputs.config, len(inputs.candidates)
-    short = config.shortlist is not None and count > config.shortlist.keep
-    steps = [(config.shortlist.by, count)] if short and config.shortlist else []
-    steps.append((config.decide, config.shortlist.keep if short and config.shortlist else count))
-    per_layer, per_logit = _time_a_token(inputs.student)
+    shortlist = config.shortlist if config.shortlist and count > config.shortlist.keep else None
+    steps = [(shortlist.by, count)] if shortlist else []
+    steps.append((config.decide, shortlist.keep if shortlist else count))
+    per_layer, per_logit = _seconds_per_token(inputs.student)
     estimates = []
     for name, candidates in steps:
         work = work_of(make_metric(name), inputs, inputs.candidates[:candidates])
         seconds = work.layer_tokens * per_layer + work.head_tokens * per_logit
-        each = bytes_of_token(1 + candidates, inputs.student.width, inputs.student.model.dtype.itemsize)
-        needed = min(work.tokens * each, inputs.budget.bytes)
-        estimates.append(Estimate(name, work.tokens, work.layer_runs, work.one_by_one, seconds, needed))
+        bytes_per_token = bytes_of_token(1 + candidates, inputs.student.width, inputs.student.model.dtype.itemsize)
+        memory = min(work.tokens * bytes_per_token, inputs.budget.bytes)
+        estimates.append(Estimate(name, work.tokens, work.layer_runs, work.one_by_one, seconds, memory))
     return estimates
 
 
 @torch.no_grad()
-def _time_a_token(layerwise: LayerwiseModel) -> tuple[float, float]:
-    """Seconds for a token in a layer, and in the head."""
+def _seconds_per_token(layerwise: LayerwiseModel) -> tuple[float, float]:
+    """Seconds for one token in a layer, and in the head: the best of three."""
     rows = min(256, layerwise.logit_rows())
     hidden, arguments = layerwise.begin(torch.zeros(4, 128, dtype=torch.long))
-    few = hidden.flatten(0, 1)[:rows]
+    head_input = hidden.flatten(0, 1)[:rows]
     times: list[tuple[float, float]] = []
     with layerwise.weights_loaded(0):
         for _ in range(3):
             started = time.perf_counter()
             layerwise.layer(0, hidden, arguments[0])
-            between = time.perf_counter()
-            layerwise.logits(few).logsumexp(-1).sum().item()
-            times.append((between - started, time.perf_counter() - between))
+            layer_ended = time.perf_counter()
+            layerwise.logits(head_input).logsumexp(-1).sum().item()
+            times.append((layer_ended - started, time.perf_counter() - layer_ended))
     layers, heads = zip(*times, strict=True)
     return min(layers) / 512, min(heads) / rows

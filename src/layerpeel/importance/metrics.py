@@ -1,4 +1,4 @@
-"""The metrics that there are, by name."""
+"""The table of metrics, by the names that a config uses."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ METRICS: dict[str, type[Metric]] = {
 
 
 def make_metric(name: str) -> Metric:
-    """The metric of that name, or of a user's `module:Class`.
+    """Creates a metric from its name in `METRICS`, or from a user's `module:Class`.
 
     Raises:
-        InputError: there is none.
+        InputError: the name is unknown, or the class cannot be imported or created.
     """
-    found = resolve_class(name, METRICS, "metric", Metric)
+    metric_class = resolve_class(name, METRICS, "metric", Metric)
     try:
-        metric: Metric = found()
-    except Exception as error:  # of a user's own class
+        metric: Metric = metric_class()
+        metric.name = name
+    except Exception as error:  # whatever a user's class raises
         raise InputError(
             f"metric '{name}' cannot be made ({reason_of(error)})", hint="it is called without arguments"
         ) from None
@@ -33,15 +34,15 @@ def make_metric(name: str) -> Metric:
 
 
 def check_metrics(config: ScoreConfig, *, has_text: bool, has_tasks: bool) -> None:
-    """Checks that every metric that a config names exists and has what it reads.
+    """Checks that every metric that a config names exists and is given what it reads.
 
     Raises:
-        InputError: unknown metric, or no text or tasks for it.
+        InputError: a metric is unknown, or has no text or no tasks to read.
     """
-    named = {"score.decide": config.decide}
+    metrics = {"score.decide": config.decide}
     if config.shortlist:
-        named["score.shortlist.by"] = config.shortlist.by
-    for field_name, name in named.items():
+        metrics["score.shortlist.by"] = config.shortlist.by
+    for field_name, name in metrics.items():
         needs = make_metric(name).needs
         if "text" in needs and not has_text:
             raise InputError(f"{field_name}: {name} reads text, and none is given", hint="set score.text")

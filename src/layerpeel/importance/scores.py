@@ -1,10 +1,9 @@
-"""What a scoring says of the layers, and the order in which they may go."""
+"""The result of a scoring, and the order in which layers are removed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from layerpeel.tasks.scores import Evaluation
 
@@ -14,15 +13,16 @@ class LayerScores:
     """The importance of each candidate, by teacher layer: quality lost when it is skipped; low goes first.
 
     Attributes:
-        metric: the metric that decides.
-        importance: of the candidates it scored.
+        metric: the deciding metric, as the config names it.
+        importance: of the candidates that it scored.
         stderr: the standard error of each importance, where the metric runs tasks.
         evaluations: task scores of each candidate, where the metric runs tasks.
         dropped: candidates that a race gave up, with the share of the samples after which it did.
         seconds: what it took.
         layer_tokens: tokens that went through a layer for it, as `work` counts them.
         from_round: the round whose ranking this is, if it was not made anew.
-        memory: the budget in bytes, and how often memory ran out and it was halved.
+        memory: the budget in bytes.
+        memory_halved: how often memory ran out and the budget was halved.
         cheap: the scores that made the shortlist, if one was asked for.
         healed: aggregate lost to the teacher after a short distillation, of the few that were healed on trial.
         heal_seconds: what that took.
@@ -36,7 +36,8 @@ class LayerScores:
     seconds: float = 0.0
     layer_tokens: int = 0
     from_round: int | None = None
-    memory: dict[str, int] = field(default_factory=dict)
+    memory: int = 0
+    memory_halved: int = 0
     cheap: LayerScores | None = None
     healed: dict[int, float] = field(default_factory=dict)
     heal_seconds: float = 0.0
@@ -44,58 +45,42 @@ class LayerScores:
     def ranked(self) -> list[int]:
         """Teacher layers, least important first.
 
-        Those healed on trial come first, by what they lost then; those that a race gave up last; ties go by index.
+        Those healed on trial come first, by what they lost after it; those that a race dropped come last; ties are
+        broken by index.
         """
-        return sorted(self.importance, key=lambda layer: (*self._place(layer), layer))
+        return sorted(self.importance, key=lambda layer: (*self._sort_key(layer), layer))
 
     def tied(self) -> list[int]:
-        """The layers that share the first place to the last digit; the first of them goes, by its index."""
+        """The layers whose score equals the lowest one exactly; the one with the lowest index is removed."""
         ranked = self.ranked()
-        return [layer for layer in ranked if self._place(layer) == self._place(ranked[0])]
+        return [layer for layer in ranked if self._sort_key(layer) == self._sort_key(ranked[0])]
 
-    def _place(self, layer: int) -> tuple[bool, bool, float]:
+    def _sort_key(self, layer: int) -> tuple[bool, bool, float]:
         lost = self.healed.get(layer, self.importance[layer])
         return (layer not in self.healed, layer in self.dropped, lost)
 
-    def to_json(self) -> dict[str, Any]:
-        """For the journal; with a shortlist, whether the cheap metric alone would have chosen the same layer."""
-        own: dict[str, Any] = {"metric": self.metric, "seconds": round(self.seconds, 3)}
-        own |= {"layer_tokens": self.layer_tokens, **self.memory}
-        if self.from_round:
-            own["from_round"] = self.from_round
-        for name in ("importance", "stderr", "dropped", "healed"):
-            if values := getattr(self, name):
-                own[name] = {str(layer): value for layer, value in sorted(values.items())}
-        if len(self.tied()) > 1:
-            own["tied"] = self.tied()
-        if self.evaluations:
-            own["evaluations"] = {str(layer): e.to_json() for layer, e in sorted(self.evaluations.items())}
-        if self.healed:
-            own["heal_seconds"] = round(self.heal_seconds, 3)
-        if self.cheap:
-            own["cheap"] = self.cheap.to_json()
-            own["cheap_chooses_same"] = self.cheap.ranked()[0] == self.ranked()[0]
-        return own
+    @property
+    def cheap_chooses_same(self) -> bool:
+        """Whether the metric of the shortlist alone would have chosen the same layer; False without one."""
+        return self.cheap is not None and self.cheap.ranked()[0] == self.ranked()[0]
 
 
-def last_ranking(rounds: Sequence[dict[str, Any]], every: int, free: Sequence[int]) -> LayerScores | None:
-    """What the last scoring of a run said of the layers that may still go; None if it is time to score again.
+def last_ranking(last: LayerScores, finished: int, every: int, free: Sequence[int]) -> LayerScores | None:
+    """The last scoring of a run, of the layers that may still be removed; None if it is time to score again.
 
     Args:
-        rounds: events of the finished rounds.
+        last: the scores of the last finished round.
+        finished: how many rounds are; at least one.
         every: as `score.every`.
         free: teacher layers that may go next.
     """
-    if not rounds or (every and len(rounds) % every == 0):
+    if every and finished % every == 0:
         return None
-    last = rounds[-1]["scores"]
-    sure = {
-        layer for layer in map(int, last["importance"]) if layer in free and str(layer) not in last.get("dropped", {})
-    }
-    if not sure:
+    ranked = {layer for layer in last.importance if layer in free and layer not in last.dropped}
+    if not ranked:
         return None
     importance, stderr = (
-        {int(layer): value for layer, value in last.get(name, {}).items() if int(layer) in sure}
-        for name in ("importance", "stderr")
+        {layer: value for layer, value in values.items() if layer in ranked}
+        for values in (last.importance, last.stderr)
     )
-    return LayerScores(last["metric"], importance, stderr, from_round=last.get("from_round", len(rounds)))
+    return LayerScores(last.metric, importance, stderr, from_round=last.from_round or finished)

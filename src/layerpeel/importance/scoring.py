@@ -43,10 +43,10 @@ def scoring_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Rows 
 
 
 def score_candidates(inputs: ScoringInputs, depth: KeptLayers) -> LayerScores:
-    """Scores the candidates: the cheap metric on all, the deciding one on its shortlist (or on all without one).
+    """Scores all candidates by the shortlist's metric, then those on the shortlist (all without one) by `decide`.
 
     Args:
-        depth: which teacher layers the positions in `inputs` stand for.
+        depth: the student's layers, to translate positions into the teacher's indices.
     """
     config = inputs.config
     cheap = None
@@ -70,15 +70,16 @@ def score_layers(
     answer_cache: AnswerCache | None = None,
     announce: Callable[[list[Estimate]], None] | None = None,
 ) -> LayerScores:
-    """Scores the layers of a model on its own: what would be lost if each were skipped.
+    """Scores the layers of a model, with the model itself as the teacher.
 
     Args:
-        model: a causal language model, or the stack of one whose layers are streamed (`streaming.load_streamed`).
-        config: which metric, which layers are protected.
-        tasks: for metrics that need them, from `make_tasks`.
+        model: a causal language model, or a `LayerwiseModel` whose layers are streamed (`streaming.load_streamed`).
+        config: the metrics, and the layers that are protected.
+        tasks: for metrics that run tasks, from `make_tasks`.
         text: for metrics that read text, from `scoring_text`.
-        store: where to look for answers that were given before, and to keep new ones.
-        announce: called with the estimate before the work begins.
+        aggregate: how the tasks' scores are combined: `mean` or `relative`.
+        answer_cache: keeps answers on disk, so that an interrupted scoring resumes.
+        announce: called with the estimates before the work begins.
 
     Raises:
         InputError: all layers are protected, or a streamed model would have to generate.
@@ -100,15 +101,15 @@ def score_layers(
 
 
 def unremovable_teacher_layers(model: PreTrainedModel, depth: KeptLayers) -> tuple[int, ...]:
-    """The teacher layers that may not go next, as the config could not express what is left; says why, once."""
-    fixed = {depth.kept[position]: reason for position, reason in unremovable_layers(model).items()}
-    if fixed:
-        _say_once(f"layers {', '.join(map(str, fixed))} stay: without one, {next(iter(fixed.values()))}")
-    return tuple(fixed)
+    """The teacher layers without which the model could not be saved, as no config describes it; prints why, once."""
+    reasons = {depth.kept[position]: reason for position, reason in unremovable_layers(model).items()}
+    if reasons:
+        _print_once(f"layers {', '.join(map(str, reasons))} stay: without one, {next(iter(reasons.values()))}")
+    return tuple(reasons)
 
 
 @cache
-def _say_once(text: str) -> None:
+def _print_once(text: str) -> None:
     console.print(shown(text), style="dim")
 
 
@@ -123,18 +124,19 @@ def _refuse_generation(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase
 
 def _scores(name: str, inputs: ScoringInputs, depth: KeptLayers) -> LayerScores:
     started, metric = time.monotonic(), make_metric(name)
-    found = metric.score(inputs)
+    result = metric.score(inputs)
 
     def by_layer(values: dict[int, Any]) -> dict[int, Any]:
         return {depth.kept[position]: value for position, value in values.items()}
 
     return LayerScores(
         metric=name,
-        importance=by_layer(found.importance),
-        stderr=by_layer(found.stderr),
-        evaluations=by_layer(found.evaluations),
-        dropped=by_layer(found.dropped),
+        importance=by_layer(result.importance),
+        stderr=by_layer(result.stderr),
+        evaluations=by_layer(result.evaluations),
+        dropped=by_layer(result.dropped),
         seconds=time.monotonic() - started,
         layer_tokens=work_of(metric, inputs, inputs.candidates).layer_tokens,
-        memory={"memory": inputs.budget.bytes, "memory_halved": inputs.budget.halved},
+        memory=inputs.budget.bytes,
+        memory_halved=inputs.budget.halved,
     )

@@ -1,4 +1,4 @@
-"""What a metric asks of a model, counted before it is asked."""
+"""Counts the tokens and layer calls that a metric needs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from layerpeel.inference.requests import Generation, LogLikelihood, Request
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens and layers; racing and early ends of generated text make it less.
+    """An upper bound: racing, and generated text that ends early, take less.
 
     Attributes:
-        tokens: of the text or the tasks, those to be generated included.
-        layer_runs: how often a layer runs on each of those that are read and not continued, over all candidates.
-        one_by_one: how often it would, if each candidate were removed and run.
-        layer_tokens: tokens that go through a layer, over all layers and candidates; of these,
-        decoded_layer_tokens: one at a time, as text is generated.
-        head_tokens: tokens that go through the head.
+        tokens: of the text or the tasks, including those to be generated.
+        layer_runs: layer calls for each token of text, contexts and continuations, over all candidates.
+        one_by_one: the same if each candidate were removed and run by itself.
+        layer_tokens: token-layer pairs, over all layers and branches.
+        decoded_layer_tokens: those of `layer_tokens` that are run one token at a time, in generation.
+        head_tokens: tokens that go through the head, over all branches.
     """
 
     tokens: int
@@ -31,39 +31,47 @@ class Work:
 
 
 def count_work(
-    metric: Metric, layers: int, candidates: Sequence[int], text_tokens: int, requests: Sequence[Request], own: int = 0
+    metric: Metric,
+    layers: int,
+    candidates: Sequence[int],
+    text_tokens: int,
+    requests: Sequence[Request],
+    teacher_layers: int = 0,
 ) -> Work:
-    """Counts what a metric asks.
+    """Counts what a metric needs.
 
     Args:
         layers: of the student.
         candidates: positions that are skipped, ascending.
         text_tokens: of the scoring text.
         requests: of all tasks.
-        own: layers of the teacher, where it runs besides.
+        teacher_layers: of a teacher that runs on the text besides the student; 0 if the student is its own.
     """
-    streams = 1 + (len(candidates) if metric.skips else 0)
+    branches = 1 + (len(candidates) if metric.skips else 0)
     runs = layers + (sum(layers - 1 - position for position in candidates) if metric.skips else 0)
-    read = text_tokens if "text" in metric.needs else 0
+    text_tokens = text_tokens if "text" in metric.needs else 0
     requests = requests if "tasks" in metric.needs else []
-    written = [r for r in requests if isinstance(r, Generation)]
-    asked = [r for r in requests if isinstance(r, LogLikelihood)]
-    contexts = {r.context for r in asked}  # which run once, whatever follows them
-    walked = read + sum(map(len, contexts)) + sum(len(r.continuation) for r in asked)
-    prompts, decoded = sum(len(r.prompt) for r in written), sum(r.max_new_tokens for r in written)
-    scored = (2 * read if metric.skips else 0) + sum(len(r.continuation) for r in asked)
+    generations = [r for r in requests if isinstance(r, Generation)]
+    likelihoods = [r for r in requests if isinstance(r, LogLikelihood)]
+    continuations = sum(len(r.continuation) for r in likelihoods)
+    contexts = {r.context for r in likelihoods}  # each runs once, however many continuations it has
+    read = text_tokens + sum(map(len, contexts)) + continuations
+    prompts, decoded = sum(len(r.prompt) for r in generations), sum(r.max_new_tokens for r in generations)
+    scored = (2 * text_tokens if metric.skips else 0) + continuations
     return Work(
-        tokens=walked + prompts + decoded,
+        tokens=read + prompts + decoded,
         layer_runs=runs,
         one_by_one=layers + len(candidates) * (layers - 1) if metric.skips else layers,
-        layer_tokens=walked * runs + (prompts + decoded) * layers * streams + (read * own if metric.skips else 0),
-        decoded_layer_tokens=decoded * layers * streams,
-        head_tokens=(scored + decoded) * streams,
+        layer_tokens=read * runs
+        + (prompts + decoded) * layers * branches
+        + (text_tokens * teacher_layers if metric.skips else 0),
+        decoded_layer_tokens=decoded * layers * branches,
+        head_tokens=(scored + decoded) * branches,
     )
 
 
 def work_of(metric: Metric, inputs: ScoringInputs, candidates: Sequence[int]) -> Work:
-    """Counts what a metric asks of a student with some candidates."""
+    """Counts what a metric needs for these inputs, with some of their candidates."""
     samples = inputs.samples.values() if "tasks" in metric.needs else ()
     return count_work(
         metric,

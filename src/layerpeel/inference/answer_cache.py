@@ -31,7 +31,7 @@ class AnswerCache:
         if not events:
             path.unlink(missing_ok=True)
         elif not lines[-1].endswith(b"\n"):
-            append(path, b"\n")
+            append(path, b"\n", each_process=True)
 
     def __len__(self) -> int:
         return len(self._values)
@@ -52,7 +52,7 @@ class AnswerCache:
     def keep_value(self, value: Any, *request_key: Any) -> None:
         """Writes a value that JSON can hold; returns once it is on the disk."""
         event: dict[str, Any] = {"key": _digest(request_key), "answers": value}
-        append(self.path, to_line(event | {"checksum": checksum(event, self.model_id)}))
+        append(self.path, to_line(event | {"checksum": checksum(event, self.model_id)}), each_process=True)
 
 
 def _digest(request_key: tuple[Any, ...]) -> str:

@@ -19,7 +19,7 @@ from layerpeel.inference.budget import Budget
 from layerpeel.inference.decoding import Decoder
 from layerpeel.inference.kv_cache import PrefillCache
 from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.inference.likelihoods import context_length, log_likelihoods
+from layerpeel.inference.likelihoods import log_likelihoods, window_length
 from layerpeel.inference.requests import Answer, Generation, Likelihood, LogLikelihood, Request, len_of
 from layerpeel.processes.distributed import processes_of
 from layerpeel.processes.interrupts import stop_if_asked
@@ -68,7 +68,7 @@ class Engine:
         Raises:
             RunError: memory does not suffice for a single row.
         """
-        windows = [_windows(request, context_length(self.layerwise)) for request in requests]
+        windows = [_windows(request, window_length(self.layerwise)) for request in requests]
         by_branch = []
         for answers in self._answer([window for parts in windows for window in parts], description):
             rest = iter(answers)
@@ -126,7 +126,7 @@ class Engine:
         candidates decode in one loop.
         """
         decoder = Decoder(self.layerwise, self.tokenizer, requests[0].stop, requests[0].max_new_tokens)
-        prompts = [r.prompt[-max(1, context_length(self.layerwise) - r.max_new_tokens) :] for r in requests]
+        prompts = [r.prompt[-max(1, window_length(self.layerwise) - r.max_new_tokens) :] for r in requests]
         texts = {(index, 0): tokens for index, tokens in enumerate(decoder.decode(prompts, [None] * len(prompts)))}
         if self.candidates:
             texts |= self._generate_skipping(decoder, prompts, [texts[index, 0] for index in range(len(prompts))])

@@ -16,7 +16,7 @@ from layerpeel.inference.kv_cache import PrefillCache
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.prefix_tree import TreeRow, pack, pad_rows, single
 from layerpeel.inference.requests import LogLikelihood
-from layerpeel.model.config_fields import attention_reach
+from layerpeel.model.config_fields import attention_reach, context_length
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def log_likelihoods(
         the log-probability of each continuation, [S, R] of float64; and how many of its first tokens greedy decoding
         gives too, [S, R].
     """
-    limit, branches = context_length(layerwise), 1 + len(candidates)
+    limit, branches = window_length(layerwise), 1 + len(candidates)
     sequences = [(r.context + r.continuation)[-(limit + 1) :] for r in requests]
     lengths = [len(r.continuation) for r in requests]
     rows = list(_rows(layerwise, [sequence[:-1] for sequence in sequences]))
@@ -126,6 +126,6 @@ def _rows(layerwise: LayerwiseModel, sequences: Sequence[Sequence[int]]) -> Iter
     return single(sequences)
 
 
-def context_length(layerwise: LayerwiseModel) -> int:
-    """The longest sequence, in tokens, that the model's positions allow."""
-    return getattr(layerwise.model.config, "max_position_embeddings", None) or 2048
+def window_length(layerwise: LayerwiseModel) -> int:
+    """Tokens of the longest sequence that the model is run on: its context length, or else 2048."""
+    return context_length(layerwise.model.config) or 2048

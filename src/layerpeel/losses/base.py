@@ -1,4 +1,4 @@
-"""What a loss sees of a training step."""
+"""Base class of losses, and what a loss is given of a training step."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class StepOutputs:
 
     Attributes:
         student_final, teacher_final: [B, T, D], after the final norm.
-        student_hidden, teacher_hidden: by teacher layer, [B, T, D], the output of the student's layer, and of the
-            teacher layer that it stands for; of the layers that the losses asked for.
+        student_hidden, teacher_hidden: [B, T, D] by teacher layer: the output of the student's layer, and of the
+            teacher layer whose output it is trained to give; of the layers that `Loss.hidden_layers` names.
         mask: [B, T], True at real tokens.
         labels: [B, T], the next token of the text; NO_LABEL where there is none.
-        student_head, teacher_head: the stacks whose heads turn final hidden states into logits.
-        step_tokens, step_labels: real tokens, and labels, in the whole optimizer step, over all its micro-batches.
+        student_head, teacher_head: the models whose heads turn final hidden states into logits.
+        step_tokens, step_labels: real tokens, and labels, in all micro-batches of the optimizer step.
         micro_batches: micro-batches in the optimizer step.
     """
 
@@ -48,9 +48,9 @@ class Loss(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def hidden_layers(self, trained: Sequence[int]) -> Sequence[int]:
-        """The layers whose outputs it reads, of those in training (teacher indices, ascending)."""
+        """The layers whose outputs the loss reads, of those in training (teacher indices, ascending)."""
         return ()
 
     @abstractmethod
     def __call__(self, outputs: StepOutputs) -> Tensor:
-        """The micro-batch's share of the step's loss: shares add up to the step's loss (a scalar)."""
+        """The micro-batch's share of the step's loss, a scalar; the shares of all micro-batches add up to it."""

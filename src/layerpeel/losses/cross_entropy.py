@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from torch import Tensor
+from torch.nn import functional
 
-from layerpeel.losses.base import StepOutputs
+from layerpeel.losses.base import NO_LABEL, StepOutputs
 from layerpeel.losses.logits import LogitLoss
 
 
@@ -15,14 +16,17 @@ class CrossEntropy(LogitLoss):
 
     reads_teacher: ClassVar[bool] = False
 
-    def measure(self, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        known = labels >= 0
-        target = labels.clamp_min(0)[:, None]
-        logs = student.log_softmax(-1)
-        value = -(logs.gather(-1, target)[:, 0] * known).sum()
-        grad_logits = logs.exp_()
+    def value(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(student_logits, labels, ignore_index=NO_LABEL, reduction="none")
+
+    def value_and_grad(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        labelled = labels != NO_LABEL
+        target = labels.where(labelled, 0)[:, None]
+        log_probs = student_logits.log_softmax(-1)
+        value = -(log_probs.gather(-1, target)[:, 0] * labelled).sum()
+        grad_logits = log_probs.exp_()
         grad_logits.scatter_add_(-1, target, grad_logits.new_full(target.shape, -1.0))
-        return value, grad_logits.mul_(known[:, None])
+        return value, grad_logits.mul_(labelled[:, None])
 
     def step_count(self, outputs: StepOutputs) -> int:
         return outputs.step_labels

@@ -1,4 +1,4 @@
-"""Losses on hidden states: at layers in training, and after the final norm (arXiv 2511.05085)."""
+"""Losses on hidden states: the outputs of trained layers, and of the final norm (arXiv 2511.05085)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from layerpeel.losses.base import Loss, StepOutputs
 
 
 class HiddenLoss(Loss):
-    """The mean over real tokens of a distance, at the layers plus after the final norm."""
+    """A distance between hidden states, mean over real tokens: that of the layers plus that after the final norm."""
 
     layers: Literal["last", "all"] = "last"
     """Compare the output of the last trained layer (the paper), or the mean over all trained layers."""
@@ -22,17 +22,17 @@ class HiddenLoss(Loss):
 
     @abstractmethod
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Of hidden states [N, D] in fp32: [N]."""
+        """The distance at each of N real tokens: hidden states [N, D] in fp32 -> [N]."""
 
     def hidden_layers(self, trained: Sequence[int]) -> Sequence[int]:
         return trained[-1:] if self.layers == "last" else trained
 
     def __call__(self, outputs: StepOutputs) -> Tensor:
-        there = self.hidden_layers(sorted(outputs.student_hidden))
-        places = [(outputs.student_hidden[layer], outputs.teacher_hidden[layer], 1 / len(there)) for layer in there]
+        layers = self.hidden_layers(sorted(outputs.student_hidden))
+        pairs = [(outputs.student_hidden[layer], outputs.teacher_hidden[layer], 1 / len(layers)) for layer in layers]
         if self.final:
-            places.append((outputs.student_final, outputs.teacher_final, 1.0))
+            pairs.append((outputs.student_final, outputs.teacher_final, 1.0))
         mask, total = outputs.mask, torch.zeros((), device=outputs.mask.device)
-        for student, teacher, share in places:
-            total = total + share * self.distance(student[mask].float(), teacher[mask].float()).sum()
+        for student, teacher, weight in pairs:
+            total = total + weight * self.distance(student[mask].float(), teacher[mask].float()).sum()
         return total / max(outputs.step_tokens, 1)

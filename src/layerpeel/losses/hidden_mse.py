@@ -11,9 +11,9 @@ class HiddenMSE(HiddenLoss):
     """Squared error between student and teacher, mean over D."""
 
     relative: bool = True
-    """Divide each token's error by the teacher's mean square at that token. Some tokens, the first one above all,
-    carry hidden states a thousand times larger than the rest; a plain mean, or one mean square for the batch, would
-    be about them alone."""
+    """Divide each token's error by the teacher's mean square at that token. Some tokens, above all the first one,
+    have hidden states a thousand times larger than the rest, and would dominate a plain mean, or one divided by the
+    batch's mean square."""
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         error = (student - teacher).square().mean(-1)

@@ -1,4 +1,4 @@
-"""The weighted sum of losses."""
+"""The weighted sum of the losses that a config lists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from layerpeel.losses.base import StepOutputs
 from layerpeel.losses.logits import LogitLoss, sweep
 from layerpeel.losses.registry import make_loss
 
-MEMORY_OF_BALANCE = 0.9  # share of the past in the running mean of a loss
+BALANCE_DECAY = 0.9  # of the running mean of a loss, for each step
 
 
 class LossSum:
@@ -24,7 +24,7 @@ class LossSum:
     """
 
     def __init__(self, configs: Mapping[str, LossConfig], *, balance: bool = False) -> None:
-        """Takes the losses of a config.
+        """Creates the losses of a config.
 
         Args:
             balance: scale every loss by the first one's running mean over its own, before its weight (Minitron's
@@ -49,8 +49,8 @@ class LossSum:
         parts: dict[str, Tensor] = {}
         on_logits = {name: loss for name, loss in self.losses.items() if isinstance(loss, LogitLoss)}
         if on_logits:
-            total, found = sweep([*on_logits.values()], [weights[name] for name in on_logits], outputs)
-            parts |= dict(zip(on_logits, found, strict=True))
+            total, values = sweep([*on_logits.values()], [weights[name] for name in on_logits], outputs)
+            parts |= dict(zip(on_logits, values, strict=True))
         for name, loss in self.losses.items():
             if name not in on_logits:
                 part = loss(outputs)
@@ -61,12 +61,12 @@ class LossSum:
         return total, {name: parts[name] for name in self.losses}
 
     def remember(self, parts: Mapping[str, float]) -> None:
-        """Takes a step's losses into the running means."""
+        """Updates the running means with a step's losses."""
         if self.balance:
             for name in self.losses:
                 past = self.running.get(name, parts[name])
-                self.running[name] = MEMORY_OF_BALANCE * past + (1 - MEMORY_OF_BALANCE) * parts[name]
+                self.running[name] = BALANCE_DECAY * past + (1 - BALANCE_DECAY) * parts[name]
 
     def _scale(self, name: str) -> float:
-        own = self.running.get(name, 0.0)
-        return self.running[next(iter(self.losses))] / own if own > 0 else 1.0
+        mean = self.running.get(name, 0.0)
+        return self.running[next(iter(self.losses))] / mean if mean > 0 else 1.0

@@ -1,4 +1,4 @@
-"""The losses a student is trained by, by name."""
+"""The table of losses, by the names that a config uses."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ LOSSES: dict[str, type[Loss]] = {
 
 
 def make_loss(name: str, config: LossConfig) -> Loss:
+    """Creates a loss from its name in `LOSSES`, or from a user's `module:Class`, with the options in its config.
+
+    Raises:
+        InputError: the name or an option is unknown, or an option's value is wrong.
+    """
     loss = resolve_class(name, LOSSES, "loss", Loss)
     try:
         return loss.model_validate(config.model_extra or {})

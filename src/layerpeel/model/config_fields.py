@@ -51,6 +51,12 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def context_length(config: PretrainedConfig) -> int | None:
+    """Tokens of the longest text that the model was made for; None where its config does not say."""
+    length = getattr(text_config(config), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
 def attention_reach(config: PretrainedConfig) -> int | None:
     """Tokens that the shortest-sighted layer attends to; None if every layer sees all before."""
     reaches = [getattr(text_config(config), name, None) for name in ATTENTION_REACHES]

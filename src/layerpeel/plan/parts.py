@@ -1,8 +1,13 @@
-"""Layer calls and seconds of the parts of a run."""
+"""Layer calls and seconds of the parts of a run.
+
+Counts what `run/loop.py` does round by round: scoring as `importance/work.py` counts it, generation as
+`inference/decoding.py` batches it, and the layers that `training/forward.py` runs for teacher and student.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -14,9 +19,10 @@ from layerpeel.inference.requests import Generation, Request
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.plan.shape import Shape
 from layerpeel.plan.speed import Speed
+from layerpeel.training.recipe import TrainingRecipe
 
-PADDED = 1.2  # places in rows, for a token of a task: on the stories, rows are filled to 75 to 86 %
-SCORING_BYTES_ON_GPU = 8 * 2**30  # of the streams, where `score.memory` does not say
+PADDED = 1.2  # positions in rows for each token of a task: on the stories, rows are filled to 75 to 86 %
+SCORING_BYTES_ON_GPU = 8 * 2**30  # of the branches, where `score.memory` does not say
 
 
 def _gap(layers: int, removed: int) -> range:
@@ -24,13 +30,30 @@ def _gap(layers: int, removed: int) -> range:
     return range(start, start + removed)
 
 
-def _candidates(config: RunConfig, depth: KeptLayers) -> list[int]:
-    """Positions that may go."""
+def _candidates(config: RunConfig, kept_layers: KeptLayers) -> list[int]:
+    """Positions of the layers that may be removed."""
     protect = config.score.protect
-    return [depth.position(layer) for layer in depth.removable(protect.first, protect.last, protect.layers)]
+    return [kept_layers.position(layer) for layer in kept_layers.removable(protect.first, protect.last, protect.layers)]
 
 
-class _Parts:
+@dataclass(frozen=True)
+class Training:
+    """What the first round trains.
+
+    Attributes:
+        layers: teacher indices of the layers, of all that trains in them.
+        trains_embeddings: whether teacher and student share no layer's computation.
+        parameters: how many numbers; 0 where nothing trains.
+        optimizer_bytes: of optimizer state.
+    """
+
+    layers: set[int]
+    trains_embeddings: bool
+    parameters: int
+    optimizer_bytes: int
+
+
+class Parts:
     """Layer calls and seconds of a run's parts, round by round."""
 
     def __init__(
@@ -39,94 +62,93 @@ class _Parts:
         shape: Shape,
         requests: Sequence[Sequence[Request]],
         speed: Speed,
-        layers: set[int],
-        alone: bool,
+        training: Training,
+        recipe: TrainingRecipe,
         device: str,
-        trained: int,
     ) -> None:
         self.config, self.shape, self.requests, self.speed = config, shape, requests, speed
-        self.layers, self.alone, self.trained = layers, alone, trained
-        self.flat = [request for own in requests for request in own]
+        self.training, self.recipe = training, recipe
+        self.flat = [request for task in requests for request in task]
         default = None if device == "cpu" else SCORING_BYTES_ON_GPU
         self.budget = Budget(config.score.memory or default, torch.device("cpu")).bytes
 
-    def totals(self, rounds: int, gpus: int) -> tuple[dict[str, float], dict[str, float]]:
+    def totals(self, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
         """Layer calls, and seconds, of scoring, evaluation and training."""
         calls, seconds = (dict.fromkeys(("scoring", "evaluation", "training"), 0.0) for _ in range(2))
 
-        def add(part: str, own: tuple[float, float]) -> None:
-            calls[part] += own[0]
-            seconds[part] += own[1] / gpus
+        def add(part: str, work: tuple[float, float]) -> None:
+            calls[part] += work[0]
+            seconds[part] += work[1] / self.recipe.processes
 
         distill, every, total = self.config.distill, self.config.score.every, self.shape.layers
-        add("evaluation", self._asked("task_quality", total, []))
+        add("evaluation", self._answering("task_quality", total, []))
         for removed in range(rounds):
-            depth = KeptLayers.full(total).without(_gap(total, removed))
+            kept_layers = KeptLayers.full(total).without(_gap(total, removed))
             if not removed or (every and removed % every == 0):
-                for name, candidates in self._scorings(depth):
-                    add("scoring", self._asked(name, len(depth), candidates))
+                for name, candidates in self._scorings(kept_layers):
+                    add("scoring", self._answering(name, len(kept_layers), candidates))
             if distill.when == "each_round":
-                add("training", self._trained(removed + 1, distill.tokens_per_round, gpus))
-            add("evaluation", self._asked("task_quality", len(depth) - 1, []))
+                add("training", self._training(removed + 1, distill.tokens_per_round))
+            add("evaluation", self._answering("task_quality", len(kept_layers) - 1, []))
         if last := distill.at_end(rounds):
-            add("training", self._trained(rounds, last.tokens, gpus))
-            add("evaluation", self._asked("task_quality", total - rounds, []))
+            add("training", self._training(rounds, last.tokens))
+            add("evaluation", self._answering("task_quality", total - rounds, []))
         return calls, seconds
 
-    def _scorings(self, depth: KeptLayers) -> list[tuple[str, list[int]]]:
+    def _scorings(self, kept_layers: KeptLayers) -> list[tuple[str, list[int]]]:
         """The metrics of a round, each with the candidates it looks at."""
-        score, candidates = self.config.score, _candidates(self.config, depth)
+        score, candidates = self.config.score, _candidates(self.config, kept_layers)
         if score.shortlist and len(candidates) > score.shortlist.keep:
             middle = (len(candidates) - score.shortlist.keep) // 2
-            few = candidates[middle : middle + score.shortlist.keep]
-            return [(score.shortlist.by, candidates), (score.decide, few)]
+            shortlist = candidates[middle : middle + score.shortlist.keep]
+            return [(score.shortlist.by, candidates), (score.decide, shortlist)]
         return [(score.decide, candidates)]
 
-    def streams(self) -> dict[str, int]:
-        """How many streams text, and tasks, have at most."""
-        found = {"text": 0, "tasks": 1}
+    def branches(self) -> dict[str, int]:
+        """The most branches that `text`, and `tasks`, run on."""
+        most = {"text": 0, "tasks": 1}
         for name, candidates in self._scorings(KeptLayers.full(self.shape.layers)):
             metric = make_metric(name)
             for need in metric.needs:
-                found[need] = max(found[need], 1 + len(candidates) if metric.skips else 1)
-        return found
+                most[need] = max(most[need], 1 + len(candidates) if metric.skips else 1)
+        return most
 
-    def _asked(self, name: str, layers: int, candidates: list[int]) -> tuple[float, float]:
+    def _answering(self, name: str, layers: int, candidates: list[int]) -> tuple[float, float]:
         """Layer calls and seconds of a metric (of an evaluation, without candidates)."""
-        metric, own = make_metric(name), self.shape.layers
-        work = count_work(metric, layers, candidates, self.config.score.tokens, self.flat, own)
+        metric = make_metric(name)
+        work = count_work(metric, layers, candidates, self.config.score.tokens, self.flat, self.shape.layers)
         steps, places = (self._decode_steps(1 + len(candidates)), PADDED) if "tasks" in metric.needs else (0, 1.0)
         speed = self.speed
         read = (work.layer_tokens - work.decoded_layer_tokens) * places * speed.layer + work.head_tokens * speed.head
         written = work.decoded_layer_tokens * speed.decode_row + steps * layers * speed.decode_call
         return float(work.layer_tokens), read + written
 
-    def _decode_steps(self, streams: int) -> int:
+    def _decode_steps(self, branches: int) -> int:
         """Steps of generation, over all batches of all tasks."""
-        tokens = self.budget // bytes_of_token(streams, self.shape.width, self.shape.itemsize)
+        tokens = self.budget // bytes_of_token(branches, self.shape.width, self.shape.itemsize)
         steps = 0
-        for own in self.requests:
-            written = [request for request in own if isinstance(request, Generation)]
-            if written:
-                longest = max(len(request.prompt) + request.max_new_tokens for request in written)
-                batches = -(-len(written) // max(1, tokens // longest))
-                steps += batches * max(request.max_new_tokens for request in written)
+        for task in self.requests:
+            generations = [request for request in task if isinstance(request, Generation)]
+            if generations:
+                longest = max(len(request.prompt) + request.max_new_tokens for request in generations)
+                batches = -(-len(generations) // max(1, tokens // longest))
+                steps += batches * max(request.max_new_tokens for request in generations)
         return steps
 
-    def _trained(self, removed: int, tokens: int, gpus: int) -> tuple[float, float]:
+    def _training(self, removed: int, tokens: int) -> tuple[float, float]:
         """Layer calls, forward, and seconds of training with so many layers gone."""
-        distill, speed, total = self.config.distill, self.speed, self.shape.layers
-        step = distill.batch_size * distill.accumulation * distill.sequence_length * gpus
-        steps = max(1, tokens // step) if tokens else 0
-        depth = KeptLayers.full(total).without(_gap(total, removed))
-        named = {"neighbours": depth.neighbours(distill.radius), "above": depth.above(), "all": depth.kept}
-        trained = set(named.get(distill.train, self.layers)) & set(depth.kept)
-        first = min((depth.position(layer) for layer in trained), default=len(depth))
-        shared = 0 if self.alone else min(first, depth.first_changed)
-        graph = len(depth) - shared
+        recipe, speed, total = self.recipe, self.speed, self.shape.layers
+        steps = recipe.steps(tokens)
+        kept_layers = KeptLayers.full(total).without(_gap(total, removed))
+        chosen = recipe.layers(kept_layers)
+        trained = set(self.training.layers if chosen is None else chosen) & set(kept_layers.kept)
+        first = min((kept_layers.position(layer) for layer in trained), default=len(kept_layers))
+        shared = 0 if self.training.trains_embeddings else min(first, kept_layers.first_changed)
+        graph = len(kept_layers) - shared
         frozen = graph - len(trained)
-        again = graph * speed.layer if distill.activation_checkpointing else 0.0
+        again = graph * speed.layer if recipe.config.activation_checkpointing else 0.0
         each = total * speed.layer + len(trained) * speed.trained_layer + 2 * frozen * speed.layer + again
-        calls = steps * step * (total + graph)
-        updates = steps * self.trained * len(trained) / max(len(self.layers), 1) * speed.update * gpus
-        return float(calls), steps * step * (each + speed.head_loss) + updates
+        calls = steps * recipe.step_tokens * (total + graph)
+        updated = self.training.parameters * len(trained) / max(len(self.training.layers), 1)
+        updates = steps * updated * speed.update * recipe.processes  # not shared: each process updates all
+        return float(calls), steps * recipe.step_tokens * (each + speed.head_loss) + updates

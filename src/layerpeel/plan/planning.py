@@ -16,10 +16,10 @@ from layerpeel.config.run import RunConfig
 from layerpeel.inference.requests import Request
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.plan.memory import resident_bytes, scoring_memory, training_memory
-from layerpeel.plan.parts import _candidates, _gap, _Parts
+from layerpeel.plan.parts import Parts, Training, _candidates, _gap
 from layerpeel.plan.shape import Outline, Shape, empty_model, shape_of
 from layerpeel.plan.speed import Speed
-from layerpeel.training.trainable import parameters_to_train
+from layerpeel.training.recipe import TrainingRecipe
 
 
 @dataclass(frozen=True)
@@ -80,28 +80,37 @@ def plan_run(
     Raises:
         InputError: the config selects nothing to train.
     """
-    distill, model = config.distill, empty_model(teacher, dtype)
-    shape = shape_of(model, distill.batch_size, distill.sequence_length)
-    rounds, student = _rounds(config, shape), Outline(model, _gap(shape.layers, 1))
-    names = parameters_to_train(
-        student, distill.train, radius=distill.radius, norm=distill.train_norm, head=distill.train_head
-    )
-    here = student.parameters()
-    trained = sum(here[name].numel() for name in names) if distill.tokens_per_round else 0
-    layers = {layer for name in names if (layer := student.layer_of(name)) is not None}
-    student.add_trained(names)
-    parts = _Parts(config, shape, requests, speed(shape), layers, student.trains_embeddings, device, trained)
-    # now, as measuring has brought in the libraries that a run uses
+    recipe, model = TrainingRecipe(config.distill, gpus), empty_model(teacher, dtype)
+    shape = shape_of(model, config.distill.batch_size, config.distill.sequence_length)
+    student = Outline(model, _gap(shape.layers, 1))
+    training = _training(student, recipe)
+    rounds, trained = _rounds(config, shape), training.parameters
+    parts = Parts(config, shape, requests, speed(shape), training, recipe, device)
+    # Read last: measuring has by now imported the libraries that a run uses.
     process = {"Python and its libraries": resident_bytes()} if device == "cpu" else {}
     graph, split = shape.layers - 1 - student.shared_prefix, gpus if fsdp else 1
     return Plan(
         shape,
         rounds,
         trained,
-        training_memory(shape, distill, trained, graph, device, split) | process,
-        scoring_memory(shape, config.score, requests, trained, parts.streams(), parts.budget, device) | process,
-        *parts.totals(rounds, gpus),
+        training_memory(shape, recipe, trained, training.optimizer_bytes, graph, device, split) | process,
+        scoring_memory(shape, config.score, requests, trained, parts.branches(), parts.budget, device) | process,
+        *parts.totals(rounds),
         gpus,
+    )
+
+
+def _training(student: Outline, recipe: TrainingRecipe) -> Training:
+    """What the first round trains; the student's own copies of it are made."""
+    names = recipe.parameters(student)
+    parameters = [student.parameters()[name] for name in names]
+    layers = [student.layer_of(name) for name in names]
+    student.add_trained(names)
+    return Training(
+        layers={layer for layer in layers if layer is not None},
+        trains_embeddings=student.trains_embeddings,
+        parameters=sum(parameter.numel() for parameter in parameters) if recipe.steps() else 0,
+        optimizer_bytes=recipe.optimizer_bytes(parameters, [layer is not None for layer in layers]),
     )
 
 

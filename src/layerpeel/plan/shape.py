@@ -1,4 +1,4 @@
-"""What a model's config says of its sizes; no weights are read, and none are made."""
+"""The sizes of a model, from its config; no weights are read or allocated."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from layerpeel.model.architecture import count_parameters, find_architecture
 from layerpeel.model.config_fields import rewrite_config, text_config
 from layerpeel.model.layer_inputs import replaced_forward
 from layerpeel.model.surgery import KeptLayers
+from layerpeel.training.recipe import MASTER_DTYPE, autocast
 from layerpeel.training.student import Student
 
 
@@ -28,7 +29,7 @@ class Shape:
 
     Attributes:
         layers, width, vocabulary: L, D, V.
-        parameters: of all of it, tied ones once.
+        parameters: of the model, tied ones once.
         layer_parameters: of the largest layer.
         head_parameters: of the head, though tied.
         itemsize: bytes of a frozen parameter.
@@ -56,7 +57,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 
 class Outline(Student):
-    """A student that only says what it consists of: its model may be on the meta device, and is never run."""
+    """A student whose parameters and layers can be listed but not run: its model may be on the meta device."""
 
     def __init__(self, model: PreTrainedModel, removed: Iterable[int]) -> None:
         """Takes the layers out of the model."""
@@ -65,9 +66,7 @@ class Outline(Student):
         self.model, self.trained = model, set()
         self.kept_layers = KeptLayers.full(len(layers)).without(removed)
         architecture.set_layers([layers[layer] for layer in self.kept_layers.kept])
-        self.layerwise = LayerwiseModel.__new__(
-            LayerwiseModel
-        )  # a stack that is made as usual tries how the model calls its layers
+        self.layerwise = LayerwiseModel.__new__(LayerwiseModel)  # its `__init__` would run the model
         self.layerwise.model, self.layerwise.architecture = model, architecture
 
 
@@ -94,7 +93,7 @@ def shape_of(model: PreTrainedModel, rows: int, length: int) -> Shape:
 
 
 def _kept_bytes(config: PretrainedConfig, dtype: torch.dtype, rows: int, length: int) -> int:
-    """What one layer keeps for its backward pass, counted by running it on tensors without content."""
+    """Bytes that one layer saves for its backward pass, counted on fake tensors; the layer trains as in `Trainer`."""
     config = copy.deepcopy(config)
     rewrite_config(text_config(config), [text_config(config).num_hidden_layers // 2])
     kept: dict[int, torch.UntypedStorage] = {}
@@ -109,20 +108,19 @@ def _kept_bytes(config: PretrainedConfig, dtype: torch.dtype, rows: int, length:
         architecture = find_architecture(model)
         layer = architecture.layers[0]
         for parameter in layer.parameters():
-            parameter.data = parameter.data.float()  # as they are while they train
+            parameter.data = parameter.data.to(MASTER_DTYPE)
             parameter.requires_grad_(True)
         run = layer.forward
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
             shared.update(_storage(leaf) for leaf in tree_leaves((args[1:], kwargs)) if isinstance(leaf, Tensor))
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 return run(*args, **kwargs)
 
-        autocast = torch.autocast("cpu", dtype, enabled=dtype is not torch.float32)
-        with replaced_forward(layer, watched), autocast:
+        with replaced_forward(layer, recorded), autocast("cpu", dtype):
             architecture.base(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
-        known = shared | {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    return sum(storage.nbytes() for key, storage in kept.items() if key not in known)
+        not_counted = shared | {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in not_counted)
 
 
 def _storage(tensor: Tensor) -> int:

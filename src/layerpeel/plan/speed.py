@@ -1,4 +1,8 @@
-"""How fast a model's parts run: measured on this machine with random weights, or from a processor's figures."""
+"""How fast a model's parts run: measured on this machine with random weights, or from a processor's figures.
+
+What is timed is what runs do: layers and head as `training/forward.py` and `losses/` run them, the optimizer of
+`training/recipe.py`, and `generate` in place of `inference/decoding.py`.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from layerpeel.losses.loss_sum import LossSum
 from layerpeel.model.config_fields import rewrite_config, text_config
 from layerpeel.model.devices import pick_device
 from layerpeel.plan.shape import Shape
+from layerpeel.training.recipe import MASTER_DTYPE, TrainingRecipe, autocast
 
 NEW = 6  # tokens that are generated for a time
 REPEATS, LEAST_SECONDS = 5, 0.5  # of what is timed, at least
@@ -47,11 +52,15 @@ class Speed:
     update: float
 
     @classmethod
-    def of_processor(cls, shape: Shape, flops: float, bandwidth: float) -> Speed:
+    def of_processor(cls, shape: Shape, flops: float, bandwidth: float, distill: DistillConfig | None = None) -> Speed:
         """From floating-point operations a second that are reached, and bytes of memory a second.
 
         A multiply-add is two operations for each weight; backward takes twice as many as forward. A step of
-        generation reads the layer's weights, and an update reads and writes 28 bytes (weight, gradient, two moments).
+        generation reads the layer's weights; an update reads and writes weight, gradient and optimizer state (28 bytes
+        with AdamW), and its own arithmetic is not counted.
+
+        Args:
+            distill: names the optimizer; the default one's if not given.
         """
         layer, head = 2 * shape.layer_parameters / flops, 2 * shape.head_parameters / flops
         return cls(
@@ -61,7 +70,7 @@ class Speed:
             head_loss=3 * head,
             decode_call=shape.layer_parameters * shape.itemsize / bandwidth,
             decode_row=layer,
-            update=28 / bandwidth,
+            update=TrainingRecipe(distill or DistillConfig()).update_bytes / bandwidth,
         )
 
     @classmethod
@@ -71,74 +80,102 @@ class Speed:
         # As in a run: until glibc has seen a large tensor go, it gives all back at once, and layers are slower by half.
         torch.empty(MOST_KEPT_BY_MALLOC, dtype=torch.uint8)
         one, two = (_random_model(config, layers, dtype).to(target) for layers in (1, 2))
-        layerwise = LayerwiseModel(one)
-        rows, length = distill.batch_size, distill.sequence_length
-        ids = torch.randint(0, layerwise.vocab_size, (rows, length), device=target)
+        timed = _Timed(one, TrainingRecipe(distill))
+        layer, head, head_loss = timed.layer(), timed.head(), timed.head_loss()
+        trained_layer, update = timed.training()
+        call, row = _decode_times(one, two, target)
+        return cls(
+            layer,
+            trained_layer,
+            head,
+            head_loss,
+            call,
+            max(row, layer),  # a small difference of large ones: not less than in a batch
+            update,
+        )
+
+
+class _Timed:
+    """A model of one layer, with a training batch of random tokens, whose parts are timed; seconds a token."""
+
+    def __init__(self, model: PreTrainedModel, recipe: TrainingRecipe) -> None:
+        self.model, self.recipe, self.layerwise = model, recipe, LayerwiseModel(model)
+        rows, length = recipe.config.batch_size, recipe.config.sequence_length
+        self.ids = torch.randint(0, self.layerwise.vocab_size, (rows, length), device=model.device)
         packed = torch.arange(length).remainder(max(1, length // 2)).expand(rows, -1)
-        hidden, arguments = layerwise.begin(ids, packed if distill.packing and layerwise.runs_packed else None)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        tokens = ids.numel()
-        trained = list(layerwise.layers[0].parameters())
-        few = hidden.flatten(0, 1)[: layerwise.logit_rows()].detach()
+        positions = packed if recipe.packs(self.layerwise) else None
+        self.hidden, self.arguments = self.layerwise.begin(self.ids, positions)
+        self.losses = LossSum(recipe.config.losses)
+
+    def layer(self) -> float:
+        """Through the layer, forward."""
 
         def forward() -> None:
             with torch.no_grad():
-                layerwise.layer(0, hidden.detach(), arguments[0])
+                self.layerwise.layer(0, self.hidden.detach(), self.arguments[0])
+
+        return _seconds(forward, self.model.device) / self.ids.numel()
+
+    def head(self) -> float:
+        """Through the head."""
+        inputs = self.hidden.flatten(0, 1)[: self.layerwise.logit_rows()].detach()
+
+        def logits() -> None:
+            with torch.no_grad():
+                self.layerwise.logits(inputs).logsumexp(-1).sum()
+
+        return _seconds(logits, self.model.device) / len(inputs)
+
+    def head_loss(self) -> float:
+        """Through the head of teacher and student and the losses, and back."""
 
         def both_ways() -> None:
-            with torch.autocast(target.type, dtype, enabled=dtype is not torch.float32):
-                layerwise.layer(0, hidden.detach().requires_grad_(), arguments[0]).float().square().mean().backward()
-
-        def head() -> None:
-            with torch.no_grad():
-                layerwise.logits(few).logsumexp(-1).sum()
-
-        losses = LossSum(distill.losses)
-
-        def head_loss() -> None:
-            final = hidden.detach().requires_grad_()
+            final = self.hidden.detach().requires_grad_()
             outputs = StepOutputs(
                 student_final=final,
-                teacher_final=hidden.detach(),
+                teacher_final=self.hidden.detach(),
                 student_hidden={0: final},
-                teacher_hidden={0: hidden.detach()},
-                mask=mask,
-                labels=ids,
-                student_head=layerwise,
-                teacher_head=layerwise,
-                step_tokens=tokens,
-                step_labels=tokens,
+                teacher_hidden={0: self.hidden.detach()},
+                mask=torch.ones_like(self.ids, dtype=torch.bool),
+                labels=self.ids,
+                student_head=self.layerwise,
+                teacher_head=self.layerwise,
+                step_tokens=self.ids.numel(),
+                step_labels=self.ids.numel(),
                 micro_batches=1,
             )
-            losses(outputs)[0].backward()
+            self.losses(outputs)[0].backward()
 
-        layer, head_time, loss_time = (_seconds(work, target) for work in (forward, head, head_loss))
-        one.requires_grad_(False)
+        return _seconds(both_ways, self.model.device) / self.ids.numel()
+
+    def training(self) -> tuple[float, float]:
+        """Through the layer both ways; and, for each parameter, a step of the optimizer."""
+        device, dtype = self.model.device, self.model.dtype
+        self.model.requires_grad_(False)
+        trained = list(self.layerwise.layers[0].parameters())
         for parameter in trained:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(MASTER_DTYPE)
             parameter.requires_grad_(True)
-        trained_layer = _seconds(both_ways, target)
-        optimizer = torch.optim.AdamW(trained)
-        update = _seconds(optimizer.step, target)
+
+        def both_ways() -> None:
+            hidden = self.hidden.detach().requires_grad_()
+            with autocast(device.type, dtype):
+                self.layerwise.layer(0, hidden, self.arguments[0]).float().square().mean().backward()
+
+        layer = _seconds(both_ways, device) / self.ids.numel()
+        rate = self.recipe.config.learning_rate
+        optimizers = self.recipe.optimizers(trained, [True] * len(trained), rate=rate, steps=1)
+        update = _seconds(optimizers.step, device) / sum(parameter.numel() for parameter in trained)
         for parameter in trained:
             parameter.data = parameter.data.to(dtype)
-        call, row = _decode_times(one, two, target)
-        return cls(
-            layer / tokens,
-            trained_layer / tokens,
-            head_time / len(few),
-            loss_time / tokens,
-            call,
-            max(row, layer / tokens),  # a small difference of large ones: not less than in a batch
-            update / sum(parameter.numel() for parameter in trained),
-        )
+        return layer, update
 
 
 def _random_model(config: PretrainedConfig, layers: int, dtype: torch.dtype) -> PreTrainedModel:
     """A model of the first layers of this shape, with random weights."""
-    own = copy.deepcopy(config)
-    rewrite_config(text_config(own), list(range(min(layers, text_config(own).num_hidden_layers))))
-    return AutoModelForCausalLM.from_config(own, dtype=dtype).eval()
+    config = copy.deepcopy(config)
+    rewrite_config(text_config(config), list(range(min(layers, text_config(config).num_hidden_layers))))
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def _decode_times(one: PreTrainedModel, two: PreTrainedModel, device: torch.device) -> tuple[float, float]:
@@ -158,10 +195,10 @@ def _decode_times(one: PreTrainedModel, two: PreTrainedModel, device: torch.devi
 
         return (_seconds(lambda: generate(2 + NEW), device) - _seconds(lambda: generate(2), device)) / NEW
 
-    few, many = 4, 256
-    low, high = (max(step(two, rows) - step(one, rows), 0.0) for rows in (few, many))
-    row = max(high - low, 0.0) / (many - few)
-    return max(low - few * row, 0.0), row
+    least, most = 4, 256
+    low, high = (max(step(two, rows) - step(one, rows), 0.0) for rows in (least, most))
+    row = max(high - low, 0.0) / (most - least)
+    return max(low - least * row, 0.0), row
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -15,6 +15,11 @@ def processes_of(device: torch.device) -> PartialState:
     return PartialState(cpu=device.type == "cpu")
 
 
+def is_main_process() -> bool:
+    """Whether this is the first of them, the one that writes what all have in common."""
+    return RANK == 0
+
+
 def sum_numbers(numbers: Mapping[str, float], device: torch.device) -> dict[str, float]:
     """Adds up numbers over all processes."""
     if not distributed.is_initialized():

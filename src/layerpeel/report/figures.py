@@ -1,4 +1,4 @@
-"""Figures: drawn once, saved as PNG and SVG, and shown in the page in the colours of its theme."""
+"""The figures of reports, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from layerpeel.importance.scores import LayerScores
 from layerpeel.processes.text import count, one_line
+from layerpeel.report.rows import CostRow, ImportanceRow
 from layerpeel.report.style import COLOURS, INK, MARKERS, canvas, plain_numbers
+from layerpeel.training.result import NO_LOSS
 
 ROUNDS = LinearSegmentedColormap.from_list("rounds", ["#2f7de1", "#9b6bd0", "#d9651a"])
 
@@ -26,10 +28,11 @@ class Line:
     """A run in the chart of quality.
 
     Attributes:
-        method: how it works, in a few words.
-        removed: layers removed, one a depth.
-        aggregate, stderr: at each depth.
-        parameters: at each depth.
+        name: of the run.
+        method: a short description of its config.
+        removed: number of layers removed, at each depth.
+        aggregate, stderr: the aggregate and its error, at each depth.
+        parameters: number of parameters, at each depth.
     """
 
     name: str
@@ -37,13 +40,13 @@ class Line:
     removed: Sequence[int]
     aggregate: Sequence[float]
     stderr: Sequence[float]
-    parameters: Sequence[int]
+    parameters: Sequence[float]
 
 
 def draw_quality(lines: Sequence[Line], ylabel: str, floor: float | None = None) -> Figure:
     """Quality against layers removed, a line a run, with the first run's parameters above (the paper's figure)."""
     with canvas(height=3.7 + 0.22 * len(lines)) as (figure, axes):
-        dashes = [place // len(COLOURS) % 2 for place in range(len(lines))]  # where colours come again
+        dashes = [index // len(COLOURS) % 2 for index in range(len(lines))]  # tells repeated colours apart
         for line, colour, marker, dashed in zip(lines, cycle(COLOURS), cycle(MARKERS), dashes, strict=False):
             axes.errorbar(
                 line.removed,
@@ -77,8 +80,8 @@ def draw_tasks(shares: Mapping[str, Sequence[float | None]]) -> Figure:
     """Each task's quality as a share of the teacher's, against layers removed."""
     with canvas() as (figure, axes):
         for (name, values), colour, marker in zip(shares.items(), cycle(COLOURS), cycle(MARKERS), strict=False):
-            known = [np.nan if value is None else 100 * value for value in values]
-            axes.plot(known, color=colour, marker=marker, markersize=4, linewidth=1.4, label=one_line(name, 24))
+            percents = [np.nan if value is None else 100 * value for value in values]
+            axes.plot(percents, color=colour, marker=marker, markersize=4, linewidth=1.4, label=one_line(name, 24))
         axes.axhline(100, color=INK, linewidth=0.8)
         axes.set(xlabel="layers removed", ylabel="% of the teacher's score")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -87,21 +90,22 @@ def draw_tasks(shares: Mapping[str, Sequence[float | None]]) -> Figure:
     return figure
 
 
-def draw_heat(rows: Sequence[Mapping[str, Any]], removed: Sequence[int], total: int, metric: str) -> Figure:
+def draw_heat(rows: Sequence[ImportanceRow], removed: Sequence[int], total: int, metric: str) -> Figure:
     """Importance by round and teacher layer.
 
     Args:
-        rows: `round`, `layer` and `importance`, of one metric.
+        rows: of one metric.
         removed: the layer that each round removed.
-        total: the teacher's layers.
+        total: number of the teacher's layers.
+        metric: the metric's name.
     """
     grid = np.full((len(removed), total), np.nan)
     for row in rows:
-        grid[row["round"] - 1, row["layer"]] = row["importance"]
+        grid[row.round - 1, row.layer] = row.importance
     height = min(9.0, 1.7 + 0.3 * len(removed))
     with canvas(max(6.0, min(12.0, 2.0 + 0.33 * total)), height) as (figure, axes):
-        known = grid[np.isfinite(grid)]
-        low, high = (float(known.min()), float(np.quantile(known, 0.95))) if known.size else (0.0, 1.0)
+        scored = grid[np.isfinite(grid)]
+        low, high = (float(scored.min()), float(np.quantile(scored, 0.95))) if scored.size else (0.0, 1.0)
         mesh = axes.pcolormesh(
             np.arange(total + 1) - 0.5,
             np.arange(len(removed) + 1) + 0.5,
@@ -112,20 +116,8 @@ def draw_heat(rows: Sequence[Mapping[str, Any]], removed: Sequence[int], total: 
             edgecolors=INK,
             linewidth=0.3,
         )
-        for number, layer in enumerate(removed, start=1):
-            axes.text(
-                layer,
-                number,
-                "×",
-                ha="center",
-                va="center",
-                color="#fefefe",
-                fontweight="bold",
-                bbox={"boxstyle": "circle,pad=0.12", "facecolor": "#b91c1c", "edgecolor": "none"},
-            )
-            for gone in removed[: number - 1]:
-                axes.text(gone, number, "–", ha="center", va="center", color=INK, alpha=0.6)
-        clipped = bool(known.size) and high < known.max()
+        _mark_removed(axes, removed)
+        clipped = bool(scored.size) and high < scored.max()
         figure.colorbar(mesh, ax=axes, extend="max" if clipped else "neither", pad=0.02).set_label(
             f"{one_line(metric, 40)}:\nlost when skipped", labelpad=10
         )
@@ -135,57 +127,82 @@ def draw_heat(rows: Sequence[Mapping[str, Any]], removed: Sequence[int], total: 
     return figure
 
 
+def _mark_removed(axes: Any, removed: Sequence[int]) -> None:
+    """Writes × on the layer that a round removed, and – on those that were removed before."""
+    for number, layer in enumerate(removed, start=1):
+        axes.text(
+            layer,
+            number,
+            "×",
+            ha="center",
+            va="center",
+            color="#fefefe",
+            fontweight="bold",
+            bbox={"boxstyle": "circle,pad=0.12", "facecolor": "#b91c1c", "edgecolor": "none"},
+        )
+        for gone in removed[: number - 1]:
+            axes.text(gone, number, "–", ha="center", va="center", color=INK, alpha=0.6)
+
+
 def draw_training(curves: Mapping[int, Sequence[Mapping[str, float]]]) -> Figure:
     """The loss and its parts against tokens, a line a round."""
-    other = {"learning_rate", "gradient_norm", "tokens", "skipped"}
-    parts = sorted({key for curve in curves.values() for point in curve for key in point} - other - {"loss"})
+    names = {name for curve in curves.values() for point in curve for name in point}
+    parts = sorted(names - {"loss", *NO_LOSS})
     panels = ["loss", *parts][:4]
     with canvas(3.0 * len(panels) + 1.6, 3.2, ncols=len(panels), squeeze=False) as (figure, axes):
-        for panel, own in zip(panels, axes[0], strict=True):
-            for number, curve in curves.items():
-                tokens, values = _smooth(curve, panel)
-                colour = ROUNDS((number - 1) / max(1, max(curves) - 1))
-                own.plot(tokens, values, color=colour, linewidth=1.2, label=f"round {number}")
-            if min((float(value) for line in own.get_lines() for value in line.get_ydata()), default=0) > 0:
-                own.set_yscale("log")
-                own.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                plain_numbers(own.yaxis)
-            own.set(title=one_line(panel, 24), xlabel="tokens")
-            own.xaxis.set_major_locator(MaxNLocator(3))
-            own.xaxis.set_major_formatter(_tick)
-            own.grid()
-        some = axes[0, -1].get_legend_handles_labels()
+        for part, panel in zip(panels, axes[0], strict=True):
+            _draw_loss(panel, part, curves)
+        handles, labels = axes[0, -1].get_legend_handles_labels()
         step = -(-len(curves) // 8)
-        figure.legend(some[0][::step], some[1][::step], loc="outside right upper")
+        figure.legend(handles[::step], labels[::step], loc="outside right upper")
     return figure
 
 
+def _draw_loss(axes: Any, part: str, curves: Mapping[int, Sequence[Mapping[str, float]]]) -> None:
+    """One part of the loss against tokens; a logarithmic axis where all values are positive."""
+    for number, curve in curves.items():
+        tokens, values = _smooth(curve, part)
+        colour = ROUNDS((number - 1) / max(1, max(curves) - 1))
+        axes.plot(tokens, values, color=colour, linewidth=1.2, label=f"round {number}")
+    if min((float(value) for line in axes.get_lines() for value in line.get_ydata()), default=0) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        plain_numbers(axes.yaxis)
+    axes.set(title=one_line(part, 24), xlabel="tokens")
+    axes.xaxis.set_major_locator(MaxNLocator(3))
+    axes.xaxis.set_major_formatter(_tick)
+    axes.grid()
+
+
 def _tick(value: float, _: int | None = None) -> str:
-    """A count without zeros at its end: 1.5 k for 1.50 k."""
+    """A count without trailing zeros: 1.5 k for 1.50 k."""
     digits, *unit = count(value).split(" ")
     return " ".join([digits.rstrip("0").rstrip(".") if "." in digits else digits, *unit])
 
 
 def _smooth(curve: Sequence[Mapping[str, float]], key: str, most: int = 300) -> tuple[list[float], list[float]]:
-    """A curve of at most so many points, each the mean of its neighbours."""
+    """Tokens and values of a curve, averaged over neighbours to at most `most` points; not finite ones are left out."""
     points = [(point["tokens"], point[key]) for point in curve if math.isfinite(point.get(key, math.nan))]
     groups = np.array_split(np.array(points, dtype=float).reshape(-1, 2), max(1, min(most, len(points))))
-    means = [group.mean(axis=0) for group in groups if len(group)]  # steps without a finite loss were skipped
+    means = [group.mean(axis=0) for group in groups if len(group)]
     return [float(mean[0]) for mean in means], [float(mean[1]) for mean in means]
 
 
-def draw_costs(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def draw_costs(rows: Sequence[CostRow]) -> Figure:
     """Seconds of scoring and training, above what each round lost."""
-    rounds = [row["round"] for row in rows]
+    rounds = [row.round for row in rows]
     with canvas(height=4.0, nrows=2, sharex=True) as (figure, (top, bottom)):
         base = np.zeros(len(rows))
-        for key, colour in (("scoring_seconds", 0), ("healing_seconds", 2), ("training_seconds", 1)):
-            values = np.array([row[key] for row in rows], dtype=float)
-            if values.any():
-                top.bar(rounds, values, bottom=base, color=COLOURS[colour], width=0.7, label=key.split("_")[0])
-            base += values
+        for label, colour, seconds in (
+            ("scoring", COLOURS[0], [row.scoring_seconds for row in rows]),
+            ("healing", COLOURS[2], [row.healing_seconds for row in rows]),
+            ("training", COLOURS[1], [row.training_seconds for row in rows]),
+        ):
+            if any(seconds):
+                top.bar(rounds, seconds, bottom=base, color=colour, width=0.7, label=label)
+            base += seconds
         top.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
-        bottom.bar(rounds, [row["aggregate_lost"] for row in rows], color=COLOURS[3], width=0.7)
+        bottom.bar(rounds, [row.aggregate_lost for row in rows], color=COLOURS[3], width=0.7)
         bottom.axhline(0, color=INK, linewidth=0.8)
         top.set_ylabel("seconds")
         bottom.set(xlabel="round", ylabel="aggregate lost")
@@ -196,10 +213,10 @@ def draw_costs(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def draw_importance(scores: LayerScores, path: Path) -> None:
-    """A bar for each layer: what is lost when it is skipped, with its standard error where there is one.
+    """Writes a bar chart of each layer's importance, with its standard error where there is one.
 
     Args:
-        path: its suffix says the format (.png, .svg, .pdf).
+        path: its suffix selects the format (.png, .svg, .pdf).
     """
     layers = sorted(scores.importance)
     values = [scores.importance[layer] for layer in layers]

@@ -1,18 +1,21 @@
-"""What a report says of a run, gathered from its journal and files, as plain values."""
+"""The rows of a report's tables, and the facts around them, from a run's record and files."""
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError
+from layerpeel.importance.scores import LayerScores
 from layerpeel.model.checkpoint import stored_dtype
+from layerpeel.report.rows import CostRow, DepthRow, ImportanceRow, QualityRow, RemovalRow
+from layerpeel.run.events import Quality
 from layerpeel.run.folder import Run
-from layerpeel.tasks.scores import Evaluation, aggregate_stderr
+from layerpeel.run.record import Round
+from layerpeel.storage.files import sha256_of
 
 REASONS = {
     "target_layers": "the target depth was reached",
@@ -22,55 +25,47 @@ REASONS = {
 }
 
 
-Row = dict[str, Any]
-
-
-def depth_rows(run: Run) -> list[Row]:
-    """A row for the teacher, one for each round, and one for the last pass, if there was one: what to choose from."""
-    if not run.teacher:
+def depth_rows(run: Run) -> list[DepthRow]:
+    """A row for the teacher, one for each round, and one for the last pass of training, if there was one."""
+    teacher = run.teacher
+    if not teacher:
         return []
-    each = bytes_per_parameter(run)
-    events = [run.teacher | {"round": 0, "removed": None, "kept": range(run.teacher["layers"])}, *run.rounds]
-    rows = [_depth_row(run, event, each) for event in events]
-    if last := last_pass(run):
-        rows.append(_depth_row(run, events[result_round(run)] | last, each) | {"last_pass": True})
+    reference, how, parameter_bytes = teacher.evaluation, run.config.aggregate, bytes_per_parameter(run)
+
+    def row(quality: Quality, number: int, removed: int | None, layers: int, *, last_pass: bool = False) -> DepthRow:
+        return DepthRow(
+            round=number,
+            removed=removed,
+            last_pass=last_pass,
+            layers=layers,
+            parameters=quality.parameters,
+            parameters_kept=quality.parameters / teacher.parameters,
+            bytes=None if parameter_bytes is None else round(parameter_bytes * quality.parameters),
+            aggregate=quality.aggregate,
+            aggregate_stderr=quality.evaluation.aggregate_stderr(reference, how),
+            kept_quality=quality.kept_quality,
+            evaluation=quality.evaluation,
+        )
+
+    rows = [row(teacher, 0, None, teacher.layers)]
+    rows += [row(each.end, each.number, each.removed, each.layers) for each in run.rounds]
+    if run.last_pass:
+        result = rows[run.result_round]
+        rows.append(row(run.last_pass, result.round, result.removed, result.layers, last_pass=True))
     return rows
 
 
-def last_pass(run: Run) -> dict[str, Any] | None:
-    """What the training after the last removal did, if there was one."""
-    return run.finish.get("last_pass") if run.finish else None
-
-
-def result_row(rows: Sequence[Row], run: Run) -> int:
-    """The row of the run's result, or of the last round while it goes on."""
-    return max(index for index, row in enumerate(rows) if row["round"] == result_round(run))
-
-
-def _depth_row(run: Run, event: dict[str, Any], bytes_each: float | None) -> Row:
-    assert run.teacher
-    evaluation = Evaluation.from_json(event["evaluation"])
-    return {
-        "round": event["round"],
-        "removed": event["removed"],
-        "last_pass": False,
-        "layers": len(event["kept"]),
-        "parameters": event["parameters"],
-        "parameters_kept": event["parameters"] / run.teacher["parameters"],
-        "bytes": None if bytes_each is None else round(bytes_each * event["parameters"]),
-        "aggregate": event["aggregate"],
-        "aggregate_stderr": aggregate_stderr(evaluation, run.reference, run.config.aggregate),
-        "kept_quality": event["kept_quality"],
-        "tasks": event["evaluation"],
-    }
+def result_row(rows: Sequence[DepthRow], run: Run) -> int:
+    """Index of the row of the run's result, or of the last round while the run goes on."""
+    return max(index for index, row in enumerate(rows) if row.round == run.result_round)
 
 
 def bytes_per_parameter(run: Run) -> float | None:
-    """Of a checkpoint on disk, by the student's files; before there are any, by the teacher's dtype if it is here."""
+    """By the result's files on disk; without them, by the dtype of the teacher's checkpoint, if it is a folder."""
     files = student_files(run)
     if files and run.finish and run.teacher:
-        events = [run.teacher, *run.rounds]
-        return sum(file.stat().st_size for file in files) / events[run.finish["round"]]["parameters"]
+        result = run.rounds[run.result_round - 1].end if run.result_round else run.teacher
+        return sum(file.stat().st_size for file in files) / result.parameters
     if not Path(run.config.teacher).is_dir():
         return None
     try:
@@ -83,119 +78,162 @@ def student_files(run: Run) -> list[Path]:
     return sorted(run.student_folder.glob("*.safetensors"))
 
 
-def result_round(run: Run) -> int:
-    """The round whose student is the result; the last one while the run goes on."""
-    return run.finish["round"] if run.finish else len(run.rounds)
+def quality_rows(runs: dict[str, Run]) -> list[QualityRow]:
+    """Every depth of every run.
 
-
-def task_kept(run: Run) -> dict[str, list[float | None]]:
-    """For each task, its quality as a share of the teacher's at each depth (None where the teacher's is 0)."""
-    if not run.teacher:
-        return {}
-    whole = run.reference.qualities(run.reference)
-    shares: dict[str, list[float | None]] = {name: [] for name in whole}
-    for event in [run.teacher, *run.rounds]:
-        for name, value in Evaluation.from_json(event["evaluation"]).qualities(run.reference).items():
-            shares[name].append(value / whole[name] if whole[name] else None)
-    return shares
-
-
-def importance_rows(run: Run) -> list[Row]:
-    """Every score of every round: by the deciding metric, and by the one that made the shortlist."""
+    Args:
+        runs: by name.
+    """
     return [
-        {
-            "round": event["round"],
-            "layer": int(layer),
-            "metric": scores["metric"],
-            "role": role,
-            "importance": value,
-            "stderr": scores.get("stderr", {}).get(layer),
-            "after_healing": scores.get("healed", {}).get(layer),
-            "removed": int(layer) == event["removed"],
-        }
-        for event in run.rounds
-        for role, scores in _scorings(event["scores"])
-        for layer, value in scores["importance"].items()
+        QualityRow(
+            run=name,
+            removed=row.round,
+            last_pass=row.last_pass,
+            layers=row.layers,
+            parameters=row.parameters,
+            aggregate=row.aggregate,
+            aggregate_stderr=row.aggregate_stderr,
+            kept_quality=row.kept_quality,
+        )
+        for name, run in runs.items()
+        for row in depth_rows(run)
     ]
 
 
-def _scorings(scores: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield "decides", scores
-    if scores.get("cheap"):
-        yield "shortlist", scores["cheap"]
+def task_kept(run: Run) -> dict[str, list[float | None]]:
+    """For each task, its quality at each depth as a share of the teacher's; None where the teacher's is 0."""
+    if not run.teacher:
+        return {}
+    full = run.reference.qualities(run.reference)
+    shares: dict[str, list[float | None]] = {task: [] for task in full}
+    for evaluation in [run.reference, *(each.evaluation for each in run.rounds)]:
+        for task, quality in evaluation.qualities(run.reference).items():
+            shares[task].append(quality / full[task] if full[task] else None)
+    return shares
 
 
-def removal_rows(run: Run) -> list[Row]:
-    """Which layers went, in order, and what was known of each when it was chosen."""
+def importance_rows(run: Run) -> list[ImportanceRow]:
+    """Every score of every round, by the deciding metric and by the one that made the shortlist."""
+    return [
+        ImportanceRow(
+            round=each.number,
+            layer=layer,
+            metric=scores.metric,
+            role=role,
+            importance=importance,
+            stderr=scores.stderr.get(layer),
+            after_healing=scores.healed.get(layer),
+            removed=layer == each.removed,
+        )
+        for each in run.rounds
+        for role, scores in _scorings(each)
+        for layer, importance in sorted(scores.importance.items())
+    ]
+
+
+def _scorings(round_: Round) -> Iterator[tuple[str, LayerScores]]:
+    yield "decides", round_.scores
+    if round_.scores.cheap:
+        yield "shortlist", round_.scores.cheap
+
+
+def removal_rows(run: Run) -> list[RemovalRow]:
+    """The removed layers, in order of removal."""
     rows = []
-    for event in run.rounds:
-        scores, layer = event["scores"], str(event["removed"])
+    for each in run.rounds:
+        scores, layer = each.scores, each.removed
         rows.append(
-            {
-                "round": event["round"],
-                "removed": event["removed"],
-                "metric": scores["metric"],
-                "importance": scores["importance"].get(layer),
-                "stderr": scores.get("stderr", {}).get(layer),
-                "candidates": len(scores.get("cheap", scores)["importance"]),
-                "scored": len(scores["importance"]),
-                "cheap_chooses_same": scores.get("cheap_chooses_same"),
-            }
+            RemovalRow(
+                round=each.number,
+                removed=layer,
+                metric=scores.metric,
+                importance=scores.importance.get(layer),
+                stderr=scores.stderr.get(layer),
+                candidates=len((scores.cheap or scores).importance),
+                scored=len(scores.importance),
+                cheap_chooses_same=scores.cheap_chooses_same if scores.cheap else None,
+            )
         )
     return rows
 
 
-def cost_rows(run: Run) -> list[Row]:
-    """What each round took in seconds, and what it lost."""
+def cost_rows(run: Run) -> list[CostRow]:
+    """What each round cost, and how much quality it lost."""
     if not run.teacher:
         return []
-    rows, before = [], run.teacher["aggregate"]
-    for event in run.rounds:
-        scores, training = event["scores"], event["training"]
+    rows, aggregate = [], run.teacher.aggregate
+    for each in run.rounds:
+        training = each.training
         rows.append(
-            {
-                "round": event["round"],
-                "removed": event["removed"],
-                "scoring_seconds": scores["seconds"] + scores.get("cheap", {}).get("seconds", 0.0),
-                "healing_seconds": scores.get("heal_seconds", 0.0),
-                "training_seconds": training["seconds"],
-                "training_tokens": training["tokens"],
-                "first_loss": training.get("first_loss"),
-                "last_loss": training.get("last_loss"),
-                "aggregate_lost": before - event["aggregate"],
-            }
+            CostRow(
+                round=each.number,
+                removed=each.removed,
+                scoring_seconds=sum(scores.seconds for _, scores in _scorings(each)),
+                healing_seconds=each.scores.heal_seconds,
+                training_seconds=training.seconds,
+                training_tokens=training.tokens,
+                first_loss=training.first_loss,
+                last_loss=training.last_loss,
+                aggregate_lost=aggregate - each.aggregate,
+            )
         )
-        before = event["aggregate"]
+        aggregate = each.aggregate
     return rows
 
 
-def seconds_of(run: Run) -> dict[str, float]:
-    """What scoring (healing on trial included) and training took in all."""
-    rows, last = cost_rows(run), last_pass(run)
-    training = sum(row["training_seconds"] for row in rows) + (last["training"]["seconds"] if last else 0.0)
-    return {"scoring": sum(row["scoring_seconds"] + row["healing_seconds"] for row in rows), "training": training}
+@dataclass(frozen=True)
+class Costs:
+    """What a run took.
+
+    Attributes:
+        scoring_seconds: short trainings of candidates included.
+        layer_tokens: tokens that went through a layer in scoring.
+        training_seconds: the last pass included.
+        training_tokens: the last pass included.
+    """
+
+    scoring_seconds: float
+    layer_tokens: int
+    training_seconds: float
+    training_tokens: int
+
+    @property
+    def seconds(self) -> float:
+        """Of scoring and training."""
+        return self.scoring_seconds + self.training_seconds
+
+
+def costs_of(run: Run) -> Costs:
+    """What scoring and training took in all."""
+    rows = cost_rows(run)
+    trainings = [each.training for each in run.rounds]
+    if run.last_pass:
+        trainings.append(run.last_pass.training)
+    return Costs(
+        scoring_seconds=sum(row.scoring_seconds + row.healing_seconds for row in rows),
+        layer_tokens=sum(scores.layer_tokens for each in run.rounds for _, scores in _scorings(each)),
+        training_seconds=sum(training.seconds for training in trainings),
+        training_tokens=sum(training.tokens for training in trainings),
+    )
 
 
 def training_curves(run: Run) -> dict[int, list[dict[str, float]]]:
-    """For each round that trained, its curve; rounds whose file is gone or damaged are left out."""
-    curves = {}
-    for event in run.rounds:
-        if curve := run.curve(event):
-            curves[event["round"]] = curve
-    return curves
+    """The training curve of each round; rounds without one, or whose file is gone or damaged, are left out."""
+    curves = {each.number: run.curve(each) for each in run.rounds}
+    return {number: curve for number, curve in curves.items() if curve}
 
 
 def state_of(run: Run) -> tuple[str, str]:
-    """running, finished or interrupted, and a word more."""
+    """`running`, `finished` or `interrupted`, and a note for people."""
     if run.finish:
-        return "finished", REASONS.get(run.finish["reason"], run.finish["reason"])
+        return "finished", REASONS.get(run.finish.reason, run.finish.reason)
     if run.is_running:
         return "running", f"round {len(run.rounds) + 1}"
     return "interrupted", "run the same command again to go on"
 
 
 def method_of(config: RunConfig) -> str:
-    """How a run works, in a few words."""
+    """A short description of what a config does: metric, how often it ranks, how much it trains."""
     tokens, every = config.distill.tokens_per_round, config.score.every
     ranked = {0: ", ranked once", 1: ""}.get(every, f", ranked every {every} rounds")
     when = "a round" if config.distill.when == "each_round" else "a removal, at the end"
@@ -203,10 +241,9 @@ def method_of(config: RunConfig) -> str:
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """The shortest ends of the runs' paths that tell them apart."""
+    """The shortest ends of the runs' paths that differ."""
     paths = [run.folder.absolute().parts for run in runs]
-    longest = max(map(len, paths))
-    for length in range(1, longest + 1):
+    for length in range(1, max(map(len, paths)) + 1):
         names = ["/".join(path[-length:]) for path in paths]
         if len(set(names)) == len(names):
             break
@@ -214,15 +251,11 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 
 def hashes(run: Run) -> dict[str, str]:
-    """SHA-256 of each of the student's safetensors files."""
-    found = {}
-    for path in student_files(run):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    """SHA-256 of each of the student's safetensors files, by file name."""
+    return {path.name: str(sha256_of(path)) for path in student_files(run)}
 
 
 def command_of(run: Run) -> str:
-    """What to type to run it again, into another folder."""
-    again = run.folder.with_name(f"{run.folder.name}-again")
-    return shlex.join(["layerpeel", "run", str(run.folder / "config.yaml"), "--set", f"output={again}"])
+    """The shell command that repeats the run in another folder."""
+    output = run.folder.with_name(f"{run.folder.name}-again")
+    return shlex.join(["layerpeel", "run", str(run.folder / "config.yaml"), "--set", f"output={output}"])

@@ -1,4 +1,4 @@
-"""How figures look."""
+"""The style of figures, and how they become files and inline SVG."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from matplotlib.ticker import NullFormatter
 
 from layerpeel.processes.text import count
 
-INK, PAPER = "#1f2937", "#ffffff"  # the page puts its own in their place
-COLOURS = ("#2f7de1", "#d9651a", "#1a9a6c", "#b4509e", "#94851c", "#7a78d6", "#6f7a87")  # seen on light and dark
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one more than colours, so that pairs repeat late
+INK, PAPER = "#1f2937", "#ffffff"  # replaced by the page's colours in inline SVG
+COLOURS = ("#2f7de1", "#d9651a", "#1a9a6c", "#b4509e", "#94851c", "#7a78d6", "#6f7a87")  # legible on light and dark
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one more than colours, so that few pairs repeat
 
 
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
-    "text.parse_math": False,  # a $ in a name is a $
+    "text.parse_math": False,  # a $ in a name is no formula
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -48,14 +48,14 @@ STYLE: Any = {
 
 @contextmanager
 def canvas(width: float = 6.2, height: float = 3.9, **layout: Any) -> Iterator[tuple[Figure, Any]]:
-    """A figure and its axes, in our style."""
+    """A figure and its axes in this style; `layout` goes to `Figure.subplots`."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
         yield figure, figure.subplots(**layout)
 
 
 def save(figure: Figure, path: Path) -> str:
-    """Writes PATH.png and PATH.svg; gives the SVG to be put into a page."""
+    """Writes PATH.png and PATH.svg; returns the SVG as `inline` makes it."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": path.name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the page's fonts have more
         figure.savefig(path.with_suffix(".png"), dpi=150)
@@ -64,19 +64,23 @@ def save(figure: Figure, path: Path) -> str:
 
 
 def inline(svg: str, name: str) -> str:
-    """An SVG of matplotlib's as part of a page: it scales, takes the page's colours, and shares no id with another."""
+    """Turns an SVG file of matplotlib into an element of a page: scalable, in the page's colours, with unique ids.
+
+    Args:
+        name: a prefix of its ids.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     width = float(re.search(r'width="([\d.]+)pt"', svg)[1])  # type: ignore[index]
     bounds = f'style="width: {1.45 * width:.0f}px; min-width: {0.79 * width:.0f}px" aria-hidden="true"'
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf"\1 {bounds}", svg, count=1)  # text stays of one, legible size
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf"\1 {bounds}", svg, count=1)  # keeps the text legible
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     return svg.replace(INK, "currentColor").replace(f"fill: {PAPER}", "fill: none")
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Labels a logarithmic axis in plain numbers: its own labels are formulas, which our style does not set."""
+    """Labels a logarithmic axis with plain numbers; the default labels are formulas, which this style shows as text."""
     axis.set_major_formatter(
         lambda value, _: count(value) if abs(value) >= 10_000 else f"{value:g}".replace("-", "\N{MINUS SIGN}")
     )

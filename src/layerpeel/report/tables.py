@@ -1,22 +1,24 @@
-"""Tables: as CSV and JSON for machines, and as cells for the page."""
+"""Tables: as CSV and JSON files, and as cells of an HTML page."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from layerpeel.processes.text import count, duration, number, one_line, percent, size
+from layerpeel.report.measurements import DepthSpeed
+from layerpeel.report.rows import CostRow, DepthRow, ImportanceRow, QualityRow, RemovalRow, TableRow
 
-Row = dict[str, Any]
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, and what it sorts by."""
+    """A cell: the text shown, and the value to sort by."""
 
     text: str
     key: float | str | None
@@ -29,135 +31,186 @@ class Table:
     Attributes:
         caption: what it shows.
         heads: a title for each column.
-        rows: a cell for each column; the first one heads its row.
-        marked: the row to point out.
+        rows: a cell for each column; the first one is the row's header.
+        marked: index of the row to highlight.
+        sortable: whether a click on a title sorts by its column.
     """
 
     caption: str
     heads: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     marked: int | None = None
-    sortable: bool = field(default=False)
+    sortable: bool = False
 
 
-def write_tables(folder: Path, tables: dict[str, list[Row]]) -> None:
+@dataclass(frozen=True)
+class Column(Generic[R]):
+    """A column of a table: its title, and its cell for a row."""
+
+    head: str
+    cell: Callable[[R], Cell]
+
+
+def column(head: str, value: Callable[[R], Any], write: Callable[[Any], str] = str) -> Column[R]:
+    """A column that shows one value of the row.
+
+    Args:
+        write: the text of a value.
+    """
+    return Column(head, lambda row: Cell(write(value(row)), value(row)))
+
+
+def make_table(caption: str, rows: Sequence[R], columns: Sequence[Column[R]]) -> Table:
+    return Table(caption, [each.head for each in columns], [[each.cell(row) for each in columns] for row in rows])
+
+
+def write_tables(folder: Path, tables: Mapping[str, Sequence[TableRow]]) -> None:
     """Writes NAME.csv and NAME.json for each table."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
-        (folder / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        lines = [row.columns() for row in rows]
+        (folder / f"{name}.json").write_text(json.dumps(lines, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(_no_formula(key) for key in rows[0]) if rows else None
-            writer.writerows(map(_no_formula, row.values()) for row in rows)
+            writer.writerows([map(_no_formula, lines[0])] if lines else [])
+            writer.writerows(map(_no_formula, line.values()) for line in lines)
 
 
 def _no_formula(value: Any) -> Any:
-    """A text that a spreadsheet will not take for a formula."""
+    """The value, with a quote before a text that a spreadsheet would take for a formula."""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
-def flat(rows: Iterable[Row]) -> list[Row]:
-    """Depths without nested values: a column for each task's score, its standard error and its n."""
-    flattened = []
-    for row in rows:
-        tasks = row["tasks"]
-        own = {key: value for key, value in row.items() if key != "tasks"}
-        for task, score in tasks.items():
-            own |= {task: score["value"], f"{task} stderr": score["stderr"], f"{task} n": score["n"]}
-        flattened.append(own)
-    return flattened
+def depth_table(rows: Sequence[DepthRow], marked: int | None) -> Table:
+    """The depths to choose from.
 
-
-def depth_table(rows: Sequence[Row], marked: int | None, *, measured: bool) -> Table:
-    """The depths to choose from."""
-    tasks = list(rows[0]["tasks"])
-    speed = ["ms/token", "tokens/s", "peak memory"] if measured else []
-    sizes = ["on disk"] if any(row["bytes"] for row in rows) else []
-    heads = ["layers", "removed", "parameters", "% of params", *sizes, "aggregate", "% kept", *speed]
-    return Table(
-        caption="Layers, size, quality and speed of each depth; ± is one standard error",
-        heads=[*heads, *(one_line(task, 40) + _arrow(rows[0]["tasks"][task]) for task in tasks)],
-        rows=[_depth_cells(row, tasks, sizes=bool(sizes), measured=measured) for row in rows],
-        marked=marked,
-        sortable=True,
-    )
-
-
-def _arrow(score: Row) -> str:
-    return " (lower is better)" if score["lower_is_better"] else ""
-
-
-def _depth_cells(row: Row, tasks: Sequence[str], *, sizes: bool, measured: bool) -> list[Cell]:
-    cells = [
-        Cell(str(row["layers"]) + (", last pass" if row["last_pass"] else ""), row["layers"]),
-        Cell("–" if row["removed"] is None else str(row["removed"]), row["removed"]),
-        Cell(count(row["parameters"]), row["parameters"]),
-        Cell(percent(row["parameters_kept"]), row["parameters_kept"]),
-        *([Cell(size(row["bytes"]), row["bytes"])] if sizes else []),
-        _with_error(row["aggregate"], row["aggregate_stderr"]),
-        Cell(percent(row["kept_quality"]), row["kept_quality"]),
+    Args:
+        rows: that of the teacher first.
+        marked: index of the row to highlight.
+    """
+    columns: list[Column[DepthRow]] = [
+        Column("layers", lambda row: Cell(str(row.layers) + (", last pass" if row.last_pass else ""), row.layers)),
+        column("removed", lambda row: row.removed, lambda layer: "–" if layer is None else str(layer)),
+        column("parameters", lambda row: row.parameters, count),
+        column("% of params", lambda row: row.parameters_kept, percent),
+        *([column("on disk", lambda row: row.bytes, size)] if any(row.bytes for row in rows) else []),
+        Column("aggregate", lambda row: _with_error(row.aggregate, row.aggregate_stderr)),
+        column("% kept", lambda row: row.kept_quality, percent),
+        *(_speed_columns() if rows[0].speed else []),
+        *(_task_column(task, score.lower_is_better) for task, score in rows[0].evaluation.scores.items()),
     ]
-    if measured:
-        cells += [
-            Cell(
-                f"{number(row['ms_per_token'], 2)} ({number(row['ms_per_token_least'], 2)}–"
-                f"{number(row['ms_per_token_most'], 2)})",
-                row["ms_per_token"],
-            ),
-            Cell(f"{row['tokens_per_second']:,.0f}", row["tokens_per_second"]),
-            Cell(size(row["peak_memory"]), row["peak_memory"]),
-        ]
-    return [*cells, *(_with_error(row["tasks"][task]["value"], row["tasks"][task]["stderr"]) for task in tasks)]
+    caption = "Layers, size, quality and speed of each depth; ± is one standard error"
+    return replace(make_table(caption, rows, columns), marked=marked, sortable=True)
+
+
+def _speed_columns() -> list[Column[DepthRow]]:
+    def speed_of(row: DepthRow) -> DepthSpeed:
+        assert row.speed
+        return row.speed
+
+    def latency(row: DepthRow) -> Cell:
+        speed = speed_of(row)
+        median, least, most = speed.ms_per_token, speed.ms_per_token_least, speed.ms_per_token_most
+        return Cell(f"{number(median, 2)} ({number(least, 2)}–{number(most, 2)})", median)
+
+    return [
+        Column("ms/token", latency),
+        column("tokens/s", lambda row: speed_of(row).tokens_per_second, lambda rate: f"{rate:,.0f}"),
+        column("peak memory", lambda row: speed_of(row).peak_memory, size),
+    ]
+
+
+def _task_column(task: str, lower_is_better: bool) -> Column[DepthRow]:
+    def cell(row: DepthRow) -> Cell:
+        score = row.evaluation.scores[task]
+        return _with_error(score.value, score.stderr)
+
+    return Column(one_line(task, 40) + (" (lower is better)" if lower_is_better else ""), cell)
 
 
 def _with_error(value: float, stderr: float | None) -> Cell:
     return Cell(number(value) + (f" ± {number(stderr)}" if stderr else ""), value)
 
 
-def simple_table(caption: str, rows: Sequence[Row], columns: dict[str, tuple[str, Callable[[Any], str]]]) -> Table:
-    """A table of some of the rows' values: for each key, its title and how it is written."""
-    return Table(
-        caption=caption,
-        heads=[head for head, _ in columns.values()],
-        rows=[[Cell(write(row[key]), row[key]) for key, (_, write) in columns.items()] for row in rows],
-    )
+def quality_table(rows: Sequence[QualityRow]) -> Table:
+    columns: list[Column[QualityRow]] = [
+        column("run", lambda row: row.run, one_line),
+        column("layers removed", lambda row: row.removed),
+        column("layers", lambda row: row.layers),
+        column("parameters", lambda row: row.parameters, count),
+        column("aggregate", lambda row: row.aggregate, number),
+        column("± stderr", lambda row: row.aggregate_stderr, number),
+        column("% kept", lambda row: row.kept_quality, percent),
+    ]
+    return make_table("Quality by run and depth", rows, columns)
 
 
-def heat_table(caption: str, rows: Sequence[Row], removed: Sequence[int]) -> Table:
-    """Importance by teacher layer (down) and round (across), as behind the heat map."""
-    scores = {(row["layer"], row["round"]): row for row in rows}
-    layers = sorted({row["layer"] for row in rows})
-    rounds = range(1, len(removed) + 1)
+def task_table(shares: Mapping[str, Sequence[float | None]]) -> Table:
+    """Each task's score at each depth.
 
-    def cell(layer: int, number_: int) -> Cell:
-        row = scores.get((layer, number_))
+    Args:
+        shares: of the teacher's score, by task.
+    """
+    depths = range(max(map(len, shares.values()), default=0))
+
+    def share_column(task: str) -> Column[int]:
+        return column(one_line(task, 40), lambda depth: shares[task][depth], percent)
+
+    columns = [column("layers removed", lambda depth: depth), *map(share_column, shares)]
+    return make_table("Each task's score as % of the teacher's", depths, columns)
+
+
+def heat_table(caption: str, rows: Sequence[ImportanceRow], removed: Sequence[int]) -> Table:
+    """The numbers of the heat map: importance by teacher layer (down) and round (across).
+
+    Args:
+        removed: the layer that each round removed.
+    """
+    scores = {(row.layer, row.round): row for row in rows}
+
+    def cell(layer: int, round_: int) -> Cell:
+        row = scores.get((layer, round_))
         if not row:
             return Cell("", None)
-        error = f" ± {number(row['stderr'], 4)}" if row["stderr"] else ""
-        return Cell(number(row["importance"], 4) + error + (" ×" if row["removed"] else ""), row["importance"])
+        error = f" ± {_number4(row.stderr)}" if row.stderr else ""
+        return Cell(_number4(row.importance) + error + (" ×" if row.removed else ""), row.importance)
 
-    heads = ["layer", *(f"round {number_}" for number_ in rounds)]
-    return Table(caption, heads, [[Cell(str(layer), layer), *(cell(layer, n) for n in rounds)] for layer in layers])
+    def round_column(round_: int) -> Column[int]:
+        return Column(f"round {round_}", lambda layer: cell(layer, round_))
+
+    columns = [column("layer", lambda layer: layer), *map(round_column, range(1, len(removed) + 1))]
+    return make_table(caption, sorted({row.layer for row in rows}), columns)
 
 
-COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "round": ("round", str),
-    "removed": ("layer removed", str),
-    "scoring_seconds": ("scoring", duration),
-    "healing_seconds": ("healing on trial", duration),
-    "training_seconds": ("training", duration),
-    "training_tokens": ("tokens trained on", lambda value: f"{value:,}"),
-    "first_loss": ("first loss", lambda value: number(value, 4)),
-    "last_loss": ("last loss", lambda value: number(value, 4)),
-    "aggregate_lost": ("aggregate lost", number),
-}
-REMOVALS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "round": ("round", str),
-    "removed": ("teacher layer", str),
-    "metric": ("by", one_line),
-    "importance": ("importance", lambda value: number(value, 4)),
-    "stderr": ("± stderr", lambda value: number(value, 4)),
-    "candidates": ("candidates", str),
-    "scored": ("scored by it", str),
-    "cheap_chooses_same": ("cheap metric alone", lambda same: {True: "same layer", False: "another", None: "–"}[same]),
-}
+def cost_table(rows: Sequence[CostRow]) -> Table:
+    columns: list[Column[CostRow]] = [
+        column("round", lambda row: row.round),
+        column("layer removed", lambda row: row.removed),
+        column("scoring", lambda row: row.scoring_seconds, duration),
+        column("healing on trial", lambda row: row.healing_seconds, duration),
+        column("training", lambda row: row.training_seconds, duration),
+        column("tokens trained on", lambda row: row.training_tokens, lambda tokens: f"{tokens:,}"),
+        column("first loss", lambda row: row.first_loss, _number4),
+        column("last loss", lambda row: row.last_loss, _number4),
+        column("aggregate lost", lambda row: row.aggregate_lost, number),
+    ]
+    return make_table("What each round took, and what it lost", rows, columns)
+
+
+def removal_table(rows: Sequence[RemovalRow]) -> Table:
+    answers = {True: "same layer", False: "another", None: "–"}
+    columns: list[Column[RemovalRow]] = [
+        column("round", lambda row: row.round),
+        column("teacher layer", lambda row: row.removed),
+        column("by", lambda row: row.metric, one_line),
+        column("importance", lambda row: row.importance, _number4),
+        column("± stderr", lambda row: row.stderr, _number4),
+        column("candidates", lambda row: row.candidates),
+        column("scored by it", lambda row: row.scored),
+        column("cheap metric alone", lambda row: row.cheap_chooses_same, lambda same: answers[same]),
+    ]
+    return make_table("Layers removed, in order", rows, columns)
+
+
+def _number4(value: float | None) -> str:
+    return number(value, 4)

@@ -11,33 +11,30 @@ from jinja2 import Environment, StrictUndefined
 
 from layerpeel.config.fields import TextConfig
 from layerpeel.config.run import RunConfig
-from layerpeel.processes.distributed import RANK
 from layerpeel.processes.text import count, number, one_line, percent
-from layerpeel.run.folder import Run, removed_layers
+from layerpeel.run.events import StudentRecord
+from layerpeel.run.folder import Run
 from layerpeel.storage.files import write_whole
-from layerpeel.tasks.scores import Evaluation, aggregate_stderr
 
 CARRIED = ("license", "license_name", "license_link", "language")  # from the teacher's own card
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
-def write_card(run: Run, folder: Path, round_: int, last_pass: dict[str, Any] | None = None) -> Path:
-    """Writes the README.md of a round's student into its folder; of several processes the first does.
+def write_card(run: Run, folder: Path, round_number: int, last_pass: StudentRecord | None = None) -> Path:
+    """Writes the README.md of a round's student into its folder.
 
     Args:
-        round_: the round whose student is in `folder`; 0 if nothing was removed.
-        last_pass: what the journal says of the training after the last removal, if the student had it.
+        round_number: the round whose student is in `folder`; 0 if nothing was removed.
+        last_pass: what the record says of the training after the last removal, if the student had it.
     """
     path = folder / "README.md"
-    if RANK:
-        return path
     metadata = card_metadata(run.config)
     # Markdown, in which text from outside is escaped as such: escaping for HTML would show in code.
     template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     template.filters |= {"md": markdown, "number": number, "percent": percent, "count": count}
     body = template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        card_facts(run, round_, metadata, last_pass)
+        card_facts(run, round_number, metadata, last_pass)
     )
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
     write_whole(path, str(card))
@@ -61,11 +58,11 @@ def card_metadata(config: RunConfig) -> ModelCardData:
 def teacher_metadata(teacher: str) -> dict[str, Any]:
     """What the head of the teacher's own card says, if it has one and can be read; nothing is fetched."""
     folder = Path(teacher)
-    found = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(teacher, "README.md")
-    if not isinstance(found, (str, Path)) or not Path(found).is_file():
+    path = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(teacher, "README.md")
+    if not isinstance(path, (str, Path)) or not Path(path).is_file():
         return {}
     try:
-        return ModelCard.load(found).data.to_dict()
+        return ModelCard.load(path).data.to_dict()
     except Exception:  # somebody else's YAML, which must not keep us from writing ours
         return {}
 
@@ -75,32 +72,31 @@ def teacher_name(teacher: str) -> str:
     return one_line(Path(teacher).name if Path(teacher).is_dir() else teacher, 200)
 
 
-def card_facts(run: Run, round_: int, metadata: ModelCardData, last_pass: dict[str, Any] | None) -> dict[str, Any]:
+def card_facts(run: Run, round_number: int, metadata: ModelCardData, last_pass: StudentRecord | None) -> dict[str, Any]:
     """What the card says."""
-    assert run.teacher
-    config, done = run.config, run.rounds[:round_]
-    student = (done[-1] if done else run.teacher) | (last_pass or {})
-    trained = [event["training"] for event in [*done, *([last_pass] if last_pass else [])]]
+    assert run.teacher and run.start
+    trainings = [each.training for each in run.rounds[:round_number]] + ([last_pass.training] if last_pass else [])
+    rounds, removed = run.rounds[:round_number], run.removed_layers(round_number)
+    student = last_pass or (rounds[-1] if rounds else run.teacher)
+    layers = run.teacher.layers - len(removed)
     return {
-        "name": f"{metadata.base_model}, {run.teacher['layers'] - len(removed_layers(run, round_))} layers",
+        "name": f"{metadata.base_model}, {layers} layers",
         "base": metadata.base_model,
         "license": metadata.license,
-        "config": config,
+        "config": run.config,
         "teacher": run.teacher,
         "student": student,
-        "layers": run.teacher["layers"] - len(removed_layers(run, round_)),
-        "removed": removed_layers(run, round_),
-        "order": [event["removed"] for event in done],
-        "tokens": sum(training["tokens"] for training in trained),
+        "layers": layers,
+        "removed": removed,
+        "order": [each.removed for each in rounds],
+        "tokens": sum(training.tokens for training in trainings),
         "last_pass": last_pass,
-        "sources": [_source(text) for text in config.distill.text],
-        "errors": [_aggregate_stderr(run, event) for event in (run.teacher, student)],
-        "versions": next((event["versions"] for event in run.events if event["event"] == "start"), {}),
+        "sources": [_source(text) for text in run.config.distill.text],
+        "errors": [
+            model.evaluation.aggregate_stderr(run.reference, run.config.aggregate) for model in (run.teacher, student)
+        ],
+        "versions": run.start.versions,
     }
-
-
-def _aggregate_stderr(run: Run, event: dict[str, Any]) -> float:
-    return aggregate_stderr(Evaluation.from_json(event["evaluation"]), run.reference, run.config.aggregate)
 
 
 def _source(text: TextConfig) -> str:

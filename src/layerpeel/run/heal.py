@@ -8,22 +8,26 @@ from layerpeel.config.run import RunConfig
 from layerpeel.importance.base import ScoringInputs
 from layerpeel.importance.scores import LayerScores
 from layerpeel.tasks.evaluation import evaluate
+from layerpeel.training.recipe import TrainingRecipe
 from layerpeel.training.rounds import train_student
 from layerpeel.training.student import Student
 
 
 def heal_candidates(student: Student, inputs: ScoringInputs, scores: LayerScores, config: RunConfig) -> None:
-    """Removes each of the best few candidates on trial, distils for a few steps, and notes what the tasks lose then."""
+    """Removes each of the best few candidates on trial, distils for a few steps, and notes what the tasks lose then.
+
+    Args:
+        scores: of the candidates; gets their `healed` and `heal_seconds`.
+    """
     assert config.score.heal and inputs.reference
     started = time.monotonic()
-    distill = config.distill
-    per_step = distill.batch_size * distill.accumulation * distill.sequence_length
-    distill = distill.model_copy(update={"tokens_per_round": config.score.heal.steps * per_step})
-    whole = inputs.reference.aggregate(inputs.reference, config.aggregate)
+    tokens = config.score.heal.steps * TrainingRecipe(config.distill).step_tokens
+    distill = config.distill.model_copy(update={"tokens_per_round": tokens})
+    teacher = inputs.reference.aggregate(inputs.reference, config.aggregate)
     for layer in scores.ranked()[: config.score.heal.keep]:
         trial = student.fork()
         trial.remove([layer])
         train_student(trial, inputs.tokenizer, distill, seed=config.seed, description=f"healing without layer {layer}")
         evaluation = evaluate(trial.model, inputs.tokenizer, inputs.tasks)
-        scores.healed[layer] = whole - evaluation.aggregate(inputs.reference, config.aggregate)
+        scores.healed[layer] = teacher - evaluation.aggregate(inputs.reference, config.aggregate)
     scores.heal_seconds = time.monotonic() - started

@@ -1,18 +1,17 @@
-"""Signs of failure, as checks on a run's journal: those that the paper names (arXiv 2511.05085), and others' bugs.
+"""Signs of failure, as checks on a run's record: those that the paper names (arXiv 2511.05085), and others' bugs.
 
-Each check reads the journal and gives what it finds; `note_findings` records what is new and says it on stderr.
+Each check reads the record and yields what it finds; `note_findings` records what is new and prints it on stderr.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
 
 from layerpeel.processes.progress import console, shown
-from layerpeel.run.folder import Run
-from layerpeel.tasks.scores import Evaluation
+from layerpeel.run.events import Finding, TeacherRecord
+from layerpeel.run.record import Round, RunRecord
+from layerpeel.run.writing import OpenRun
 
 # The paper calls an aggregate under 0.3 after four removals a failure; its teacher scored 0.636.
 FLOOR, FLOOR_SHARE, FLOOR_ROUND = 0.3, 0.3 / 0.636, 4
@@ -24,40 +23,27 @@ COPY_COLLAPSE = 0.5  # of the share that the other tasks keep
 SURE = 2.0  # standard errors
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What a check found: in which round (None: of the teacher), and what to do."""
-
-    check: str
-    severity: Literal["error", "warning", "note"]
-    round: int | None
-    message: str
-    hint: str
-
-
-def note_findings(run: Run) -> None:
-    """Records what the checks find and the journal does not hold yet, and says it."""
-    known = {_key(event) for event in run.events if event["event"] == "finding"}
-    for found in findings(run):
-        fields = asdict(found)
-        if _key(fields) not in known:
-            run.record("finding", **fields)
-            where = "teacher" if found.round is None else f"round {found.round}"
-            colour = {"error": "red", "warning": "yellow", "note": "blue"}[found.severity]
-            console.print(f"[bold {colour}]{found.severity}:[/] {where}: {shown(found.message)}", soft_wrap=True)
-            console.print(f"[bold]hint:[/] {shown(found.hint)}", soft_wrap=True)
+def note_findings(run: OpenRun) -> None:
+    """Records what the checks find and the record does not hold yet, and prints it on stderr."""
+    recorded = {_key(finding) for finding in run.findings}
+    for finding in findings(run):
+        if _key(finding) not in recorded:
+            run.record(finding)
+            where = "teacher" if finding.round is None else f"round {finding.round}"
+            colour = {"error": "red", "warning": "yellow", "note": "blue"}[finding.severity]
+            console.print(f"[bold {colour}]{finding.severity}:[/] {where}: {shown(finding.message)}", soft_wrap=True)
+            console.print(f"[bold]hint:[/] {shown(finding.hint)}", soft_wrap=True)
 
 
-def findings(run: Run) -> list[Finding]:
-    """All that the checks find in a journal, in the order of its rounds; the same each time."""
+def findings(run: RunRecord) -> list[Finding]:
+    """All that the checks find in a record, in the order of its rounds; the same each time, but for `time`."""
     if not run.teacher:
         return []
     checks = (at_chance, under_floor, sharp_drop, not_finite, no_recovery, no_gradient, idle_loss, copy_collapse)
-    found = [each for check in checks for each in check(run)]
-    return sorted(found, key=lambda each: each.round or 0)
+    return sorted((each for check in checks for each in check(run)), key=lambda each: each.round or 0)
 
 
-def at_chance(run: Run) -> Iterator[Finding]:
+def at_chance(run: RunRecord) -> Iterator[Finding]:
     """Tasks on which the teacher is not surely better than guessing."""
     for name, score in run.reference.scores.items():
         if score.chance is None or not 0 < score.chance < 1:
@@ -65,155 +51,158 @@ def at_chance(run: Run) -> Iterator[Finding]:
         error = math.sqrt(score.chance * (1 - score.chance) / score.n)
         if score.value < score.chance + SURE * error:
             yield Finding(
-                "at_chance",
-                "warning",
-                None,
-                f"task {name}: the teacher scores {score.value:.3f} on {score.n} rows, and guessing would score "
-                f"{score.chance:.3f} ± {error:.3f}, so the task cannot show what a removal costs",
-                "check its prompt and its answer column, give it more rows, or leave it out",
+                check="at_chance",
+                severity="warning",
+                round=None,
+                message=f"task {name}: the teacher scores {score.value:.3f} on {score.n} rows, and guessing would "
+                f"score {score.chance:.3f} ± {error:.3f}, so the task cannot show what a removal costs",
+                hint="check its prompt and its answer column, give it more rows, or leave it out",
             )
 
 
-def under_floor(run: Run) -> Iterator[Finding]:
+def under_floor(run: RunRecord) -> Iterator[Finding]:
     """The first round, of the fourth and later ones, whose aggregate is that of a failed run."""
     assert run.teacher
-    for event in run.rounds[FLOOR_ROUND - 1 :]:
-        share, own, whole = event["kept_quality"], event["aggregate"], run.teacher["aggregate"]
-        if share < FLOOR_SHARE or own < FLOOR <= whole:
+    for each in run.rounds[FLOOR_ROUND - 1 :]:
+        share, aggregate, teacher = each.kept_quality, each.aggregate, run.teacher.aggregate
+        if share < FLOOR_SHARE or aggregate < FLOOR <= teacher:
             yield Finding(
-                "under_floor",
-                "error" if share < FLOOR_SHARE else "warning",
-                event["round"],
-                f"after {event['round']} removals the aggregate is {own:.3f}, {share:.0%} of the teacher's "
-                f"{whole:.3f}; under {FLOOR} or {FLOOR_SHARE:.0%}, removing costs more than training heals",
-                "train more each round (distill.tokens_per_round), or stop earlier: set stop.min_quality, or export "
-                "an earlier round",
+                check="under_floor",
+                severity="error" if share < FLOOR_SHARE else "warning",
+                round=each.number,
+                message=f"after {each.number} removals the aggregate is {aggregate:.3f}, {share:.0%} of the teacher's "
+                f"{teacher:.3f}; under {FLOOR} or {FLOOR_SHARE:.0%}, removing costs more than training heals",
+                hint="train more each round (distill.tokens_per_round), or stop earlier: set stop.min_quality, or "
+                "export an earlier round",
             )
             return
 
 
-def sharp_drop(run: Run) -> Iterator[Finding]:
+def sharp_drop(run: RunRecord) -> Iterator[Finding]:
     """Rounds that lost much at once, beyond the noise of the tasks."""
-    for before, event in _steps(run):
-        lost = before["kept_quality"] - event["kept_quality"]
-        then, now = (Evaluation.from_json(each["evaluation"]) for each in (before, event))
-        noise = then.difference_stderr(now, run.reference, run.config.aggregate)
-        if lost > SHARP_DROP and before["aggregate"] - event["aggregate"] > SURE * noise:
+    for before, each in _steps(run):
+        lost = before.kept_quality - each.kept_quality
+        noise = before.evaluation.difference_stderr(each.evaluation, run.reference, run.config.aggregate)
+        if lost > SHARP_DROP and before.aggregate - each.aggregate > SURE * noise:
             decide = "" if run.config.score.decide == "task_quality" else "score.decide: task_quality, "
             yield Finding(
-                "sharp_drop",
-                "warning",
-                event["round"],
-                f"without layer {event['removed']} the quality fell from {before['kept_quality']:.1%} to "
-                f"{event['kept_quality']:.1%} of the teacher's in one round: the layer may be an essential one",
-                f"in a new output folder, keep it with score.protect.layers: [{event['removed']}], or choose by a "
+                check="sharp_drop",
+                severity="warning",
+                round=each.number,
+                message=f"without layer {each.removed} the quality fell from {before.kept_quality:.1%} to "
+                f"{each.kept_quality:.1%} of the teacher's in one round: the layer may be an essential one",
+                hint=f"in a new output folder, keep it with score.protect.layers: [{each.removed}], or choose by a "
                 f"better score ({decide}score.heal)",
             )
 
 
-def not_finite(run: Run) -> Iterator[Finding]:
+def not_finite(run: RunRecord) -> Iterator[Finding]:
     """Rounds with losses or scores that are no numbers."""
-    for event in run.rounds:
-        training = event["training"]
-        skipped, restarts = training.get("skipped", 0), training.get("restarts", 0)
-        if skipped:
+    for each in run.rounds:
+        training = each.training
+        if training.skipped:
             yield Finding(
-                "not_finite",
-                "warning",
-                event["round"],
-                f"{skipped} of the steps had a loss or a gradient that is not finite, and were skipped"
-                + (f"; training began again {restarts} times with half the learning rate" if restarts else ""),
-                "lower distill.learning_rate, or use dtype: float32; look at the scale of the logits",
+                check="not_finite",
+                severity="warning",
+                round=each.number,
+                message=f"{training.skipped} of the steps had a loss or a gradient that is not finite, and were skipped"
+                + (
+                    f"; training began again {training.restarts} times with half the learning rate"
+                    if training.restarts
+                    else ""
+                ),
+                hint="lower distill.learning_rate, or use dtype: float32; look at the scale of the logits",
             )
-        if not math.isfinite(event["aggregate"]):
+        if not math.isfinite(each.aggregate):
             yield Finding(
-                "not_finite",
-                "error",
-                event["round"],
-                f"the aggregate is {event['aggregate']}: the student's scores are no numbers",
-                "look for overflow (dtype: float32), and for NaN in the teacher's weights",
+                check="not_finite",
+                severity="error",
+                round=each.number,
+                message=f"the aggregate is {each.aggregate}: the student's scores are no numbers",
+                hint="look for overflow (dtype: float32), and for NaN in the teacher's weights",
             )
 
 
-def no_recovery(run: Run) -> Iterator[Finding]:
+def no_recovery(run: RunRecord) -> Iterator[Finding]:
     """Rounds whose training hardly lowered the loss, though quality was gone."""
-    for _, event in _steps(run):
-        training = event["training"]
-        first, last = training.get("first_loss"), training.get("last_loss")
-        if first is None or last is None or training["steps"] < LEAST_STEPS:
+    for _, each in _steps(run):
+        training = each.training
+        first, last = training.first_loss, training.last_loss
+        if first is None or last is None or training.steps < LEAST_STEPS:
             continue
-        if event["kept_quality"] < 1 - WORTH_HEALING and last > (1 - LEAST_FALL) * first:
+        if each.kept_quality < 1 - WORTH_HEALING and last > (1 - LEAST_FALL) * first:
             yield Finding(
-                "no_recovery",
-                "warning",
-                event["round"],
-                f"training recovers nothing: in {training['steps']} steps the loss went from {first:.4g} to "
-                f"{last:.4g}, with {event['kept_quality']:.1%} of the teacher's quality left",
-                "raise distill.learning_rate or distill.tokens_per_round, or train more of it (distill.train: all); if "
-                "that does not help, the student lacks capacity: stop a round earlier",
+                check="no_recovery",
+                severity="warning",
+                round=each.number,
+                message=f"training recovers nothing: in {training.steps} steps the loss went from {first:.4g} to "
+                f"{last:.4g}, with {each.kept_quality:.1%} of the teacher's quality left",
+                hint="raise distill.learning_rate or distill.tokens_per_round, or train more of it (distill.train: "
+                "all); if that does not help, the student lacks capacity: stop a round earlier",
             )
 
 
-def no_gradient(run: Run) -> Iterator[Finding]:
+def no_gradient(run: RunRecord) -> Iterator[Finding]:
     """Rounds that trained on a gradient of exactly zero."""
-    for event in run.rounds:
-        if event["training"]["steps"] and event["training"].get("gradient_norm") == 0:
+    for each in run.rounds:
+        if each.training.steps and each.training.gradient_norm == 0:
             yield Finding(
-                "no_gradient",
-                "error",
-                event["round"],
-                f"the gradient was exactly zero in all {event['training']['steps']} steps: nothing was trained",
-                "check the losses and their weights (distill.losses), and what trains (distill.train)",
+                check="no_gradient",
+                severity="error",
+                round=each.number,
+                message=f"the gradient was exactly zero in all {each.training.steps} steps: nothing was trained",
+                hint="check the losses and their weights (distill.losses), and what trains (distill.train)",
             )
 
 
-def idle_loss(run: Run) -> Iterator[Finding]:
+def idle_loss(run: RunRecord) -> Iterator[Finding]:
     """Losses that take no part in training: without gradient, or zero throughout."""
-    for event in run.rounds:
-        idle = dict.fromkeys(event["training"].get("without_gradient", []), "does not depend on what trains")
-        for name, ends in event["training"].get("losses", {}).items():
-            if ends == [0, 0]:
+    for each in run.rounds:
+        idle = dict.fromkeys(each.training.without_gradient, "does not depend on what trains")
+        for name, ends in each.training.losses.items():
+            if ends == (0, 0):
                 idle.setdefault(name, "is zero from the first step to the last")
         for name, reason in idle.items():
             yield Finding(
-                "idle_loss",
-                "warning",
-                event["round"],
-                f"loss {name} {reason}, so it teaches nothing",
-                "mend it or leave it out (distill.losses); or train what it sees (distill.train)",
+                check="idle_loss",
+                severity="warning",
+                round=each.number,
+                message=f"loss {name} {reason}, so it teaches nothing",
+                hint="mend it or leave it out (distill.losses); or train what it sees (distill.train)",
             )
 
 
-def copy_collapse(run: Run) -> Iterator[Finding]:
+def copy_collapse(run: RunRecord) -> Iterator[Finding]:
     """The first round in which a copying task is far below the others; copying is the skill that goes first."""
     copies = {task.name for task in run.config.tasks if (task.model_extra or {}).get("metric") == "copy"}
-    whole = run.reference.qualities(run.reference)
+    teacher = run.reference.qualities(run.reference)
     for name in sorted(copies):
-        for event in run.rounds:
-            now = Evaluation.from_json(event["evaluation"])
-            kept = {each: value / whole[each] for each, value in now.qualities(run.reference).items() if whole[each]}
-            others = [share for each, share in kept.items() if each not in copies]
+        for each in run.rounds:
+            qualities = each.evaluation.qualities(run.reference)
+            kept = {task: quality / teacher[task] for task, quality in qualities.items() if teacher[task]}
+            others = [share for task, share in kept.items() if task not in copies]
             if name not in kept or not others:
                 break
-            mean, lost = sum(others) / len(others), whole[name] - now.scores[name].value
-            if kept[name] < COPY_COLLAPSE * mean and lost > SURE * now.scores[name].stderr:
+            score = each.evaluation.scores[name]
+            mean, lost = sum(others) / len(others), teacher[name] - score.value
+            if kept[name] < COPY_COLLAPSE * mean and lost > SURE * score.stderr:
                 yield Finding(
-                    "copy_collapse",
-                    "warning",
-                    event["round"],
-                    f"task {name}: {kept[name]:.0%} of the teacher's copying is left, where the other tasks keep "
-                    f"{mean:.0%}",
-                    "train on more, and on text with longer documents and repetition (distill.text, "
+                    check="copy_collapse",
+                    severity="warning",
+                    round=each.number,
+                    message=f"task {name}: {kept[name]:.0%} of the teacher's copying is left, where the other tasks "
+                    f"keep {mean:.0%}",
+                    hint="train on more, and on text with longer documents and repetition (distill.text, "
                     "distill.tokens_per_round), or export an earlier round",
                 )
                 break
 
 
-def _steps(run: Run) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each round's event, with the one of what it began from."""
+def _steps(run: RunRecord) -> Iterator[tuple[TeacherRecord | Round, Round]]:
+    """Each round, with what it began from: the teacher, or the round before."""
     assert run.teacher
     yield from zip([run.teacher, *run.rounds], run.rounds, strict=False)
 
 
-def _key(finding: dict[str, Any]) -> tuple[Any, ...]:
-    return finding["check"], finding["round"], finding["message"]
+def _key(finding: Finding) -> tuple[str, int | None, str]:
+    return finding.check, finding.round, finding.message

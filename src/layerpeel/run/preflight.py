@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,16 +19,16 @@ from layerpeel.errors import InputError, reason_of
 from layerpeel.importance.metrics import check_metrics
 from layerpeel.losses.loss_sum import LossSum
 from layerpeel.model.checkpoint import least_parameters
-from layerpeel.model.config_fields import text_config
+from layerpeel.model.config_fields import context_length, text_config
 from layerpeel.model.devices import pick_device, wanted_dtype
 from layerpeel.model.loading import load_config_of
 from layerpeel.model.surgery import KeptLayers
-from layerpeel.processes.distributed import RANK
 from layerpeel.run.folder import Run
+from layerpeel.storage.files import remove_folder
 from layerpeel.tasks.base import Task
 from layerpeel.tasks.registry import make_tasks
+from layerpeel.training.recipe import TrainingRecipe
 from layerpeel.training.student import Student
-from layerpeel.training.trainable import parameters_to_train
 
 BYTES_PER_TOKEN = 9  # of text that waits in memory: its id, which document, and whether it is padding
 
@@ -49,6 +49,8 @@ def check(config: RunConfig) -> list[Task]:
     tasks = make_tasks(config.tasks)
     check_metrics(config.score, has_text=bool(config.score.text or config.distill.text), has_tasks=bool(tasks))
     LossSum(config.distill.losses)
+    if config.distill.tokens_per_round or config.distill.last_pass:
+        TrainingRecipe(config.distill).check(pick_device(config.device))
     for task in tasks:
         task.check()
     for source in [*config.distill.text, *(config.score.text or [])]:
@@ -94,13 +96,13 @@ def check_output(folder: Path, model: str) -> None:
     """
     another = "name another folder"
     try:
-        there = folder.resolve()
-        above = next(each for each in (there, *there.parents) if each.exists())
+        resolved = folder.resolve()
+        above = next(each for each in (resolved, *resolved.parents) if each.exists())
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"output: {folder} cannot be a folder ({reason_of(error)})", hint=another) from None
     if not above.is_dir():
         raise InputError(f"output: {folder} cannot be a folder: {above} is a file", hint=another)
-    if os.path.isdir(model) and there.is_relative_to(Path(model).resolve()):
+    if os.path.isdir(model) and resolved.is_relative_to(Path(model).resolve()):
         raise InputError(f"output: {folder} is in the folder of the model, {model}", hint=another)
     if not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"output: you may not write in {above}", hint=another)
@@ -112,11 +114,8 @@ def leaving_nothing(run: Run) -> Iterator[None]:
     try:
         yield
     except InputError:
-        if not RANK and [event["event"] for event in run.events] == ["start"]:
-            for name in ("config.yaml", "journal.jsonl"):
-                (run.folder / name).unlink(missing_ok=True)
-            with suppress(OSError):  # something else is in it
-                run.folder.rmdir()
+        if [event.event for event in run.events] == ["start"]:
+            remove_folder(run.folder, ("config.yaml", "journal.jsonl"))
         raise
 
 
@@ -127,17 +126,17 @@ def check_trained(student: Student, config: DistillConfig) -> None:
         InputError: it does not.
     """
     if config.tokens_per_round and config.train not in ("neighbours", "above"):  # those need a gap
-        parameters_to_train(student, config.train)
+        TrainingRecipe(config).parameters(student)
 
 
-def removable(depth: KeptLayers, config: RunConfig, fixed: Iterable[int] = ()) -> tuple[int, ...]:
+def removable(kept_layers: KeptLayers, config: RunConfig, fixed: Iterable[int] = ()) -> tuple[int, ...]:
     """The teacher layers that may go next; at least one layer stays.
 
     Args:
         fixed: those without which the model could not be saved, from `importance.unremovable_teacher_layers`.
     """
     protect = config.score.protect
-    return depth.removable(protect.first, protect.last, [*protect.layers, *fixed]) if len(depth) > 1 else ()
+    return kept_layers.removable(protect.first, protect.last, [*protect.layers, *fixed]) if len(kept_layers) > 1 else ()
 
 
 def _check_sizes(config: RunConfig, teacher: PretrainedConfig) -> None:
@@ -164,8 +163,8 @@ def _check_sizes(config: RunConfig, teacher: PretrainedConfig) -> None:
                 f"{name}: it takes {size / 1e9:,.1f} GB of memory or more, and there are {limit / 1e9:,.1f} GB",
                 hint="lower it, or set memory_limit to what there is, as in --set memory_limit=200GB",
             )
-    longest = getattr(text, "max_position_embeddings", None)
-    if distill.text and isinstance(longest, int) and distill.sequence_length > longest > 0:
+    longest = context_length(teacher)
+    if distill.text and longest and distill.sequence_length > longest:
         raise InputError(
             f"distill.sequence_length: {distill.sequence_length} is more than the {longest} tokens that the teacher "
             "was made for",

@@ -1,1 +1,1 @@
-"""Who writes what to disk, and how nothing of it is lost."""
+"""Files on disk: written whole, chained by checksums, and locked."""

@@ -1,27 +1,38 @@
-"""Files written whole or not at all, told apart by their hashes; and what to say when the disk is full."""
+"""Files that are written whole or not at all, by the main process unless a function says that each process writes."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from layerpeel.errors import RunError
+from layerpeel.errors import InputError, RunError
+from layerpeel.processes.distributed import is_main_process
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
-    """Writes a file under another name, and renames it once it is on the disk."""
-    with whole_file(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+def write_whole(path: Path, content: bytes | str, *, each_process: bool = False) -> None:
+    """Writes a file under another name, and renames it once it is on the disk.
+
+    Args:
+        each_process: each process writes, not only the main one.
+    """
+    if each_process or is_main_process():
+        with whole_file(path) as partial:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a name to write a file under; at the end of the context it takes the place of `path`, unless it failed."""
+    """Gives a name to write a file under; at the end of the context it takes the place of `path`, unless it failed.
+
+    Each process that calls this writes.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -33,7 +44,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Puts a finished folder in the place of another, or of none."""
+    """Puts a finished folder in the place of another, or of none; each process that calls this does."""
     for path in (*new.rglob("*"), new):
         _sync(path)
     old = folder.with_name(f".{folder.name}.old")
@@ -45,13 +56,85 @@ def replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
-    """Removes what writers that were killed have left half written."""
-    for path in [*folder.rglob(".*.partial"), *folder.rglob(".*.old")]:
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Writes a folder under another name, and puts it in the place of the one there; the main process does.
+
+    Args:
+        write: fills the empty folder that it is given.
+    """
+    if is_main_process():
+        partial = folder.with_name(f".{folder.name}.partial")
+        partial.mkdir(parents=True)
+        write(partial)
+        replace_folder(partial, folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file to be read by people, too, into a folder that is not yet in its place."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def make_folder(folder: Path, name: str) -> None:
+    """Makes a folder with an empty file, if it has none of that name yet; the main process does.
+
+    Raises:
+        InputError: the folder holds something else, or cannot be written to.
+    """
+    if not is_main_process():
+        return
+    path = folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            path.touch()
+        if path.is_file():
+            path.open("ab").close()  # raises where it may not be written
+            return
+    except OSError as error:
+        if disk_is_full(error):
+            raise
+        raise InputError(
+            f"output: {folder} cannot be written to ({error.strerror})",
+            hint="name a folder that can (--set output=...), or change its permissions",
+        ) from None
+    raise InputError(
+        f"output: {folder} is not empty, and what it holds is no run",
+        hint="name a new or an empty folder (--set output=...)",
+    )
+
+
+def remove_paths(*paths: Path) -> None:
+    """Removes files and folders, where they exist; the main process does."""
+    if not is_main_process():
+        return
+    for path in paths:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path, names: Sequence[str]) -> None:
+    """Removes a folder with the files of these names, but keeps it if it holds others; the main process does."""
+    remove_paths(*(folder / name for name in names))
+    if is_main_process():
+        with suppress(OSError):  # it is not empty
+            folder.rmdir()
+
+
+def sweep(folder: Path) -> None:
+    """Removes what writers that were killed have left half written; the main process does."""
+    remove_paths(*folder.rglob(".*.partial"), *folder.rglob(".*.old"))
+
+
+def hash_files(folder: Path, root: Path, *, but: Sequence[str] = ()) -> dict[str, str]:
+    """The SHA-256 of each file that the main process wrote into a folder, by its path from `root`; {} in the others.
+
+    Args:
+        but: names of files that are left out.
+    """
+    paths = sorted(path for path in folder.iterdir() if path.name not in but) if is_main_process() else []
+    return {path.relative_to(root).as_posix(): str(sha256_of(path)) for path in paths}
 
 
 def sha256_of(path: Path) -> str | None:

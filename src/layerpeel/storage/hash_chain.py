@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from layerpeel.errors import RunError
+from layerpeel.processes.distributed import is_main_process
 
 
 def checksum(event: dict[str, Any], before: str) -> str:
     """The checksum of an event: of its JSON, and of what `before` says came before it."""
-    own = json.dumps({key: value for key, value in event.items() if key != "checksum"}, ensure_ascii=False)
-    return hashlib.sha256((before + own).encode()).hexdigest()[:16]
+    text = json.dumps({key: value for key, value in event.items() if key != "checksum"}, ensure_ascii=False)
+    return hashlib.sha256((before + text).encode()).hexdigest()[:16]
 
 
 def to_line(event: dict[str, Any]) -> bytes:
@@ -31,8 +32,14 @@ def from_line(line: bytes, before: str) -> dict[str, Any] | None:
     return event if good else None
 
 
-def append(path: Path, line: bytes) -> None:
-    """Returns once the line is on the disk."""
+def append(path: Path, line: bytes, *, each_process: bool = False) -> None:
+    """Returns once the line is on the disk.
+
+    Args:
+        each_process: each process writes, to a file of its own; not only the main one.
+    """
+    if not (each_process or is_main_process()):
+        return
     with path.open("ab") as file:
         file.write(line)
         file.flush()
@@ -40,7 +47,7 @@ def append(path: Path, line: bytes) -> None:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The whole lines, each of which continues the chain; the last may be torn by a crash, or be on its way.
+    """The events of all complete lines, each of which continues the chain; the last may be torn, or still be written.
 
     Raises:
         RunError: it names the first line that is not as it was written.
@@ -60,5 +67,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_torn_line(path: Path) -> None:
+    """Removes what a crash has left of a last line; the main process does."""
+    if not is_main_process():
+        return
     content = path.read_bytes()
     os.truncate(path, content.rfind(b"\n") + 1)

@@ -8,21 +8,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from layerpeel.processes.distributed import is_main_process
+
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 
-PATIENCE = 0.5  # seconds: somebody may just be looking whether the file is claimed
+PATIENCE = 0.5  # seconds: another process may hold it for a moment, to see whether it is claimed
 
 
 @contextmanager
 def claim(path: Path) -> Iterator[bool]:
     """Claims a file for the time of the context; gives False if another process has it. A claim ends with its process.
 
-    Where files cannot be locked (some file systems, Windows), every claim is granted.
+    Of the processes that a launcher started the main one claims it for all. Where files cannot be locked (some file
+    systems, Windows), every claim is granted.
     """
+    if not is_main_process():
+        yield True
+        return
     file = os.open(path, os.O_RDWR)
     try:
         granted, started = _lock(file, exclusive=True), time.monotonic()

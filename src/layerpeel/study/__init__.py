@@ -1,1 +1,1 @@
-"""Studies: a base config and what is varied of it, as runs that end in one table and one figure."""
+"""Studies: a base config and the fields that vary, as runs that end in a table and a figure."""

@@ -1,4 +1,4 @@
-"""A study's file: a base config and what is varied of it, to the configs of its runs."""
+"""Reads a study's file (a base config, and the fields that vary) into the configs of its runs."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class Job:
 
     Attributes:
         variant: its name.
-        values: the fields that are other in it.
-        config: of the run.
+        values: the fields of the config that this variant sets.
+        config: the run's config.
     """
 
     variant: str
@@ -85,17 +85,21 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> tuple[StudyConfig, 
         InputError: the file cannot be read, or a field will not do.
     """
     raw = read_file(path, "study", "studies")
-    own = StudyConfig.model_fields
-    for text in overrides:
-        if text.partition("=")[0].split(".")[0] in own:
-            override(raw, text)
+    of_study = [text for text in overrides if _section(text) in StudyConfig.model_fields]
+    of_base = [text for text in overrides if text not in of_study]
+    for text in of_study:
+        override(raw, text)
     try:
         study = StudyConfig.model_validate(raw)
     except ValidationError as error:
         raise InputError(f"{path}: {describe(error, StudyConfig)}", hint="see studies/ for examples") from None
-    of_base = [text for text in overrides if text.partition("=")[0].split(".")[0] not in own]
     of_base = [re.sub(r"^\s*model\s*=", "teacher=", text) for text in of_base]
     return study, list(_jobs(study, path.parent, [*map(_assignment, study.set.items()), *of_base]))
+
+
+def _section(assignment: str) -> str:
+    """The first part of the field that an override names."""
+    return assignment.partition("=")[0].split(".")[0]
 
 
 def _jobs(study: StudyConfig, folder: Path, overrides: list[str]) -> Iterator[Job]:
@@ -112,14 +116,14 @@ def _jobs(study: StudyConfig, folder: Path, overrides: list[str]) -> Iterator[Jo
         base = values.pop("base", study.base)
         config = _config(study, base, folder, [*overrides, *map(_assignment, values.items())], name)
         for seed in study.seeds:
-            own = {"output": study.output / "runs" / slug / f"seed-{seed}", "seed": seed}
-            yield Job(name, values, config.model_copy(update=own, deep=True))
+            update = {"output": study.output / "runs" / slug / f"seed-{seed}", "seed": seed}
+            yield Job(name, values, config.model_copy(update=update, deep=True))
 
 
 def _config(
     study: StudyConfig, base: str | dict[str, Any], folder: Path, overrides: list[str], variant: str
 ) -> RunConfig:
-    """A variant's config, but for its seed and output."""
+    """A variant's config, without its seed and output."""
     overrides = ["output=unused", *(["stop={target_layers: 1}"] if study.remove else []), *overrides]
     if isinstance(base, dict):
         raw = copy.deepcopy(base)
@@ -137,21 +141,22 @@ def _config(
 
 
 def _target(config: RunConfig, remove: int | float) -> int:
-    """The depth that is left; at least one layer goes."""
+    """How many layers are left; at least one is removed."""
     teacher = load_config_of(config.teacher, trust_remote_code=config.trust_remote_code)
     total = int(text_config(teacher).num_hidden_layers)
-    gone = remove if isinstance(remove, int) else max(1, round(remove * total))
-    if gone >= total:
+    removed = remove if isinstance(remove, int) else max(1, round(remove * total))
+    if removed >= total:
         raise InputError(
-            f"remove: {gone} of the {total} layers of {config.teacher} would leave none", hint="remove fewer"
+            f"remove: {removed} of the {total} layers of {config.teacher} would leave none", hint="remove fewer"
         )
-    return total - gone
+    return total - removed
 
 
 def _assignment(item: tuple[str, Any]) -> str:
+    """A field and its value as `--set` takes them."""
     return f"{item[0]}={json.dumps(item[1])}"
 
 
 def _short(field: str) -> str:
-    """The end of a field's name that says what it is: `kl.weight` of `distill.losses.kl.weight`."""
+    """The last two parts of a field's name: `kl.weight` of `distill.losses.kl.weight`."""
     return ".".join(field.split(".")[-2:])

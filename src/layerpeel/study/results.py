@@ -1,4 +1,4 @@
-"""What a study found, from the journals of its runs alone, as plain rows."""
+"""The rows of a study's tables, from the records of its runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 from scipy.special import stdtrit
 
+from layerpeel.importance.scores import LayerScores
 from layerpeel.report import gather
+from layerpeel.report.rows import DepthRow
 from layerpeel.run.folder import Run
 from layerpeel.study.file import Job
-
-Row = dict[str, Any]
+from layerpeel.study.rows import LayerRow, ResultRow, VariantDepthRow
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> float | None:
@@ -30,105 +31,100 @@ def by_variant(jobs: Sequence[Job], runs: Sequence[Run]) -> dict[str, list[Run]]
     return groups
 
 
-def depth_rows(groups: dict[str, list[Run]]) -> list[Row]:
-    """For each variant and depth, the mean over seeds of quality; runs that ended earlier are not in it."""
+def depth_rows(groups: dict[str, list[Run]]) -> list[VariantDepthRow]:
+    """For each variant and depth, the mean quality over seeds; runs that ended earlier are left out."""
     rows = []
     for variant, runs in groups.items():
-        found = [(row["round"], row["last_pass"], row) for run in runs for row in gather.depth_rows(run)]
-        for key in sorted({(round_, last) for round_, last, _ in found}):
-            own = [row for round_, last, row in found if (round_, last) == key]
-            rows.append({"variant": variant, "removed": key[0], "last_pass": key[1], "runs": len(own), **_quality(own)})
+        by_depth: dict[tuple[int, bool], list[DepthRow]] = {}
+        for row in (row for run in runs for row in gather.depth_rows(run)):
+            by_depth.setdefault((row.round, row.last_pass), []).append(row)
+        for (removed, last_pass), depths in sorted(by_depth.items()):
+            rows.append(VariantDepthRow(variant, removed, last_pass, len(depths), **_quality(depths)))
     return rows
 
 
-def result_rows(jobs: Sequence[Job], groups: dict[str, list[Run]]) -> list[Row]:
+def result_rows(jobs: Sequence[Job], groups: dict[str, list[Run]]) -> list[ResultRow]:
     """For each variant, what its runs ended with and what they took, means over seeds."""
-    fields = list(dict.fromkeys(field for job in jobs for field in job.values))
-    values = {job.variant: {field: _plain(job.values.get(field)) for field in fields} for job in jobs}
-    rows = []
-    for variant, runs in groups.items():
-        ends = [_end(run) for run in runs]
-        orders = [[event["removed"] for event in run.rounds[: gather.result_round(run)]] for run in runs]
-        rows.append(
-            {
-                "variant": variant,
-                **values[variant],
-                "runs": len(runs),
-                "removed": fmean(len(order) for order in orders),
-                **_quality(ends),
-                "removed_layers": " / ".join(dict.fromkeys(" ".join(map(str, order)) for order in orders)),
-                **{key: fmean(_costs(run)[key] for run in runs) for key in _costs(runs[0])},
-            }
-        )
-    return rows
+    names = list(dict.fromkeys(name for job in jobs for name in job.values))
+    values = {job.variant: {name: _plain(job.values.get(name)) for name in names} for job in jobs}
+    return [_result_row(variant, values[variant], runs) for variant, runs in groups.items()]
 
 
-def _end(run: Run) -> Row:
+def _result_row(variant: str, values: dict[str, Any], runs: Sequence[Run]) -> ResultRow:
+    orders = [[each.removed for each in run.rounds[: run.result_round]] for run in runs]
+    costs = [gather.costs_of(run) for run in runs]
+    return ResultRow(
+        variant=variant,
+        values=values,
+        runs=len(runs),
+        removed=fmean(len(order) for order in orders),
+        **_quality([_result(run) for run in runs]),
+        removed_layers=" / ".join(dict.fromkeys(" ".join(map(str, order)) for order in orders)),
+        scoring_seconds=fmean(each.scoring_seconds for each in costs),
+        layer_tokens=fmean(each.layer_tokens for each in costs),
+        training_seconds=fmean(each.training_seconds for each in costs),
+        training_tokens=fmean(each.training_tokens for each in costs),
+    )
+
+
+def _result(run: Run) -> DepthRow:
     rows = gather.depth_rows(run)
     return rows[gather.result_row(rows, run)]
 
 
-def _quality(rows: Sequence[Row]) -> Row:
-    """Means and intervals of what depth rows say."""
-    found: Row = {key: fmean(row[key] for row in rows) for key in ("layers", "parameters")}
-    for key in ("aggregate", "kept_quality"):
-        values = [row[key] for row in rows]
-        found |= {key: fmean(values), f"{key}_ci": interval(values)}
-    return found
-
-
-def _costs(run: Run) -> dict[str, float]:
-    seconds, last = gather.seconds_of(run), gather.last_pass(run)
-    scorings = [scores for event in run.rounds for scores in (event["scores"], event["scores"].get("cheap") or {})]
-    trained = [event["training"] for event in [*run.rounds, *([last] if last else [])]]
+def _quality(rows: Sequence[DepthRow]) -> dict[str, Any]:
+    """The fields that a result and a depth have in common: means of depth rows, with intervals."""
+    aggregates, shares = [row.aggregate for row in rows], [row.kept_quality for row in rows]
     return {
-        "scoring_seconds": seconds["scoring"],
-        "layer_tokens": sum(scores.get("layer_tokens", 0) for scores in scorings),
-        "training_seconds": seconds["training"],
-        "training_tokens": sum(training["tokens"] for training in trained),
+        "layers": fmean(row.layers for row in rows),
+        "parameters": fmean(row.parameters for row in rows),
+        "aggregate": fmean(aggregates),
+        "aggregate_ci": interval(aggregates),
+        "kept_quality": fmean(shares),
+        "kept_quality_ci": interval(shares),
     }
 
 
 def seconds_in_all(runs: Sequence[Run]) -> float:
-    """What scoring and training took; a first scoring that runs share was done once."""
-    total = sum(sum(gather.seconds_of(run).values()) for run in runs)
-    known: list[Row] = []
+    """What scoring and training took; a first scoring that several runs share counts once."""
+    total = sum(gather.costs_of(run).seconds for run in runs)
+    counted: list[LayerScores] = []
     for run in runs:
-        for event in run.rounds[:1]:
-            total -= gather.cost_rows(run)[0]["scoring_seconds"] if event["scores"] in known else 0.0
-            known.append(event["scores"])
+        for first in run.rounds[:1]:
+            total -= gather.cost_rows(run)[0].scoring_seconds if first.scores in counted else 0.0
+            counted.append(first.scores)
     return total
 
 
-def layer_rows(groups: dict[str, list[Run]]) -> list[Row]:
-    """What the first scoring of each variant says of each layer, as a share of the teacher's aggregate."""
-    rows = []
-    for variant, runs in groups.items():
-        first, teacher = [run.rounds[0]["scores"] for run in runs if run.rounds], runs[0].teacher
-        assert first and teacher
-        for layer in sorted(map(int, set.intersection(*(set(scores["importance"]) for scores in first)))):
-            lost = [scores["importance"][str(layer)] / teacher["aggregate"] for scores in first]
-            went = [event["round"] for run in runs for event in run.rounds if event["removed"] == layer]
-            rows.append(
-                {
-                    "variant": variant,
-                    "layer": layer,
-                    "relative_depth": layer / (teacher["layers"] - 1),
-                    "metric": first[0]["metric"],
-                    "lost": fmean(lost),
-                    "lost_ci": interval(lost),
-                    "removed_in": len(went) / len(runs),
-                    "round": fmean(went) if went else None,
-                }
-            )
-    return rows
+def layer_rows(groups: dict[str, list[Run]]) -> list[LayerRow]:
+    """What the first scoring of each variant says of each layer that all its seeds scored."""
+    return [row for variant, runs in groups.items() for row in _layer_rows(variant, runs)]
 
 
-def pooled(values: Iterable[float | None]) -> float | None:
-    """The mean of those that there are."""
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+def _layer_rows(variant: str, runs: Sequence[Run]) -> Iterable[LayerRow]:
+    scorings, teacher = [run.rounds[0].scores for run in runs if run.rounds], runs[0].teacher
+    assert scorings and teacher
+    for layer in sorted(set.intersection(*(set(scores.importance) for scores in scorings))):
+        lost = [scores.importance[layer] / teacher.aggregate for scores in scorings]
+        rounds = [each.number for run in runs for each in run.rounds if each.removed == layer]
+        yield LayerRow(
+            variant=variant,
+            layer=layer,
+            relative_depth=layer / (teacher.layers - 1),
+            metric=scorings[0].metric,
+            lost=fmean(lost),
+            lost_ci=interval(lost),
+            removed_in=len(rounds) / len(runs),
+            round=fmean(rounds) if rounds else None,
+        )
+
+
+def mean_or_none(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are not None; None if there are none."""
+    numbers = [value for value in values if value is not None]
+    return fmean(numbers) if numbers else None
 
 
 def _plain(value: Any) -> Any:
+    """The value, as text if it is no scalar."""
     return value if isinstance(value, (int, float, str, type(None))) else str(value)

@@ -1,4 +1,4 @@
-"""The runs of a study: what they share is done once, and several may run at a time."""
+"""Runs the runs of a study: shared measurements are made once, and several may run at a time."""
 
 from __future__ import annotations
 
@@ -8,43 +8,55 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import RunError
 from layerpeel.model.loading import load_teacher
 from layerpeel.processes.progress import console
+from layerpeel.run.events import Event, Scored, TeacherRecord
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
+from layerpeel.run.opening import open_run
 from layerpeel.run.preflight import check_run
+from layerpeel.run.writing import OpenRun
 from layerpeel.study.file import Job
 from layerpeel.tasks.evaluation import evaluate
 from layerpeel.tasks.registry import make_tasks
 from layerpeel.training.student import Student
 
-SHARED = ("teacher", "tasks", "aggregate", "device", "dtype", "trust_remote_code")  # what a teacher's scores depend on
+SHARED = (
+    "teacher",
+    "tasks",
+    "aggregate",
+    "device",
+    "dtype",
+    "trust_remote_code",
+)  # fields that a teacher's scores depend on
 
 
 def run_jobs(jobs: Sequence[Job], processes: int) -> list[Run]:
-    """Runs what is not finished; gives all runs, in the order of the jobs.
+    """Runs the jobs that are not finished.
 
     Args:
-        processes: runs at a time, each in a process with its share of the cores; 1: all in this one.
+        processes: how many run at a time, each in a process with its share of the cores; 1: all in this process.
+
+    Returns:
+        all runs, in the order of the jobs.
 
     Raises:
-        InputError: a config, a model or the data will not do; found before any run starts.
-        RunError: runs failed; the others are done, and running again goes on.
+        InputError: a config, a model or the data is not usable; found before any run starts.
+        RunError: runs failed; the others are finished, and running again resumes those.
     """
     for job in jobs:
         check_run(job.config)
     _share_teachers([job.config for job in jobs])
     left = [job for job in jobs if not Run(job.config.output).finish]
     console.print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them finished before")
-    scorers = {_what_scores(job.config): job for job in reversed(jobs)}  # the first of those that score alike
-    first = [job for job in left if scorers[_what_scores(job.config)] is job]
+    scorers = {_scoring_key(job.config): job for job in reversed(jobs)}  # the first of those that score alike
+    first = [job for job in left if scorers[_scoring_key(job.config)] is job]
     for wave in (first, [job for job in left if job not in first]):
         for job in wave:
-            _share_scores(Run(scorers[_what_scores(job.config)].config.output), job.config)
+            _share_scores(Run(scorers[_scoring_key(job.config)].config.output), job.config)
         _run(wave, processes)
     return [Run(job.config.output) for job in jobs]
 
@@ -58,40 +70,47 @@ def _run(jobs: Sequence[Job], processes: int) -> None:
         peel(job.config)
 
 
-def _what_scores(config: RunConfig) -> str:
-    """All that the first scoring of a run depends on; a run that heals on trial shares with none."""
-    own = config.model_dump(mode="json")
-    score = {name: value for name, value in own["score"].items() if name != "every"}
-    read = [own["score"]["text"] or own["distill"]["text"], own["distill"]["sequence_length"], own["seed"]]
-    alone = own["output"] if config.score.heal else None
-    return json.dumps([score, read, alone, *(own[name] for name in SHARED)])
+def _scoring_key(config: RunConfig) -> str:
+    """A key of all that the first scoring of a run depends on; a run that heals candidates shares with none."""
+    fields = config.model_dump(mode="json")
+    score = {name: value for name, value in fields["score"].items() if name != "every"}
+    text = [fields["score"]["text"] or fields["distill"]["text"], fields["distill"]["sequence_length"], fields["seed"]]
+    unshared = fields["output"] if config.score.heal else None
+    return json.dumps([_teacher_key(config), score, text, unshared])
 
 
 def _share_scores(source: Run, config: RunConfig) -> None:
-    """Writes the scores of another run's teacher, which are this one's, into its journal."""
+    """Records another run's first scores in the journal of a run that would score the same."""
     if not source.rounds or source.folder == config.output:
         return
-    with Run.open(config) as run:
+    with open_run(config) as run:
         if not run.rounds and not run.scored:
-            run.record("scored", **{name: source.rounds[0][name] for name in ("round", "removed", "scores")})
+            first = source.rounds[0]
+            run.record(Scored(round=first.number, removed=first.removed, scores=first.scores))
 
 
 def _share_teachers(configs: Sequence[RunConfig]) -> None:
-    """Writes each run's first events; teachers that are measured alike are measured once."""
-    measured: dict[str, dict[str, Any]] = {}
+    """Records the teacher in each run's journal; teachers whose scores depend on the same fields are measured once."""
+    measured: dict[str, TeacherRecord] = {}
     for config in configs:
-        key = json.dumps({name: config.model_dump(mode="json")[name] for name in SHARED})
-        with Run.open(config) as run:
+        key = _teacher_key(config)
+        with open_run(config) as run:
             if not run.teacher and key in measured:
-                run.record("teacher", **measured[key])
+                fields = {name: value for name, value in measured[key] if name not in Event.model_fields}
+                run.record(TeacherRecord(**fields))
             elif not run.teacher:
                 _measure(run, config)
             assert run.teacher
-            own = ("event", "time", "checksum")  # of the event, not of the teacher
-            measured[key] = {name: value for name, value in run.teacher.items() if name not in own}
+            measured[key] = run.teacher
 
 
-def _measure(run: Run, config: RunConfig) -> None:
+def _teacher_key(config: RunConfig) -> str:
+    """A key of all that a teacher's scores depend on."""
+    fields = config.model_dump(mode="json")
+    return json.dumps([fields[name] for name in SHARED])
+
+
+def _measure(run: OpenRun, config: RunConfig) -> None:
     model, tokenizer = load_teacher(config)
     run.record_teacher(Student(model), evaluate(model, tokenizer, make_tasks(config.tasks)))
 
@@ -104,21 +123,21 @@ def _run_apart(jobs: Sequence[Job], processes: int) -> None:
     if failed:
         logs = [job.config.output / "log.txt" for job in failed]
         lines = logs[0].read_text(encoding="utf-8").splitlines()
-        last = next((line for line in reversed(lines) if line.startswith("error:")), "it said nothing")
+        message = next((line for line in reversed(lines) if line.startswith("error:")), "it said nothing")
         raise RunError(
             f"{len(failed)} of {len(jobs)} runs failed, the first of them {failed[0].variant}, seed "
-            f"{failed[0].config.seed}: {last.removeprefix('error: ')}",
+            f"{failed[0].config.seed}: {message.removeprefix('error: ')}",
             hint=f"see {logs[0]}; the same command goes on with what is left",
         )
 
 
 def _spawn(job: Job, processes: int) -> int:
-    """Runs a job in a process of its own; gives its exit code."""
+    """Runs a job in another process, with its output in log.txt; returns its exit code (0 at a quality floor, too)."""
     folder = job.config.output
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     command = [sys.executable, "-m", "layerpeel", "run", str(folder / "config.yaml"), "--no-report"]
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -126,6 +145,6 @@ def _spawn(job: Job, processes: int) -> int:
             check=False,
             env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         )
-    code = 0 if done.returncode == 3 else done.returncode  # a quality floor is an end like others
+    code = 0 if process.returncode == 3 else process.returncode  # 3: stopped by the quality floor
     console.print(f"{job.variant}, seed {job.config.seed}: {'failed' if code else 'done'}", markup=False)
     return code

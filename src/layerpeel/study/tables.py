@@ -1,19 +1,17 @@
-"""The tables of studies, as people read them."""
+"""The tables of studies for people: cells for the page and the terminal, and Markdown."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from layerpeel.processes.text import count, duration, number, one_line, percent
-from layerpeel.report.tables import Table, simple_table
-
-Row = dict[str, Any]
+from layerpeel.report.tables import Column, Table, column, make_table
+from layerpeel.study.rows import LayerRow, RankingRow, ResultRow, StudyRows, TauRow, VariantDepthRow
 
 
 def markdown(table: Table) -> str:
-    """A table in Markdown, in which text is nothing but text."""
+    """A table in Markdown, with the cells escaped."""
     lines = [
         table.heads,
         ["---", *["---:" for _ in table.heads[1:]]],
@@ -23,99 +21,85 @@ def markdown(table: Table) -> str:
     return f"{table.caption}:\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def _with_interval(rows: Sequence[Row], write: Callable[[Any], str], *keys: str) -> list[Row]:
-    """The rows with `value ± interval` as one text under each of the keys."""
-
-    def text(row: Row, key: str) -> str:
-        half = row[f"{key}_ci"]
-        return write(row[key]) + ("" if half is None else f" ± {write(half)}")
-
-    return [row | {key: text(row, key) for key in keys} for row in rows]
-
-
-def result_table(rows: Sequence[Row]) -> Table:
-    shown = _with_interval(_with_interval(rows, number, "aggregate"), percent, "kept_quality")
-    return simple_table(
-        "What each variant ended with; ± is the 95 % confidence interval over seeds",
-        shown,
-        {
-            "variant": ("variant", one_line),
-            "runs": ("seeds", str),
-            "layers": ("layers", _round),
-            "removed_layers": ("layers removed, in order", lambda text: one_line(text, 60)),
-            "aggregate": ("aggregate", str),
-            "kept_quality": ("% kept", str),
-            "scoring_seconds": ("scoring", duration),
-            "layer_tokens": ("tokens × layers, scoring", count),
-            "training_seconds": ("training", duration),
-            "training_tokens": ("tokens trained on", count),
-        },
-    )
+def tables_of(rows: StudyRows) -> dict[str, Table]:
+    """By the names of the files."""
+    tables = {"results": result_table(rows.results), "depths": depth_table(rows.depths)}
+    if rows.rankings:
+        tables |= {"rankings": ranking_table(rows.rankings), "tau": tau_table(rows.tau)}
+    if rows.layers:
+        tables["layers"] = layer_table(rows.layers)
+    return tables
 
 
-def depth_table(rows: Sequence[Row]) -> Table:
-    shown = _with_interval(_with_interval(rows, number, "aggregate"), percent, "kept_quality")
-    shown = [row | {"removed": f"{row['removed']}{', trained' if row['last_pass'] else ''}"} for row in shown]
-    return simple_table(
-        "Each variant at each depth; ± is the 95 % confidence interval over seeds",
-        shown,
-        {
-            "variant": ("variant", one_line),
-            "removed": ("layers removed", str),
-            "layers": ("layers", _round),
-            "parameters": ("parameters", count),
-            "runs": ("seeds", str),
-            "aggregate": ("aggregate", str),
-            "kept_quality": ("% kept", str),
-        },
-    )
+def _with_interval(value: float, half: float | None, write: Callable[[float], str]) -> str:
+    return write(value) + ("" if half is None else f" ± {write(half)}")
 
 
-def ranking_table(rows: Sequence[Row]) -> Table:
-    return simple_table(
-        "How each task alone, and random subsets, rank the layers, against all tasks together",
-        rows,
-        {
-            "ranking": ("ranking by", one_line),
-            "subsets": ("subsets", str),
-            "tau": ("Kendall's tau", number),
-            "first_picks": ("first picks", str),
-            "same_first": ("% with the same first pick", percent),
-            "shared_firsts": ("% of the first three shared", percent),
-        },
-    )
+def result_table(rows: Sequence[ResultRow]) -> Table:
+    columns: list[Column[ResultRow]] = [
+        column("variant", lambda row: row.variant, one_line),
+        column("seeds", lambda row: row.runs),
+        column("layers", lambda row: row.layers, _round),
+        column("layers removed, in order", lambda row: row.removed_layers, lambda text: one_line(text, 60)),
+        column("aggregate", lambda row: _with_interval(row.aggregate, row.aggregate_ci, number)),
+        column("% kept", lambda row: _with_interval(row.kept_quality, row.kept_quality_ci, percent)),
+        column("scoring", lambda row: row.scoring_seconds, duration),
+        column("tokens × layers, scoring", lambda row: row.layer_tokens, count),
+        column("training", lambda row: row.training_seconds, duration),
+        column("tokens trained on", lambda row: row.training_tokens, count),
+    ]
+    return make_table("What each variant ended with; ± is the 95 % confidence interval over seeds", rows, columns)
 
 
-def tau_table(rows: Sequence[Row]) -> Table:
-    columns: Any = {name: (one_line(name, 40), number) for name in rows[0]} | {"ranking": ("", one_line)}
-    return simple_table("Kendall's tau of each two rankings", rows, columns)
+def depth_table(rows: Sequence[VariantDepthRow]) -> Table:
+    columns: list[Column[VariantDepthRow]] = [
+        column("variant", lambda row: row.variant, one_line),
+        column("layers removed", lambda row: f"{row.removed}{', trained' if row.last_pass else ''}"),
+        column("layers", lambda row: row.layers, _round),
+        column("parameters", lambda row: row.parameters, count),
+        column("seeds", lambda row: row.runs),
+        column("aggregate", lambda row: _with_interval(row.aggregate, row.aggregate_ci, number)),
+        column("% kept", lambda row: _with_interval(row.kept_quality, row.kept_quality_ci, percent)),
+    ]
+    return make_table("Each variant at each depth; ± is the 95 % confidence interval over seeds", rows, columns)
 
 
-def layer_table(rows: Sequence[Row]) -> Table:
-    shown = _with_interval(rows, percent, "lost")
-    return simple_table(
-        "What the first scoring says of each layer; ± is the 95 % interval over seeds",
-        shown,
-        {
-            "variant": ("variant", one_line),
-            "layer": ("layer", str),
-            "relative_depth": ("relative depth", number),
-            "metric": ("metric", one_line),
-            "lost": ("lost when skipped, % of the teacher's aggregate", str),
-            "removed_in": ("removed in, % of runs", percent),
-            "round": ("in round", _round),
-        },
-    )
+def ranking_table(rows: Sequence[RankingRow]) -> Table:
+    columns: list[Column[RankingRow]] = [
+        column("ranking by", lambda row: row.ranking, one_line),
+        column("subsets", lambda row: row.subsets),
+        column("Kendall's tau", lambda row: row.tau, number),
+        column("first picks", lambda row: row.first_picks),
+        column("% with the same first pick", lambda row: row.same_first, percent),
+        column("% of the first three shared", lambda row: row.shared_firsts, percent),
+    ]
+    caption = "How each task alone, and random subsets, rank the layers, against all tasks together"
+    return make_table(caption, rows, columns)
+
+
+def tau_table(rows: Sequence[TauRow]) -> Table:
+    def tau_column(name: str) -> Column[TauRow]:
+        return column(one_line(name, 40), lambda row: row.taus[name], number)
+
+    columns = [column("", lambda row: row.ranking, one_line), *map(tau_column, rows[0].taus)]
+    return make_table("Kendall's tau of each two rankings", rows, columns)
+
+
+def layer_table(rows: Sequence[LayerRow]) -> Table:
+    columns: list[Column[LayerRow]] = [
+        column("variant", lambda row: row.variant, one_line),
+        column("layer", lambda row: row.layer),
+        column("relative depth", lambda row: row.relative_depth, number),
+        column("metric", lambda row: row.metric, one_line),
+        column(
+            "lost when skipped, % of the teacher's aggregate",
+            lambda row: _with_interval(row.lost, row.lost_ci, percent),
+        ),
+        column("removed in, % of runs", lambda row: row.removed_in, percent),
+        column("in round", lambda row: row.round, _round),
+    ]
+    return make_table("What the first scoring says of each layer; ± is the 95 % interval over seeds", rows, columns)
 
 
 def _round(value: float | None) -> str:
     return "–" if value is None else f"{value:g}" if value == round(value) else f"{value:.1f}"
-
-
-TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
-    "results": result_table,
-    "depths": depth_table,
-    "rankings": ranking_table,
-    "tau": tau_table,
-    "layers": layer_table,
-}

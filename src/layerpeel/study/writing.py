@@ -1,4 +1,4 @@
-"""Studies: a base config and what is varied of it, as runs that end in one table and one figure."""
+"""Runs a study and writes its tables, its figure and its page."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from layerpeel.report import style
-from layerpeel.report.page import Picture, render
+from layerpeel.report.page import provenance, render
+from layerpeel.report.pictures import Picture
 from layerpeel.report.tables import Table, write_tables
 from layerpeel.run.card import teacher_name
 from layerpeel.run.folder import Run
@@ -21,24 +21,23 @@ from layerpeel.storage.files import write_whole
 from layerpeel.study import charts, results, tables
 from layerpeel.study.file import Job, StudyConfig, load_study
 from layerpeel.study.rankings import Rankings
+from layerpeel.study.rows import StudyRows
 from layerpeel.study.running import run_jobs
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study that is done.
+    """A finished study.
 
     Attributes:
         folder: where its files are: index.html, tables.md, each table as CSV and JSON, figure.png and figure.svg, and
             study.json, which says how it was made.
-        rows: of each table, as in the files.
-        tables: what people read, by the same names.
+        rows: of each table.
+        tables: the tables for people, by the names of the files.
     """
 
     folder: Path
-    rows: dict[str, list[Row]]
+    rows: StudyRows
     tables: dict[str, Table]
 
 
@@ -67,23 +66,23 @@ def write_study(config: StudyConfig, name: str, jobs: Sequence[Job], runs: Seque
         command: what made it.
     """
     groups = results.by_variant(jobs, runs)
-    rows = {"results": results.result_rows(jobs, groups), "depths": results.depth_rows(groups)}
+    rows = StudyRows(results.result_rows(jobs, groups), results.depth_rows(groups))
     figure = _figure(config, groups, rows)
-    shown = {key: tables.TABLES[key](rows[key]) for key in rows if key in tables.TABLES}
-    figures_svg = style.save(figure, config.output / "figure")
-    write_tables(config.output, rows)
+    shown = tables.tables_of(rows)
+    svg = style.save(figure, config.output / "figure")
+    write_tables(config.output, rows.tables())
     write_whole(config.output / "tables.md", "\n\n".join(map(tables.markdown, shown.values())) + "\n")
     note = charts.NOTES[config.show]
-    start: Row = runs[0].events[0]
-    made = {
+    start = runs[0].start
+    facts = {
         "name": name,
         "command": command,
         "runs": len(runs),
-        "machine": start.get("machine", {}),
+        "machine": start.machine.model_dump() if start else {},
         "seconds": results.seconds_in_all(runs),
         "note": note,
     }
-    write_whole(config.output / "study.json", json.dumps(made, ensure_ascii=False, indent=1) + "\n")
+    write_whole(config.output / "study.json", json.dumps(facts, ensure_ascii=False, indent=1) + "\n")
     page = render(
         "study.html.jinja",
         {
@@ -94,36 +93,31 @@ def write_study(config: StudyConfig, name: str, jobs: Sequence[Job], runs: Seque
             "command": command,
             "figures": "",
             "teachers": sorted({teacher_name(job.config.teacher) for job in jobs}),
-            "pictures": {"figure": Picture("figure", name, note, Markup(figures_svg))},
-            "versions": start.get("versions", {}),
-            "machine": start.get("machine", {}),
+            "pictures": {"figure": Picture("figure", name, note, Markup(svg))},
+            **provenance(start),
         },
     )
     write_whole(config.output / "index.html", page)
     return Study(config.output, rows, shown)
 
 
-def _figure(config: StudyConfig, groups: dict[str, list[Run]], rows: dict[str, list[Row]]) -> Figure:
-    """The study's figure; adds to the rows what else there is to show."""
+def _figure(config: StudyConfig, groups: dict[str, list[Run]], rows: StudyRows) -> Figure:
+    """The study's figure; adds to `rows` those that only this figure shows."""
     first = next(iter(groups.values()))[0]
     assert first.teacher
-    teacher = first.teacher["aggregate"]
+    teacher = first.teacher.aggregate
     if config.show == "rankings":
         rankings = Rankings(first)
-        names, matrix = rankings.matrix()
-        rows["rankings"] = rankings.rows()
-        rows["tau"] = [
-            {"ranking": a, **dict(zip(names, own, strict=True))} for a, own in zip(names, matrix, strict=True)
-        ]
-        return charts.draw_matrix(names, matrix)
+        rows.rankings, rows.tau = rankings.rows(), rankings.taus()
+        return charts.draw_taus(rows.tau)
     if config.show == "layers":
-        rows["layers"] = results.layer_rows(groups)
-        return charts.draw_layers(rows["layers"])
+        rows.layers = results.layer_rows(groups)
+        return charts.draw_layers(rows.layers)
     if config.show == "sweep":
-        return charts.draw_sweep(rows["results"], next(iter(config.grid)), teacher)
+        return charts.draw_sweep(rows.results, next(iter(config.grid)), teacher)
     if config.show == "costs":
-        return charts.draw_costs(rows["results"], teacher)
+        return charts.draw_costs(rows.results, teacher)
     if config.show == "results":
-        return charts.draw_results(rows["results"], teacher)
+        return charts.draw_results(rows.results, teacher)
     seeds = f"{len(config.seeds)} seed" + ("s" if len(config.seeds) > 1 else "")
-    return charts.draw_depths(rows["depths"], dict.fromkeys(groups, seeds))
+    return charts.draw_depths(rows.depths, dict.fromkeys(groups, seeds))

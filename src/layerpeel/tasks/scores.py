@@ -5,13 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-
-def aggregate_stderr(evaluation: Evaluation, reference: Evaluation, how: str) -> float:
-    """The standard error of an aggregate, from those of its tasks; the teacher's scores are taken as exact."""
-    exact = Evaluation({name: replace(score, stderr=0.0) for name, score in reference.scores.items()})
-    return evaluation.difference_stderr(exact, reference, how)
 
 
 @dataclass(frozen=True)
@@ -44,10 +37,6 @@ class TaskScore:
         influences = tuple(n * w * (sample - mean) / total for w, sample in zip(weights, samples, strict=True))
         return cls(mean, _stderr_of(influences), n, influences=influences, chance=chance)
 
-    def to_json(self) -> dict[str, Any]:
-        fields = {"value": self.value, "stderr": self.stderr, "n": self.n, "lower_is_better": self.lower_is_better}
-        return fields if self.chance is None else fields | {"chance": self.chance}
-
 
 def _stderr_of(influences: Sequence[float]) -> float:
     n = len(influences)
@@ -76,6 +65,11 @@ class Evaluation:
                 for name, value in qualities.items()
             }
         return sum(qualities.values()) / len(qualities)
+
+    def aggregate_stderr(self, reference: Evaluation, how: str = "mean") -> float:
+        """The standard error of the aggregate, from those of its tasks; the teacher's scores are taken as exact."""
+        exact = Evaluation({name: replace(score, stderr=0.0) for name, score in reference.scores.items()})
+        return self.difference_stderr(exact, reference, how)
 
     def difference_stderr(
         self, other: Evaluation, reference: Evaluation, how: str = "mean", seen: Mapping[str, float] | None = None
@@ -115,10 +109,3 @@ class Evaluation:
         slope = -reference_value / score.value**2 if score.lower_is_better else 1.0
         reference_quality = 1.0 if score.lower_is_better else reference_value
         return slope / reference_quality if how == "relative" and reference_quality else slope
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: score.to_json() for name, score in self.scores.items()}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Evaluation:
-        return cls({name: TaskScore(**score) for name, score in value.items()})

@@ -26,7 +26,7 @@ def run_both(
     step_labels: int,
     micro_batches: int = 1,
     recompute: bool = False,
-    known: Mapping[int, Tensor] | None = None,
+    teacher_states: Mapping[int, Tensor] | None = None,
 ) -> StepOutputs:
     """Teacher and student on one micro-batch; what they have in common runs once, without a graph.
 
@@ -35,7 +35,7 @@ def run_both(
         layers: teacher indices of the layers whose outputs are wanted, of those in training.
         step_tokens, step_labels, micro_batches: of the optimizer step, as in `StepOutputs`.
         recompute: keep only what enters each of the student's layers, and run them again in the backward pass.
-        known: the teacher's states, if they need not be computed: [B, T, D] of those layers, and of FINAL.
+        teacher_states: the teacher's, if they need not be computed: [B, T, D] of those layers, and of FINAL.
     """
     device = student.model.device
     input_ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device).bool()
@@ -45,22 +45,14 @@ def run_both(
         common, arguments = teacher.begin(input_ids, positions)
         for index in range(shared):
             common = teacher.layer(index, common, arguments[index])
-        theirs = known or _upper_states(teacher, common, arguments, shared, layers)
+        teacher_states = teacher_states or _upper_states(teacher, common, arguments, shared, layers)
     hidden = student.layerwise.begin(input_ids, positions)[0] if student.trains_embeddings else common
-    ours: dict[int, Tensor] = {}
-    for position in range(shared, len(student.kept_layers)):
-        index = student.kept_layers.kept[position]
-        if recompute and torch.is_grad_enabled():
-            hidden = checkpoint(student.layerwise.layer, position, hidden, arguments[index], use_reentrant=False)
-        else:
-            hidden = student.layerwise.layer(position, hidden, arguments[index])
-        if index in layers:
-            ours[index] = hidden
+    final, student_states = _student_states(student, hidden, arguments, layers, recompute)
     return StepOutputs(
-        student_final=student.layerwise.norm(hidden),
-        teacher_final=theirs[FINAL],
-        student_hidden=ours,
-        teacher_hidden=theirs,
+        student_final=final,
+        teacher_final=teacher_states[FINAL],
+        student_hidden=student_states,
+        teacher_hidden=teacher_states,
         mask=mask,
         labels=batch["labels"].to(device),
         student_head=student.layerwise,
@@ -71,10 +63,26 @@ def run_both(
     )
 
 
+def _student_states(
+    student: Student, hidden: Tensor, arguments: list[LayerInputs], layers: Collection[int], recompute: bool
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Runs the student after the shared prefix; returns the output of the final norm, and those of `layers`."""
+    states: dict[int, Tensor] = {}
+    for position in range(student.shared_prefix, len(student.kept_layers)):
+        index = student.kept_layers.kept[position]
+        if recompute and torch.is_grad_enabled():
+            hidden = checkpoint(student.layerwise.layer, position, hidden, arguments[index], use_reentrant=False)
+        else:
+            hidden = student.layerwise.layer(position, hidden, arguments[index])
+        if index in layers:
+            states[index] = hidden
+    return student.layerwise.norm(hidden), states
+
+
 def _upper_states(
     teacher: LayerwiseModel, hidden: Tensor, arguments: list[LayerInputs], start: int, layers: Collection[int]
 ) -> dict[int, Tensor]:
-    """The teacher from a layer on: what those layers and, under FINAL, the final norm give."""
+    """Runs the teacher from a layer on; returns the outputs of `layers` and, under FINAL, of the final norm."""
     states = {}
     for index in range(start, len(teacher.layers)):
         hidden = teacher.layer(index, hidden, arguments[index])

@@ -1,4 +1,4 @@
-"""Several processes that train one student: who they are, sums over them, and parameters sharded between them.
+"""Several processes that train one student: sums of gradients, and parameters sharded between them.
 
 Every process holds the frozen weights. What trains is replicated too, and its gradients are summed after the last
 micro-batch of a step; or, under FSDP2, each layer's trained parameters, gradients and optimizer state are split.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -25,11 +25,15 @@ BUCKET = 2**26  # elements that are summed over processes at a time
 
 
 @contextmanager
-def sharded(student: Student) -> Iterator[None]:
+def sharded(student: Student, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """For the time of the context, splits what trains over the processes, under `accelerate launch --use_fsdp`.
 
-    The layers that train are replaced by stand-ins whose trained parameters are split and whose frozen ones are the
-    same tensors as before; afterwards the layers are back, with the trained weights whole.
+    The layers that train are replaced by stand-ins whose trained parameters are split (FSDP2) and whose frozen ones are
+    the same tensors as before. Afterwards the layers are back, with all of the trained weights.
+
+    Args:
+        weights: the trained parameters by name, as they were before. After an exception the layers hold these: other
+            processes may be elsewhere, and would not answer if they were asked for their parts.
     """
     if not distributed.is_initialized() or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         yield
@@ -38,7 +42,14 @@ def sharded(student: Student) -> Iterator[None]:
     layers = list(student.layerwise.layers)
     split = {position: _split(layer, mesh) for position, layer in enumerate(layers) if _trains(layer)}
     student.layerwise.architecture.set_layers([split.get(position, layer) for position, layer in enumerate(layers)])
-    yield
+    try:
+        yield
+    except BaseException:
+        student.layerwise.architecture.set_layers(layers)
+        for name, parameter in student.parameters().items():
+            if parameter.requires_grad and not parameter.numel():
+                parameter.data = weights[name].to(parameter)
+        raise
     student.layerwise.architecture.set_layers(layers)
     for position, stand_in in split.items():
         _take_back(layers[position], stand_in)
@@ -69,7 +80,7 @@ def _trains(layer: nn.Module) -> bool:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Adds up, over all processes, the gradients of the parameters that each of them holds whole."""
+    """Adds up, over all processes, the gradients of the parameters that are replicated."""
     if not distributed.is_initialized():
         return
     bucket: list[Tensor] = []

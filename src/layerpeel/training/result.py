@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 NO_LOSS = ("learning_rate", "gradient_norm", "tokens", "skipped")  # of what a point of the curve holds
 
@@ -42,25 +41,49 @@ class TrainingResult:
     without_gradient: list[str] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
 
-    def summary(self) -> dict[str, Any]:
-        """All but the curve; of it, where there were steps, means over the first and the last tenth of them.
-
-        These are `first_loss` and `last_loss`, and `losses`: the two for each part. `gradient_norm` is the mean over
-        all steps.
-        """
-        own = {name: value for name, value in asdict(self).items() if name != "curve"}
+    def summary(self) -> TrainingSummary:
+        """All but the curve; of it, where there were steps, means over the first and the last tenth of them."""
+        fields = {name: value for name, value in asdict(self).items() if name != "curve"}
         points = [point for point in self.curve if not point["skipped"]]
         if not points:
-            return own
+            return TrainingSummary(**fields)
         tenth = max(1, len(points) // 10)
         ends = {
-            name: [_mean([point[name] for point in some]) for some in (points[:tenth], points[-tenth:])]
+            name: (_mean([point[name] for point in points[:tenth]]), _mean([point[name] for point in points[-tenth:]]))
             for name in points[0]
             if name not in NO_LOSS
         }
         first, last = ends.pop("loss")
         norm = _mean([point["gradient_norm"] for point in points])
-        return own | {"first_loss": first, "last_loss": last, "losses": ends, "gradient_norm": norm}
+        return TrainingSummary(**fields, first_loss=first, last_loss=last, losses=ends, gradient_norm=norm)
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What a training did, without its curve.
+
+    Attributes:
+        layers, parameters, steps, tokens, skipped, restarts, halved, cached, seconds, without_gradient: as in
+            `TrainingResult`.
+        first_loss, last_loss: means over the first and the last tenth of the steps; None where there were none.
+        losses: the two for each part of the loss, without its weight.
+        gradient_norm: mean over all steps; None where there were none.
+    """
+
+    layers: list[int]
+    parameters: int = 0
+    steps: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    restarts: int = 0
+    halved: int = 0
+    cached: float = 0.0
+    seconds: float = 0.0
+    without_gradient: list[str] = field(default_factory=list)
+    first_loss: float | None = None
+    last_loss: float | None = None
+    losses: dict[str, tuple[float, float]] = field(default_factory=dict)
+    gradient_norm: float | None = None
 
 
 def _mean(values: list[float]) -> float:

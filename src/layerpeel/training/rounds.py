@@ -11,14 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from layerpeel.config.distill import DistillConfig
 from layerpeel.config.run import RunConfig
 from layerpeel.data.batches import load_rows
+from layerpeel.data.rows import Rows
 from layerpeel.errors import InputError
 from layerpeel.processes.distributed import processes_of
 from layerpeel.processes.progress import console
+from layerpeel.training.recipe import TrainingRecipe
 from layerpeel.training.result import Log, TrainingResult
 from layerpeel.training.state import TrainingState
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache
-from layerpeel.training.trainable import parameters_to_train
 from layerpeel.training.trainer import Trainer
 
 
@@ -51,35 +52,37 @@ def train_student(
         InputError: nothing to train, or no text.
         RunError: training diverged, whatever the learning rate.
     """
-    processes = processes_of(student.model.device).num_processes
-    per_step = config.batch_size * config.accumulation * config.sequence_length * processes
-    steps = max(1, config.tokens_per_round // per_step) if config.tokens_per_round else 0
-    if not steps:
+    recipe = TrainingRecipe(config, processes_of(student.model.device).num_processes)
+    if not recipe.steps():
         return TrainingResult(layers=[])
     if student.model.dtype is torch.float16:
         raise InputError("dtype: float16 gradients would underflow", hint="train with dtype: bfloat16 or float32")
     started = time.monotonic()
-    names = parameters_to_train(
-        student, config.train, radius=config.radius, norm=config.train_norm, head=config.train_head
-    )
-    packing = config.packing and student.teacher.runs_packed
+    names = recipe.parameters(student)
+    rows = _rows(student, tokenizer, recipe, seed, round_number)
+    trainer = Trainer(student, names, recipe, cache=cache, state=state, log=log, description=description)
+    result = trainer.train(rows, seed + round_number)
+    student.load_trained({n: value.to(storage) for n, value in student.trained_state().items() if n in names})
+    result.seconds += time.monotonic() - started
+    return result
+
+
+def _rows(
+    student: Student, tokenizer: PreTrainedTokenizerBase, recipe: TrainingRecipe, seed: int, round_number: int
+) -> Rows:
+    """The text of a round."""
+    config, packing = recipe.config, recipe.packs(student.teacher)
     if packing != config.packing:
         console.print("distill.packing: this model cannot keep documents of a row apart; one document a row")
-    in_round = steps * per_step // config.sequence_length
-    rows = load_rows(
+    return load_rows(
         config.text,
         tokenizer,
         sequence_length=config.sequence_length,
         packing=packing,
-        max_tokens=steps * per_step,
+        max_tokens=recipe.steps() * recipe.step_tokens,
         seed=seed,
-        skip_rows=(round_number - 1) * in_round if config.fresh_text else 0,
+        skip_rows=(round_number - 1) * recipe.rows if config.fresh_text else 0,
     )
-    trainer = Trainer(student, names, config, steps, cache, state)
-    result = trainer.train(rows, seed + round_number, log, description)
-    student.load_trained({n: value.to(storage) for n, value in student.trained_state().items() if n in names})
-    result.seconds += time.monotonic() - started
-    return result
 
 
 def train_last(
@@ -93,13 +96,13 @@ def train_last(
     log: Log | None,
 ) -> TrainingResult:
     """The training after the last removal, as `distill.last_pass` or `distill.when` says."""
-    own = config.distill.at_end(len(student.kept_layers.removed))
-    assert own
+    last_pass = config.distill.at_end(len(student.kept_layers.removed))
+    assert last_pass
     distill = config.distill.model_copy(
         update={
-            "tokens_per_round": own.tokens,
-            "train": own.train,
-            "learning_rate": own.learning_rate or config.distill.learning_rate,
+            "tokens_per_round": last_pass.tokens,
+            "train": last_pass.train,
+            "learning_rate": last_pass.learning_rate or config.distill.learning_rate,
         }
     )
     number = len(student.kept_layers.removed) + 1

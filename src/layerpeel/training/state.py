@@ -1,11 +1,12 @@
-"""What a training needs to go on in the middle, in one file that is whole or not there."""
+"""What a training needs to go on in the middle, in one file that is complete or not there."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,56 @@ import torch
 from rich.markup import escape
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor
 
 from layerpeel.processes.distributed import RANK
 from layerpeel.processes.progress import console
 from layerpeel.storage.files import whole_file
+from layerpeel.training.result import TrainingResult
 
 PATIENCE = 20  # times as long as a save took, before the next one: saving takes a twentieth of the time at most
+FORMAT = 2  # of the file; a training does not go on from one of another format
+WEIGHT = "parameter "  # before the names of trained parameters, among the tensors of a file
 
 
-State = tuple[dict[str, Tensor], dict[str, Any]]
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training after some of its steps.
+
+    Attributes:
+        weights: the trained parameters, by name.
+        optimizer_tensors, optimizers: as `optimizer_state.collect` returns them.
+        result: so far.
+        skipped: steps that attempts before this one skipped.
+        running: the running mean of each loss.
+    """
+
+    weights: Mapping[str, Tensor]
+    optimizer_tensors: Mapping[str, Tensor]
+    optimizers: Sequence[Mapping[str, Any]]
+    result: TrainingResult
+    skipped: int
+    running: Mapping[str, float]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{WEIGHT}{name}": value for name, value in self.weights.items()} | dict(self.optimizer_tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the tensors."""
+        return {
+            "result": asdict(self.result),
+            "skipped": self.skipped,
+            "running": dict(self.running),
+            "optimizers": list(self.optimizers),
+        }
+
+    @classmethod
+    def from_parts(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Checkpoint:
+        """From what `tensors` and `to_json` returned."""
+        weights = {name.removeprefix(WEIGHT): value for name, value in tensors.items() if name.startswith(WEIGHT)}
+        others = {name: value for name, value in tensors.items() if not name.startswith(WEIGHT)}
+        result = TrainingResult(**numbers["result"])
+        return cls(weights, others, numbers["optimizers"], result, numbers["skipped"], numbers["running"])
 
 
 class TrainingState:
@@ -43,19 +83,20 @@ class TrainingState:
     def is_due(self) -> bool:
         return time.monotonic() - self._saved >= max(self.every, PATIENCE * self._took * bool(self.every))
 
-    def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    def save(self, checkpoint: Checkpoint) -> None:
         """Puts a state in the place of the one before; returns once it is on the disk."""
         started = time.monotonic()
         if not RANK:
-            text = json.dumps({"of": self.of, **numbers})
+            text = json.dumps({"of": self.of, "format": FORMAT} | checkpoint.to_json())
+            tensors = checkpoint.tensors()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(self.path) as partial:
-                save_file(dict(tensors), partial, {"numbers": text, "sha256": _digest(tensors, text)})
+                save_file(tensors, partial, {"numbers": text, "sha256": _digest(tensors, text)})
         self._saved = time.monotonic()
         self._took = self._saved - started
 
-    def load(self) -> State | None:
-        """The tensors and numbers of this training; None if none were saved, or the file is damaged."""
+    def load(self) -> Checkpoint | None:
+        """The state of this training; None if none was saved, or the file is damaged."""
         if not self.path.exists():
             return None
         try:
@@ -69,42 +110,17 @@ class TrainingState:
             console.print(escape(f"{self.path}: damaged; the training begins again"))
             return None
         numbers = json.loads(text)
-        return (tensors, numbers) if numbers["of"] == self.of else None
+        same = numbers["of"] == self.of and numbers.get("format") == FORMAT
+        return Checkpoint.from_parts(tensors, numbers) if same else None
 
     def clear(self) -> None:
         if not RANK:
             self.path.unlink(missing_ok=True)
 
 
-def collect(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Trained parameters, and what AdamW knows of each, whole; for the first process only, though all take part."""
-    found = {}
-    for name, parameter in parameters.items():
-        for part, value in {"parameter": parameter, **optimizer.state.get(parameter, {})}.items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if not RANK:
-                found[f"{part} {name}"] = whole.detach().cpu().contiguous()
-    return found
-
-
-def restore(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]) -> None:
-    """Gives AdamW what `collect` found of it; a parameter that no step has touched has no state."""
-    for name, parameter in parameters.items():
-        if f"step {name}" in saved:
-            moments = {part: _like(parameter, saved[f"{part} {name}"]) for part in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": saved[f"step {name}"].clone(), **moments}
-
-
-def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """A saved tensor where its parameter is, split as that is split."""
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return torch.empty_like(parameter).copy_(value)
-
-
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().numpy().data)
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

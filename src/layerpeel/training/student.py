@@ -1,4 +1,4 @@
-"""The student that borrows the teacher's frozen layers: one copy of the weights.
+"""The student, which shares the teacher's frozen layers: one copy of the weights.
 
 The student is a model of its own class, with its own config and layer list, whose parameters *are* the teacher's, but
 for those in training, which are copies. Below the first that differs, both compute the same, and it runs once.
@@ -19,16 +19,16 @@ from layerpeel.model.surgery import KeptLayers, remove_layers
 
 
 class Student:
-    """A shortened model that shares all weights with its teacher but those it owns.
+    """A shortened model that shares all weights with its teacher but those that are trained.
 
     Parameters are named as in the teacher, such as `model.layers.7.mlp.up_proj.weight`, whatever has been removed.
 
     Attributes:
         model: the student, a plain transformers model.
-        stack: its layers, to be run one by one.
-        teacher: the teacher's layers.
-        depth: which teacher layers the student still has.
-        owned: names of the parameters that are the student's own.
+        layerwise: the student, to be run layer by layer.
+        teacher: the teacher, to be run layer by layer.
+        kept_layers: which teacher layers the student still has.
+        trained: names of the parameters that are the student's own copies.
     """
 
     def __init__(self, teacher: PreTrainedModel) -> None:
@@ -55,15 +55,15 @@ class Student:
 
     def layer_of(self, name: str) -> int | None:
         """The teacher layer that a parameter is of; None if it is of no layer."""
-        found = re.match(re.escape(self.layerwise.architecture.layer_prefix()) + r"\.(\d+)\.", name)
-        return int(found[1]) if found else None
+        match = re.match(re.escape(self.layerwise.architecture.layer_prefix()) + r"\.(\d+)\.", name)
+        return int(match[1]) if match else None
 
     def remove(self, layers: Iterable[int]) -> None:
         """Removes teacher layers from the student; the teacher stays as it is."""
         layers = list(layers)
-        depth = self.kept_layers.without(layers)
+        kept_layers = self.kept_layers.without(layers)
         remove_layers(self.model, [self.kept_layers.position(layer) for layer in layers])
-        self.kept_layers = depth
+        self.kept_layers = kept_layers
         self.trained = {name for name in self.trained if self.layer_of(name) not in layers}
 
     def fork(self) -> Student:
@@ -75,8 +75,10 @@ class Student:
 
     def add_trained(self, names: Iterable[str]) -> None:
         """Gives the student its own copy of these parameters, to be trained."""
-        here, new = self.parameters(), set(names) - self.trained
-        copies = {id(here[name]): nn.Parameter(here[name].detach().clone(), requires_grad=False) for name in new}
+        parameters, new = self.parameters(), set(names) - self.trained
+        copies = {
+            id(parameters[name]): nn.Parameter(parameters[name].detach().clone(), requires_grad=False) for name in new
+        }
         for module in self.model.modules():
             for name, parameter in module._parameters.items():
                 if id(parameter) in copies:
@@ -89,30 +91,31 @@ class Student:
         after = [*self.layerwise.norm_module.parameters(), *self.layerwise.head_module.parameters()]
         before = {id(p) for p in self.model.get_input_embeddings().parameters()}
         late = {id(p) for p in after} - before
-        here = self.parameters()
-        return any(self.layer_of(name) is None and id(here[name]) not in late for name in self.trained)
+        parameters = self.parameters()
+        return any(self.layer_of(name) is None and id(parameters[name]) not in late for name in self.trained)
 
     @property
     def shared_prefix(self) -> int:
         """How many of the first layers teacher and student both run, with the same weights, on the same input."""
         if self.trains_embeddings:
             return 0
-        own = {self.layer_of(name) for name in self.trained}
-        first_own = next((p for p, layer in enumerate(self.kept_layers.kept) if layer in own), len(self.kept_layers))
-        return min(first_own, self.kept_layers.first_changed)
+        trained = {self.layer_of(name) for name in self.trained}
+        kept = self.kept_layers.kept
+        first_trained = next((position for position, layer in enumerate(kept) if layer in trained), len(kept))
+        return min(first_trained, self.kept_layers.first_changed)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """The weights that are the student's own, by name."""
-        here = self.parameters()
-        return {name: here[name].detach() for name in sorted(self.trained)}
+        """The trained weights, by name."""
+        parameters = self.parameters()
+        return {name: parameters[name].detach() for name in sorted(self.trained)}
 
     @torch.no_grad()
     def load_trained(self, state: Mapping[str, Tensor]) -> None:
         """Takes over weights that `trained_state` gave."""
         self.add_trained(state)
-        here = self.parameters()
+        parameters = self.parameters()
         for name, value in state.items():
-            here[name].copy_(value)
+            parameters[name].copy_(value)
 
 
 def share(model: PreTrainedModel) -> PreTrainedModel:

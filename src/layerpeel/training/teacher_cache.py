@@ -79,7 +79,7 @@ class TeacherCache:
             if len(content) > self.left:
                 break
             self.left -= len(content)
-            write_whole(path, content)
+            write_whole(path, content, each_process=True)
         return {layer: held[layer].to(value.device, value.dtype) for layer, value in states.items()}
 
     def _paths(self, batch: Mapping[str, Tensor]) -> list[Path]:

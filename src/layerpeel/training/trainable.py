@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from layerpeel.errors import InputError
+from layerpeel.model.surgery import KeptLayers
 from layerpeel.training.student import Student
+
+
+def layers_to_train(kept_layers: KeptLayers, train: str, radius: int = 1) -> Collection[int] | None:
+    """Teacher indices of the layers that a word names (see `parameters_to_train`); None if it is no such word."""
+    sets = {"neighbours": kept_layers.neighbours(radius), "above": kept_layers.above(), "all": kept_layers.kept}
+    return sets.get(train)
 
 
 def parameters_to_train(
@@ -21,20 +29,17 @@ def parameters_to_train(
     Raises:
         InputError: nothing matches.
     """
-    depth, here = student.kept_layers, student.parameters()
-    sets = {"neighbours": depth.neighbours(radius), "above": depth.above(), "all": depth.kept}
-    if train in sets:
-        chosen = {name for name in here if student.layer_of(name) in sets[train]}
+    parameters, layers = student.parameters(), layers_to_train(student.kept_layers, train, radius)
+    if layers is not None:
+        chosen = {name for name in parameters if student.layer_of(name) in layers}
     else:
-        chosen = {name for name in here if train == "everything" or re.search(train, name)}
+        chosen = {name for name in parameters if train == "everything" or re.search(train, name)}
     if not chosen:
         raise InputError(
             f"distill.train: {train!r} selects no parameter of the student",
             hint="use neighbours, above, all, everything, or a pattern that matches names such as "
-            f"{next(name for name in here if student.layer_of(name) is not None)}",
+            f"{next(name for name in parameters if student.layer_of(name) is not None)}",
         )
-    also = [
-        module for module, on in ((student.layerwise.norm_module, norm), (student.layerwise.head_module, head)) if on
-    ]
-    wanted = {id(parameter) for module in also for parameter in module.parameters()}
-    return [name for name, parameter in here.items() if name in chosen or id(parameter) in wanted]
+    modules = [student.layerwise.norm_module] * norm + [student.layerwise.head_module] * head
+    also = {id(parameter) for module in modules for parameter in module.parameters()}
+    return [name for name, parameter in parameters.items() if name in chosen or id(parameter) in also]

@@ -1,0 +1,207 @@
+"""Metrics that are means over the real tokens of a text.
+
+`HiddenStateMetric` compares each layer's input with its output; `DistributionMetric` compares next-token distributions
+with the teacher's. A metric that needs something else derives from `Metric` and calls `mean_over_text` itself.
+
+Shapes: N real tokens of a batch, B batch, T tokens, D hidden, V vocabulary, L layers, C candidates.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from layerpeel.data.rows import Rows, positions_of
+from layerpeel.importance.base import Metric, MetricResult, ScoringInputs
+from layerpeel.inference.answer_cache import AnswerCache
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.processes.interrupts import stop_if_asked
+from layerpeel.processes.progress import progress
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Some rows of the scoring text, on the student's device.
+
+    Attributes:
+        input_ids: [B, T].
+        mask: [B, T] of bool, True at real tokens.
+        positions: [B, T], each token's place in its document; None if no row holds more than one document.
+    """
+
+    input_ids: Tensor
+    mask: Tensor
+    positions: Tensor | None
+
+    @classmethod
+    def of(cls, rows: dict[str, Tensor], device: torch.device) -> TextBatch:
+        """Takes rows as `Rows.take` gives them."""
+        input_ids, mask, document = (rows[name].to(device) for name in ("input_ids", "attention_mask", "document"))
+        return cls(input_ids, mask.bool(), positions_of(document))
+
+    def final_hidden(
+        self,
+        layerwise: LayerwiseModel,
+        candidates: Sequence[int] = (),
+        hook: Callable[[int, Tensor, Tensor], None] | None = None,
+        tokens_per_call: int | None = None,
+    ) -> Tensor:
+        """Final hidden states at real tokens, of the model as it is and with each candidate skipped: [1 + C, N, D].
+
+        Args:
+            hook, tokens_per_call: as in `LayerwiseModel.forward_with_skips`.
+        """
+        hidden = layerwise.forward_with_skips(
+            self.input_ids, candidates, hook=hook, positions=self.positions, tokens_per_call=tokens_per_call
+        )
+        return hidden[:, self.mask]
+
+
+class HiddenStateMetric(Metric):
+    """A function of each layer's input and output, mean over real tokens; no layer is skipped for it."""
+
+    needs = frozenset({"text"})
+    skips = False
+
+    @abstractmethod
+    def measure(self, before: Tensor, after: Tensor) -> Tensor:
+        """How much a layer changes the hidden state of each token.
+
+        Args:
+            before, after: [N, D] in fp32, the layer's input and output at real tokens.
+
+        Returns:
+            [N].
+        """
+
+    def score(self, inputs: ScoringInputs) -> MetricResult:
+        def sums(batch: TextBatch) -> Tensor:
+            by_layer = torch.zeros(len(inputs.student.layers), dtype=torch.float64)
+
+            def hook(position: int, before: Tensor, after: Tensor) -> None:
+                changes = self.measure(before[batch.mask].float(), after[batch.mask].float())
+                by_layer[position] = changes.double().sum().cpu()
+
+            batch.final_hidden(inputs.student, hook=hook, tokens_per_call=inputs.budget.tokens_per_call)
+            return by_layer
+
+        means = mean_over_text(self, inputs, sums)
+        return MetricResult({position: means[position] for position in inputs.candidates})
+
+
+class DistributionMetric(Metric):
+    """A distance of next-token distributions from the teacher's, mean over real tokens.
+
+    A layer's importance is the distance with the layer skipped, less the distance of the student as it is.
+    """
+
+    needs = frozenset({"text"})
+
+    @abstractmethod
+    def measure(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The distance at each token.
+
+        Args:
+            student, teacher: [N, V] log-probabilities in fp32; not to be changed.
+
+        Returns:
+            [N], or their sum.
+        """
+
+    @torch.no_grad()
+    def score(self, inputs: ScoringInputs) -> MetricResult:
+        def sums(batch: TextBatch) -> Tensor:
+            chunk = inputs.budget.tokens_per_call
+            branches = batch.final_hidden(inputs.student, inputs.candidates, tokens_per_call=chunk)
+            alone = inputs.teacher is inputs.student
+            teacher = branches[0] if alone else batch.final_hidden(inputs.teacher)[0]
+            return self._sums(inputs, branches, teacher)
+
+        untouched, *skipped = mean_over_text(self, inputs, sums, branches=1 + len(inputs.candidates))
+        pairs = zip(inputs.candidates, skipped, strict=True)
+        return MetricResult({position: mean - untouched for position, mean in pairs})
+
+    def _sums(self, inputs: ScoringInputs, branches: Tensor, teacher: Tensor) -> Tensor:
+        """Sums over N tokens, of hidden states [1 + C, N, D] against the teacher's [N, D]: [1 + C]."""
+        totals = torch.zeros(len(branches), dtype=torch.float64, device=branches.device)
+        rows = inputs.budget.logit_rows(inputs.teacher, branches=3)
+        for start in range(0, len(teacher), rows):
+            target = inputs.teacher.logits(teacher[start : start + rows]).float().log_softmax(-1)
+            for branch, hidden in enumerate(branches[:, start : start + rows]):
+                log_probs = inputs.student.logits(hidden).float().log_softmax(-1)
+                totals[branch] += self.measure(log_probs, target).double().sum()
+        return totals
+
+
+def mean_over_text(
+    metric: Metric, inputs: ScoringInputs, sums: Callable[[TextBatch], Tensor], branches: int = 1
+) -> list[float]:
+    """The means, over all real tokens of the text, of what `sums` adds up; processes share the rows.
+
+    Args:
+        metric: whose sums these are: shown in the progress bar, and part of the key in the answer cache.
+        sums: gives [M] sums of float64 over the real tokens of a batch.
+        branches: copies of the batch that go through a layer together, to which batches are sized.
+
+    Returns:
+        M means.
+    """
+    assert inputs.text is not None
+    state = PartialState(cpu=inputs.student.device.type == "cpu")
+    text = inputs.text
+    if positions_of(text.document) is not None and not inputs.student.runs_packed:
+        text = text.unpacked()
+    indices = torch.arange(len(text))[state.process_index :: state.num_processes]
+    totals = _totals(metric, inputs, text, indices, sums, branches)
+    if state.num_processes > 1:
+        parts = [torch.tensor(part, dtype=torch.float64) for part in gather_object([totals.tolist()]) if part]
+        totals = torch.stack(parts).sum(0)
+    means: list[float] = (totals / text.mask.sum()).tolist()
+    return means
+
+
+def _totals(
+    metric: Metric,
+    inputs: ScoringInputs,
+    text: Rows,
+    indices: Tensor,
+    sums: Callable[[TextBatch], Tensor],
+    branches: int,
+) -> Tensor:
+    """What `sums` gives, added up over the rows at `indices`, in batches that fit the memory budget."""
+    width, question = text.input_ids.shape[1], (type(metric).__module__, type(metric).__qualname__)
+    totals, start = torch.zeros(0, dtype=torch.float64), 0
+    with progress(f"scoring by {metric.name}", len(indices)) as advance:
+        while start < len(indices):
+            batch_indices = indices[start : start + max(1, inputs.budget.tokens(inputs.student, branches) // width)]
+            rows = text.take(batch_indices)
+            key = (*question, list(inputs.candidates), *(ids.tolist() for ids in rows.values()))
+            batch = TextBatch.of(rows, inputs.student.device)
+            try:
+                part = _cached(inputs.answer_cache, key, partial(sums, batch))
+            except Exception as error:
+                inputs.budget.shrink(error, inputs.student, branches, width)
+                continue
+            totals = totals + part if start else part
+            start += len(batch_indices)
+            advance(len(batch_indices))
+            stop_if_asked()
+    return totals
+
+
+def _cached(answer_cache: AnswerCache | None, key: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
+    """The sums kept under `key` by a scoring that was interrupted, or else computed, and kept."""
+    if answer_cache is not None and (values := answer_cache.find_value(*key)):
+        return torch.tensor(values, dtype=torch.float64)
+    sums = compute().double().cpu()
+    if answer_cache is not None:
+        answer_cache.keep_value(sums.tolist(), *key)
+    return sums

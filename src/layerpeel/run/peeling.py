@@ -1,0 +1,167 @@
+"""A run in memory: its models, data and record, and the steps of the loop over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from layerpeel.config.run import RunConfig
+from layerpeel.importance.base import ScoringInputs
+from layerpeel.importance.scores import LayerScores, last_ranking
+from layerpeel.importance.scoring import score_candidates, scoring_text, unremovable_teacher_layers
+from layerpeel.model.architecture import count_parameters
+from layerpeel.model.checkpoint import stored_dtype
+from layerpeel.model.loading import load_teacher
+from layerpeel.model.saving import save_model
+from layerpeel.processes.progress import console
+from layerpeel.run.card import write_card
+from layerpeel.run.events import StudentRecord
+from layerpeel.run.heal import heal_candidates
+from layerpeel.run.health import note_findings
+from layerpeel.run.preflight import check_trained, leaving_nothing, removable
+from layerpeel.run.writing import OpenRun
+from layerpeel.tasks.base import Task
+from layerpeel.tasks.evaluation import evaluate
+from layerpeel.tasks.scores import Evaluation
+from layerpeel.training.result import TrainingResult
+from layerpeel.training.rounds import train_last, train_student
+from layerpeel.training.student import Student
+from layerpeel.training.teacher_cache import TeacherCache, cache_for
+
+
+class Peeling:
+    """What the loop works on, and its steps.
+
+    Attributes:
+        run: the record, which knows how far the run is.
+        config: how to go on.
+        tasks: what the models are evaluated on.
+        teacher, tokenizer: as loaded.
+        student: the teacher without the layers that are gone, as trained so far.
+        text: what metrics read; None if the config has no text.
+        storage: the dtype that the student will be saved in.
+        cache: the teacher's hidden states on disk; None if they are computed each time.
+        free: the teacher layers that may go next, as of the last `stop_reason`.
+    """
+
+    def __init__(self, run: OpenRun, config: RunConfig, tasks: Sequence[Task]) -> None:
+        """Loads the teacher; takes the run's folder away again, if it is new and the model or the data will not do.
+
+        Raises:
+            InputError: they will not.
+        """
+        self.run, self.config, self.tasks = run, config, tasks
+        self.cache: TeacherCache | None = None
+        self.free: tuple[int, ...] = ()
+        with leaving_nothing(run):
+            self.teacher, self.tokenizer = load_teacher(config)
+            self.student = Student(self.teacher)
+            check_trained(self.student, config.distill)
+            self.storage = stored_dtype(config.teacher)
+            self.text = scoring_text(config, self.tokenizer)
+
+    def begin(self) -> None:
+        """Evaluates the teacher, unless that was done, and brings the student to the end of the last round."""
+        if not self.run.teacher:
+            self.run.record_teacher(self.student, self.evaluate())
+        self.run.restore(self.student)
+        note_findings(self.run)
+        self.cache = cache_for(self.config, self.teacher, self.run.folder)
+
+    def stop_reason(self) -> str | None:
+        """Why the run is over: the name of the stop that holds, or `no_candidates`; None to go on."""
+        student, stop = self.student, self.run.config.stop
+        fixed = unremovable_teacher_layers(student.model, student.kept_layers)
+        self.free = removable(student.kept_layers, self.config, fixed)
+        rounds = self.run.rounds
+        if rounds and stop.min_quality is not None and rounds[-1].kept_quality < stop.min_quality:
+            return "min_quality"
+        if stop.target_layers is not None and len(student.kept_layers) <= stop.target_layers:
+            return "target_layers"
+        if stop.max_params is not None and count_parameters(student.model) <= stop.max_params:
+            return "max_params"
+        return None if self.free else "no_candidates"
+
+    def score(self) -> int:
+        """Scores the layers that may go, unless that was done in this round; gives the teacher layer that goes."""
+        console.print(f"round {len(self.run.rounds) + 1}: {len(self.student.kept_layers)} layers")
+        if not self.run.scored:
+            inputs = self._scoring_inputs()
+            scores = self._last_ranking() or score_candidates(inputs, self.student.kept_layers)
+            if self.config.score.heal:
+                heal_candidates(self.student, inputs, scores, self.config)
+            self.run.record_scores(scores)
+        assert self.run.scored
+        return self.run.scored.removed
+
+    def remove(self, layer: int) -> None:
+        """Removes a teacher layer from the student."""
+        self.student.remove([layer])
+
+    def train(self) -> TrainingResult:
+        """Distils the student against the teacher, as `distill` says for each round."""
+        return train_student(
+            self.student,
+            self.tokenizer,
+            self.config.distill.in_rounds(),
+            seed=self.config.seed,
+            round_number=len(self.run.rounds) + 1,
+            storage=self.storage,
+            cache=self.cache,
+            state=self.run.training_state(),
+            log=self.run.track,
+        )
+
+    def evaluate(self) -> Evaluation:
+        """The student's scores on the tasks."""
+        return evaluate(self.student.model, self.tokenizer, self.tasks)
+
+    def record(self, training: TrainingResult, evaluation: Evaluation) -> None:
+        """Records the round, and the signs of failure that it shows."""
+        self.run.record_round(self.student, training, evaluation)
+        note_findings(self.run)
+
+    def finish(self, reason: str) -> None:
+        """Trains a last time, if the config says so, writes the checkpoint with its card, and records the end.
+
+        Args:
+            reason: from `stop_reason`.
+        """
+        if reason == "min_quality":  # the last student above the floor is the result
+            self.student = self.run.student_of(self.teacher, len(self.run.rounds) - 1)
+        last_pass = self._last_pass()
+        save_model(self.student.model, self.tokenizer, self.run.student_folder, self.storage)
+        write_card(self.run, self.run.student_folder, len(self.student.kept_layers.removed), last_pass)
+        self.run.record_finish(reason, self.student, last_pass)
+
+    def _scoring_inputs(self) -> ScoringInputs:
+        return ScoringInputs(
+            self.student.layerwise,
+            self.student.teacher,
+            self.tokenizer,
+            [self.student.kept_layers.position(layer) for layer in self.free],
+            self.text,
+            self.tasks,
+            self.run.reference,
+            self.config.aggregate,
+            self.config.score,
+            self.run.answers(),
+        )
+
+    def _last_ranking(self) -> LayerScores | None:
+        rounds = self.run.rounds
+        return last_ranking(rounds[-1].scores, len(rounds), self.config.score.every, self.free) if rounds else None
+
+    def _last_pass(self) -> StudentRecord | None:
+        """Trains after the last removal, and says what came of it; None if the config has no such training."""
+        if not self.config.distill.at_end(len(self.student.kept_layers.removed)):
+            return None
+        training = train_last(
+            self.student,
+            self.tokenizer,
+            self.config,
+            storage=self.storage,
+            cache=self.cache,
+            state=self.run.training_state(),
+            log=self.run.track,
+        )
+        return self.run.student_record(self.student, training, self.evaluate())

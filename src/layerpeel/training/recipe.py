@@ -1,0 +1,137 @@
+"""How a round trains: what trains, the optimizer and its schedule, how many steps of how many tokens, in which dtypes.
+
+The trainer does what a recipe says, and `layerpeel.plan` counts it from the same recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from layerpeel.config.distill import DistillConfig
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.model.surgery import KeptLayers
+from layerpeel.training.optimizer_state import collect
+from layerpeel.training.optimizers import (
+    ScheduledOptimizers,
+    make_optimizers,
+    optimizer_class,
+    state_bytes,
+    takes_only_matrices,
+    total_state_bytes,
+    try_optimizer,
+)
+from layerpeel.training.student import Student
+from layerpeel.training.trainable import layers_to_train, parameters_to_train
+
+MASTER_DTYPE = torch.float32  # of parameters while they train, of their gradients, and of what is made from them
+
+
+def autocast(device_type: str, dtype: torch.dtype) -> torch.autocast:
+    """The context in which a model of that dtype runs while its trained parameters have `MASTER_DTYPE`."""
+    return torch.autocast(device_type, dtype, enabled=dtype is not MASTER_DTYPE)
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """How a round trains.
+
+    Attributes:
+        config: the section `distill`.
+        processes: how many share each step.
+    """
+
+    config: DistillConfig
+    processes: int = 1
+
+    # What a step is
+
+    @property
+    def micro_batches(self) -> int:
+        """In a step, over all processes."""
+        return self.config.accumulation * self.processes
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens in a step, padding included, over all processes."""
+        return self.config.batch_size * self.config.sequence_length * self.micro_batches
+
+    def steps(self, tokens: int | None = None) -> int:
+        """Optimizer steps for so many tokens (a round's, if not given): at least one, unless there are none."""
+        tokens = self.config.tokens_per_round if tokens is None else tokens
+        return max(1, tokens // self.step_tokens) if tokens else 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of text that a round trains on."""
+        return self.steps() * self.step_tokens // self.config.sequence_length
+
+    def packs(self, teacher: LayerwiseModel) -> bool:
+        """Whether rows hold several documents: where that is wanted, and the model can keep them apart."""
+        return self.config.packing and teacher.runs_packed
+
+    # What trains
+
+    def parameters(self, student: Student) -> list[str]:
+        """Names of the parameters that train.
+
+        Raises:
+            InputError: `distill.train` selects none.
+        """
+        config = self.config
+        return parameters_to_train(
+            student, config.train, radius=config.radius, norm=config.train_norm, head=config.train_head
+        )
+
+    def layers(self, kept_layers: KeptLayers) -> Collection[int] | None:
+        """Teacher indices of the layers that `distill.train` names; None where it names parameters instead."""
+        return layers_to_train(kept_layers, self.config.train, self.config.radius)
+
+    # The optimizer
+
+    @property
+    def optimizer_name(self) -> str:
+        """Of what keeps state for each parameter."""
+        return f"{self.config.optimizer}{' and AdamW' * takes_only_matrices(optimizer_class(self.config))}"
+
+    def optimizers(
+        self, parameters: Sequence[nn.Parameter], in_layer: Sequence[bool], *, rate: float, steps: int, done: int = 0
+    ) -> ScheduledOptimizers:
+        """The optimizers of these parameters; their learning rate rises to its peak, then a cosine brings it to 0.
+
+        Args:
+            in_layer: whether each parameter is of a layer.
+            rate: the peak learning rate.
+            steps: of the schedule.
+            done: how many of them were made before.
+
+        Raises:
+            InputError: there is no such optimizer, or it does not take its options.
+        """
+        warmup = min(self.config.warmup_steps, steps // 2)
+        optimizers = make_optimizers(self.config, parameters, in_layer, rate)
+        schedules = [get_cosine_schedule_with_warmup(each, warmup, steps, last_epoch=done - 1) for each in optimizers]
+        return ScheduledOptimizers(optimizers, schedules)
+
+    def optimizer_bytes(self, parameters: Sequence[Tensor], in_layer: Sequence[bool]) -> int:
+        """Bytes of optimizer state for these parameters, which may be on the meta device."""
+        return total_state_bytes(self.config, parameters, in_layer)
+
+    @property
+    def update_bytes(self) -> float:
+        """Bytes that a step reads and writes for a number of a layer's matrices: weight, gradient, optimizer state."""
+        return 3 * MASTER_DTYPE.itemsize + 2 * state_bytes(self.config)
+
+    def check(self, device: torch.device | str = "cpu") -> None:
+        """Tries the optimizer on a small parameter, and whether its state can be saved.
+
+        Raises:
+            InputError: it says what will not do.
+        """
+        optimizer = try_optimizer(self.config, device=device)
+        (parameter,) = optimizer.param_groups[0]["params"]
+        collect([optimizer], {"weight": parameter})

@@ -1,0 +1,136 @@
+"""The recipe of a round, by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from layerpeel.config.distill import DistillConfig
+from layerpeel.errors import InputError
+from layerpeel.training.recipe import TrainingRecipe, autocast
+from layerpeel.training.student import Student
+from tests.families import tiny_model
+
+
+def recipe(processes: int = 1, **fields: Any) -> TrainingRecipe:
+    return TrainingRecipe(DistillConfig(**fields), processes)
+
+
+def test_steps_and_rows_by_hand() -> None:
+    two = recipe(2, batch_size=4, accumulation=3, sequence_length=10, tokens_per_round=1000)
+    assert (two.micro_batches, two.step_tokens, two.steps(), two.rows) == (6, 240, 4, 96)
+    assert (two.steps(0), two.steps(1), two.steps(480)) == (0, 1, 2)
+    assert recipe(tokens_per_round=0).steps() == recipe(tokens_per_round=0).rows == 0
+
+
+def test_layers_are_those_whose_parameters_train() -> None:
+    student = Student(tiny_model("llama"))
+    student.remove([2])
+    for train in ("neighbours", "above", "all"):
+        chosen = recipe(train=train)
+        layers = {student.layer_of(name) for name in chosen.parameters(student)}
+        assert layers == set(chosen.layers(student.kept_layers) or ())
+    assert recipe(train="everything").layers(student.kept_layers) is None
+    assert "model.norm.weight" in recipe(train="all", train_norm=True).parameters(student)
+
+
+def test_the_rate_rises_and_falls_as_a_cosine() -> None:
+    parameter = nn.Parameter(torch.ones(2, 2))
+    expected = [0.0, 0.5] + [0.5 * (1 + math.cos(math.pi * n / 6)) for n in range(6)]
+
+    def rates(done: int) -> list[float]:
+        optimizers = recipe(warmup_steps=2).optimizers([parameter], [True], rate=2.0, steps=8, done=done)
+        seen = []
+        for _ in range(done, 8):
+            parameter.grad = torch.ones_like(parameter)
+            seen.append(optimizers.learning_rate / 2)
+            optimizers.step()
+            optimizers.zero_grad()
+        return seen
+
+    assert rates(0) == pytest.approx(expected) and rates(5) == pytest.approx(expected[5:])
+    assert parameter.grad is None
+
+
+def test_adamw_is_made_as_torch_makes_it() -> None:
+    parameter = nn.Parameter(torch.ones(2, 2))
+    (optimizer,) = recipe(weight_decay=0.3).optimizers([parameter], [True], rate=0.1, steps=4).optimizers
+    plain = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.3)
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults == plain.defaults
+    options = {"betas": [0.9, 0.95], "fused": True}
+    (optimizer,) = recipe(optimizer_options=options).optimizers([parameter], [True], rate=0.1, steps=4).optimizers
+    assert optimizer.defaults["betas"] == [0.9, 0.95] and optimizer.defaults["fused"]
+
+
+def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest() -> None:
+    student = Student(tiny_model("llama"))
+    named = student.parameters()
+    in_layer = [student.layer_of(name) is not None for name in named]
+    chosen = recipe(optimizer="Muon")
+    muon, adamw = chosen.optimizers([*named.values()], in_layer, rate=0.1, steps=4).optimizers
+    names = {id(parameter): name for name, parameter in named.items()}
+    of_muon, of_adamw = ({names[id(p)] for p in each.param_groups[0]["params"]} for each in (muon, adamw))
+    assert type(muon).__name__ == "Muon" and type(adamw) is torch.optim.AdamW
+    assert of_muon | of_adamw == set(named) and not of_muon & of_adamw
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} < of_adamw
+    assert {name.split(".", 3)[3] for name in of_adamw if ".layers." in name} == {
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+    }
+    assert muon.param_groups[0]["adjust_lr_fn"] == "match_rms_adamw" and chosen.optimizer_name == "Muon and AdamW"
+    sizes = [sum(named[name].numel() for name in each) for each in (of_muon, of_adamw)]
+    assert chosen.optimizer_bytes([*named.values()], in_layer) == 4 * sizes[0] + 8 * sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "matrix", "vector"),
+    [
+        ("AdamW", {}, 8.0, 8.0),
+        ("AdamW", {"amsgrad": True}, 12.0, 12.0),
+        ("SGD", {}, 0.0, 0.0),
+        ("SGD", {"momentum": 0.9}, 4.0, 4.0),
+        ("Adafactor", {}, 0.125, 4.0),
+    ],
+)
+def test_the_state_of_an_optimizer_is_measured(
+    optimizer: str, options: dict[str, Any], matrix: float, vector: float
+) -> None:
+    chosen = recipe(optimizer=optimizer, optimizer_options=options)
+    with torch.device("meta"):
+        parameters = [torch.empty(32, 32), torch.empty(1024)]
+    assert chosen.optimizer_bytes(parameters[:1], [True]) == 1024 * matrix
+    assert chosen.optimizer_bytes(parameters[1:], [False]) == 1024 * vector
+    assert chosen.update_bytes == 12 + 2 * matrix
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"optimizer": "adamw"}, "unknown optimizer 'adamw'; did you mean 'AdamW'"),
+        ({"optimizer": "torch.nn:Linear"}, "optimizer 'torch.nn:Linear' is not derived from Optimizer"),
+        ({"optimizer": "LBFGS"}, "distill.optimizer: LBFGS"),
+        ({"optimizer": "SparseAdam"}, "distill.optimizer: SparseAdam"),
+        ({"optimizer_options": {"momentum": 0.9}}, "AdamW does not take its options .*momentum"),
+        ({"optimizer_options": {"betas": [2, 3]}}, "AdamW does not take its options .*beta"),
+        ({"optimizer_options": {"lr": 0.1}}, "distill.optimizer_options.lr: it has a field"),
+    ],
+)
+def test_what_will_not_do_is_refused_before_training(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        recipe(**fields).check()
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adam", "Muon", "SGD", "Adafactor", "Rprop", "RMSprop", "NAdam"])
+def test_optimizers_of_torch_will_do(optimizer: str) -> None:
+    recipe(optimizer=optimizer).check("cpu")
+
+
+def test_a_model_in_fp32_runs_as_it_is() -> None:
+    with autocast("cpu", torch.float32):
+        assert not torch.is_autocast_enabled("cpu")
+    with autocast("cpu", torch.bfloat16):
+        assert torch.is_autocast_enabled("cpu")
