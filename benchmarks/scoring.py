@@ -179,7 +179,7 @@ def padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: li
     scores = {}
     for task in tasks:
         samples = task.samples(tokenizer)
-        requests = [r for sample in samples for r in sample.requests if isinstance(r, LogLikelihood)]
+        requests = [request for sample in samples for request in sample.requests if isinstance(request, LogLikelihood)]
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].context + requests[i].continuation))
         answers: list[Likelihood] = [Likelihood(0.0, False)] * len(requests)
         while order:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,10 +22,10 @@ from layerpeel.importance.scores import LayerScores
 from layerpeel.importance.scoring import score_layers
 from layerpeel.importance.task_quality import _first, _next
 from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.inference.requests import LogLikelihood, Request
+from layerpeel.inference.requests import LogLikelihood
 from layerpeel.model.loading import load_model
 from layerpeel.model.surgery import remove_layers
-from layerpeel.tasks.base import Task
+from layerpeel.tasks.base import Sample, Task
 from layerpeel.tasks.registry import make_tasks
 from layerpeel.tasks.scores import Evaluation, TaskScore
 from tests.families import tiny_model, tiny_tokenizer
@@ -40,13 +40,13 @@ class Scripted(Task):
 
     def check(self) -> None: ...
 
-    def requests(self, tokenizer: Any) -> list[list[Request]]:
-        return [[LogLikelihood((1,), (5 + sample % 50,))] for sample in range(len(self.right[0]))]
+    def samples(self, tokenizer: Any) -> list[Sample]:
+        return [Sample([LogLikelihood((1,), (5 + index % 50,))], index) for index in range(len(self.right[0]))]
 
-    def score(self, answers: Mapping[int, Sequence[Any]]) -> TaskScore:
+    def score(self, samples: Sequence[Sample], answers: Sequence[Sequence[Any]]) -> TaskScore:
         branch = self.at.pop(0)
-        self.asked.append([branch, *answers])
-        return TaskScore.of_mean([self.right[branch][sample] for sample in answers])
+        self.asked.append([branch, *(sample.reference for sample in samples)])
+        return TaskScore.of_mean([self.right[branch][sample.reference] for sample in samples])
 
 
 def scripted(right: list[list[float]], branches: list[int]) -> Scripted:
@@ -147,7 +147,6 @@ def test_the_order_of_layers_and_ties() -> None:
     assert healed.ranked() == [1, 2, 3, 5] and healed.tied() == [1]
 
 
-@pytest.mark.slow
 def test_shortlist_and_race_find_the_seven_planted_layers_first(kit: Path) -> None:
     model, tokenizer = load_model(kit / "models/stories260K-planted12-hf")
     tasks = make_tasks(

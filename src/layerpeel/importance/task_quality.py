@@ -115,8 +115,7 @@ def _survivors(
 def _evaluate(inputs: ScoringInputs, answered: Answered) -> Evaluation:
     scores = {}
     for task in inputs.tasks:
-        answers = dict(sorted(answered[task.name].items()))
-        samples = inputs.samples[task.name]
+        answers, samples = dict(sorted(answered[task.name].items())), inputs.samples[task.name]
         scores[task.name] = task.score([samples[index] for index in answers], list(answers.values()))
     return Evaluation(scores)
 

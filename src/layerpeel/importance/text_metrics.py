@@ -59,7 +59,7 @@ class TextBatch:
             hook, tokens_per_call: as in `LayerwiseModel.forward_with_skips`.
         """
         hidden = layerwise.forward_with_skips(
-            self.input_ids, candidates, hook, positions=self.positions, tokens_per_call=tokens_per_call
+            self.input_ids, candidates, hook=hook, positions=self.positions, tokens_per_call=tokens_per_call
         )
         return hidden[:, self.mask]
 
@@ -131,7 +131,7 @@ class DistributionMetric(Metric):
     def _sums(self, inputs: ScoringInputs, branches: Tensor, teacher: Tensor) -> Tensor:
         """Sums over N tokens, of hidden states [1 + C, N, D] against the teacher's [N, D]: [1 + C]."""
         totals = torch.zeros(len(branches), dtype=torch.float64, device=branches.device)
-        rows = inputs.budget.logit_rows(inputs.teacher, 3)
+        rows = inputs.budget.logit_rows(inputs.teacher, branches=3)
         for start in range(0, len(teacher), rows):
             target = inputs.teacher.logits(teacher[start : start + rows]).float().log_softmax(-1)
             for branch, hidden in enumerate(branches[:, start : start + rows]):

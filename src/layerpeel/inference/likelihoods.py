@@ -127,5 +127,5 @@ def _rows(layerwise: LayerwiseModel, sequences: Sequence[Sequence[int]]) -> Iter
 
 
 def window_length(layerwise: LayerwiseModel) -> int:
-    """Tokens that the model reads at a time: its context length, or 2,048 where its config does not say."""
+    """Tokens of the longest sequence that the model is run on: its context length, or else 2048."""
     return context_length(layerwise.model.config) or 2048
