@@ -69,15 +69,15 @@ TOKENS = 100_000_000  # of training in each round
 CHOICES, WRITTEN = (1000, 600, 1), ((100, 1500, 128), (50, 2000, 400), (100, 700, 128), (400, 500, 64))
 TABLE = """# Planning a run
 
-`layerpeel plan my.yaml` says what a run will take, from the teacher's config alone: no weights are read. It counts the
-layer calls of scoring, evaluation and training, and multiplies them by times that it measures with one layer and the
-head of that shape in random weights; for another machine, give `--flops` and `--bandwidth`. `--gpus 8` shares the work,
-`--fsdp` splits what trains.
+`layerpeel plan my.yaml` estimates the memory and time of a run from the teacher's config alone: no weights are read. It
+counts the layer calls of scoring, evaluation and training, and multiplies them by times that it measures on one layer
+and one head of that shape with random weights; for another machine, give `--flops` and `--bandwidth`. `--gpus 8`
+divides the work among eight GPUs, `--fsdp` shards the trained parameters.
 
 Of {names}, a third of the layers removed: {tokens} tokens a round in rows of
 2,048, batches of 2, AdamW on fp32 copies, bfloat16 frozen weights. {share}
-This table is what `python benchmarks/plan.py --table` prints; none of it was measured. How far plans were off for runs
-that were made is in [Results](results.md).
+This table is what `python benchmarks/plan.py --table` prints; none of it was measured. [Results](results.md) compares
+plans with the runs that were made.
 
 {heads}
 {rows}
@@ -85,7 +85,7 @@ that were made is in [Results](results.md).
 Assumptions:
 
 - each GPU reaches {flops:.0e} operations and {bandwidth:.0e} bytes of memory a second, and so does each of several;
-- layers go from the middle, as one gap, and no quality floor ends the run before;
+- layers are removed from the middle, as one gap, and no quality floor ends the run earlier;
 - the tasks are {choices[0]} choice questions with prompts of {choices[1]} tokens, and {written} texts to be written;
 - a prompt runs once for all choices after it; text is generated to its full length; nothing races;
 - branches of candidates take 8 GiB (`score.memory`) while the model is scored;

@@ -2,7 +2,7 @@
 
     python scripts/make_reference.py
 
-Nothing is said of a field or an option but what stands under it in the source.
+The description of a field or an option is its docstring or help text in the source, and nothing else.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiv
 
 CONFIG_HEAD = """# Config reference
 
-Made by `python scripts/make_reference.py` from the classes that read a config; every line is the one that stands under
-its field there. A config is YAML, and an unknown key is refused. `--set section.field=value` overrides a field on the
-command line. Paths are taken from the config's folder first, then from the working folder. Counts such as
+Made by `python scripts/make_reference.py` from the classes that read a config; each description is the
+docstring of its field. A config is YAML, and an unknown key is refused. `--set section.field=value` overrides a field on
+the command line. Paths are taken from the config's folder first, then from the working folder. Counts such as
 `stop.max_params` understand `300M`, sizes such as `score.memory` understand `8GB`.
 """
 TASKS_HEAD = """## Kinds of tasks { #kinds-of-tasks }
@@ -82,7 +82,7 @@ STUDY_HEAD = "## A study's file { #study }\n\nWhat `layerpeel study` reads.\n"
 CLI_HEAD = """# Command line reference
 
 Made by `python scripts/make_reference.py` from the command line itself. Results go to stdout, progress and hints to
-stderr. Exit codes are in [Questions and trouble](../faq.md#exit-codes).
+stderr. Exit codes are in [Questions and problems](../faq.md#exit-codes).
 """
 
 
@@ -119,7 +119,7 @@ def cli_page() -> str:
 
 
 def _declared(parameter: Parameter, hint: Any) -> tuple[str, str, str]:
-    """How an argument or option is written, its default, and what is said of it."""
+    """How an argument or option is written, its default, and its help text."""
     kind, info = get_args(hint)
     names = [each for each in (info.default, *(info.param_decls or ())) if isinstance(each, str)]
     flag, word = kind is bool, info.metavar or VALUES.get(kind, "TEXT")
@@ -151,9 +151,9 @@ def _fields(model: type[BaseModel], without: set[str] = frozenset()) -> str:  # 
     rows = []
     for name, field in model.model_fields.items():
         if name not in without:
-            own = schema["properties"][name]
             default = "needed" if field.is_required() else _default(field.get_default(call_default_factory=True))
-            rows.append((f"`{name}`", _type(own, schema), default, _one_line(_said_of(name, model))))
+            description = _one_line(_said_of(name, model))
+            rows.append((f"`{name}`", _type(schema["properties"][name], schema), default, description))
     return _table(("field", "type", "default", "what it is"), rows)
 
 
@@ -185,25 +185,25 @@ def _value(value: Any) -> str:
     return f"`{written}`" if written.strip() else "a space" if written else "–"
 
 
-def _type(own: dict[str, Any], schema: dict[str, Any]) -> str:
+def _type(field: dict[str, Any], schema: dict[str, Any]) -> str:
     """A JSON schema's type in words."""
-    if "$ref" in own:
-        name = own["$ref"].rsplit("/", 1)[1]
+    if "$ref" in field:
+        name = field["$ref"].rsplit("/", 1)[1]
         where = WHERE[name]
         return f"[{where}](#{where.replace('.', '-')})"
-    if "allOf" in own:
-        return _type(own["allOf"][0], schema)
-    if "enum" in own or "const" in own:
-        return " or ".join(f"`{value}`" for value in own.get("enum", [own.get("const")]))
-    if "anyOf" in own:
-        return " or ".join(dict.fromkeys(_type(each, schema) for each in own["anyOf"] if each.get("type") != "null"))
-    if own.get("type") == "array" and own.get("items"):
-        return f"list of {_type(own['items'], schema)}"
-    inner = own.get("additionalProperties")
+    if "allOf" in field:
+        return _type(field["allOf"][0], schema)
+    if "enum" in field or "const" in field:
+        return " or ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+    if "anyOf" in field:
+        return " or ".join(dict.fromkeys(_type(each, schema) for each in field["anyOf"] if each.get("type") != "null"))
+    if field.get("type") == "array" and field.get("items"):
+        return f"list of {_type(field['items'], schema)}"
+    inner = field.get("additionalProperties")
     if isinstance(inner, dict) and "$ref" in inner:
         return f"mapping of names to {_type(inner, schema)}"
-    bounds = [f"{sign} {own[key]}" for key, sign in BOUNDS.items() if key in own]
-    return " ".join([PLAIN.get(own.get("type", ""), "any"), *bounds])
+    bounds = [f"{sign} {field[key]}" for key, sign in BOUNDS.items() if key in field]
+    return " ".join([PLAIN.get(field.get("type", ""), "any"), *bounds])
 
 
 def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

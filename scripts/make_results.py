@@ -2,7 +2,7 @@
 
     python scripts/make_results.py
 
-Figures come from those files alone; what is said about them stands here.
+All numbers come from those files; the comments on them are written here.
 """
 
 from __future__ import annotations
@@ -23,46 +23,46 @@ from methods import markdown  # noqa: E402
 
 def read(name: str) -> dict[str, Any]:
     """What a benchmark wrote."""
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return result
 
 
-def source(found: dict[str, Any]) -> str:
+def source(result: dict[str, Any]) -> str:
     """The command, and the machine it ran on."""
-    return f"`{found['command']}` on {found['machine']}."
+    return f"`{result['command']}` on {result['machine']}."
 
 
-SAID = {
-    "methods-storyteller": "Training is what holds quality at depth; without it, it matters which layers go. With it, "
-    "what the tasks choose is a little better than what KL chooses. Copying goes first, and at 12 layers the trained "
-    "student copies worse than the untrained one, though all else is better: the text that it is trained on is "
-    "stories, and holds nothing to copy.",
-    "methods-demo": "The text that the student is trained on is of the teacher's own small world, all its skills "
-    "included: a better fit than most have.",
+COMMENTS = {
+    "methods-storyteller": "Training is what keeps the quality of a shallow student; without it, it matters which "
+    "layers are removed. With it, the layers that the tasks choose are a little better than those that KL chooses. "
+    "Copying is lost first: at 12 layers the trained student copies worse than the untrained one, though every other "
+    "score is better, because its training text is stories, which hold nothing to copy.",
+    "methods-demo": "The student is trained on text of the teacher's own small world, which covers all its skills. "
+    "Few users have text that fits as well.",
 }
 
 
 def methods(name: str) -> str:
     """Ways of making a model shallower, by depth."""
-    found = read(name)
-    took = f" The loop took {found['minutes_of_the_loop']:.0f} minutes." if "minutes_of_the_loop" in found else ""
-    said = f"{SAID[name]}\n\n" if name in SAID else ""
-    return f"{markdown(found['results'])}\n\n{said}{source(found)}{took}"
+    result = read(name)
+    took = f" The loop took {result['minutes_of_the_loop']:.0f} minutes." if "minutes_of_the_loop" in result else ""
+    comment = f"{COMMENTS[name]}\n\n" if name in COMMENTS else ""
+    return f"{markdown(result['results'])}\n\n{comment}{source(result)}{took}"
 
 
 def scoring() -> str:
-    """One pass against a loop, and against the harness's own model class."""
-    found = read("scoring")
-    ratios, same = found["ratios"], found["same_scores"]
+    """One pass compared with a loop, and with the harness's own model class."""
+    result = read("scoring")
+    ratios, same = result["ratios"], result["same_scores"]
     rows = [
         ("a loop that removes each candidate and runs padded batches", ratios["loop"], same["loop"]),
-        ("the same loop over the very rows of the one pass", ratios["loop_same_rows"], same["loop_same_rows"]),
+        ("the same loop over exactly the rows of the one pass", ratios["loop_same_rows"], same["loop_same_rows"]),
         ("the harness's own model class on each candidate", ratios["harness"], same["harness"]),
     ]
-    lines = ["| rival | its time over ours | same scores |", "|---|---|---|"]
+    lines = ["| compared with | its time / layerpeel's | same scores |", "|---|---|---|"]
     lines += [f"| {name} | {ratio:.1f} | {'yes' if equal else 'no'} |" for name, ratio, equal in rows]
-    lines.append(f"| the harness's, against ours with a shortlist of 8 and a race | {ratios['raced_harness']:.1f} | |")
-    rounds = found["rounds"]
+    lines.append(f"| the harness's, compared with a shortlist of 8 and a race | {ratios['raced_harness']:.1f} | |")
+    rounds = result["rounds"]
     agreed = sum(each["same"] for each in rounds)
     other = [each for each in rounds if not each["same"]]
     near = sum(each["within_one_stderr"] for each in other)
@@ -71,67 +71,70 @@ def scoring() -> str:
         + f"\n\nShortlist and race chose the layer of the full scores in {agreed} of {len(rounds)} rounds, from "
         f"{rounds[0]['layers']} layers down to {rounds[-1]['layers'] - 1}"
         + (f"; of the other {len(other)}, {near} within one standard error of the best" if other else "")
-        + f".\n\n{source(found)}"
+        + f".\n\n{source(result)}"
     )
 
 
 def equality() -> str:
-    """Scores through the engine against the harness's own."""
+    """Scores by layerpeel compared with the harness's own."""
     lines = ["| model | models compared | scores | differ as printed | differ at all |", "|---|---|---|---|---|"]
     commands = []
     for name in ("storyteller-18", "stories260K"):
-        found = read(f"harness-equality-{name}")
-        parts = found["removals"].values()
+        result = read(f"harness-equality-{name}")
+        parts = result["removals"].values()
         counts = [len(parts), sum(part["scores"] for part in parts)]
         counts += [sum(len(part[key]) for part in parts) for key in ("differ_as_printed", "differ_at_all")]
         lines.append(f"| {name} | {' | '.join(map(str, counts))} |")
-        commands.append(source(found))
+        commands.append(source(result))
     return "\n".join([*lines, "", *commands])
 
 
 def generation() -> str:
-    """All candidates at once against one by one."""
-    found = read("generation")
+    """Generation for all candidates at once compared with one by one."""
+    result = read("generation")
     return (
-        f"All candidates at once take 1/{found['ratio']:.1f} of the time of one by one; of {found['texts']:,} texts "
-        f"{found['different_texts']} differ. {source(found)}"
+        f"All candidates at once take 1/{result['ratio']:.1f} of the time of one by one; of {result['texts']:,} texts "
+        f"{result['different_texts']} differ. {source(result)}"
     )
 
 
 def streaming() -> str:
     """Peak memory of scoring with layers read from disk."""
-    found = read("streaming")
-    peaks = {name: way["peak_bytes"] / 2**20 for name, way in found["ways"].items()}
+    result = read("streaming")
+    peaks = {name: way["peak_bytes"] / 2**20 for name, way in result["ways"].items()}
     return (
-        f"A random bfloat16 Llama of {found['parameters'] / 1e9:.2f} billion parameters in 48 layers, scored by "
+        f"A random bfloat16 Llama of {result['parameters'] / 1e9:.2f} billion parameters in 48 layers, scored by "
         f"`teacher_kl` with `score.weights: stream`: {peaks['stream']:,.0f} MiB at the peak, "
         f"{100 * peaks['stream'] / peaks['load']:.0f} % of the {peaks['load']:,.0f} MiB that loading its weights "
-        f"takes; the scores are those in memory. {source(found)}"
+        f"takes; the scores are those in memory. {source(result)}"
     )
 
 
 def distillation() -> str:
-    """Our step against others'."""
-    lines = ["| shape | rival | our tokens/s over its | our peak memory over its |", "|---|---|---|---|"]
+    """A training step compared with other implementations."""
+    lines = [
+        "| shape | compared with | layerpeel's tokens/s / its | layerpeel's peak memory / its |",
+        "|---|---|---|---|",
+    ]
     commands = []
     for path in sorted(RESULTS.glob("distillation-*.json")):
-        found = read(path.stem)
-        for name, ratio in found["rivals"].items():
-            lines.append(f"| {found['shape']} | {name} | {ratio['speed']:.2f} | {100 * ratio['memory']:.0f} % |")
-        commands.append(source(found))
+        result = read(path.stem)
+        for name, ratio in result["rivals"].items():
+            lines.append(f"| {result['shape']} | {name} | {ratio['speed']:.2f} | {100 * ratio['memory']:.0f} % |")
+        commands.append(source(result))
     return "\n".join([*lines, "", *commands])
 
 
 def planned() -> str:
-    """What was said before runs, over what they took."""
+    """What `layerpeel plan` estimated, divided by what the run took."""
     lines = ["| run | scoring | training | time in all | peak memory |", "|---|---|---|---|---|"]
     commands = []
     for path in sorted(RESULTS.glob("plan-*.json")):
-        found = read(path.stem)
-        ratios = [found["planned_over_measured"][part] for part in ("scoring", "training", "in all", "peak")]
+        result = read(path.stem)
+        ratios = [result["planned_over_measured"][part] for part in ("scoring", "training", "in all", "peak")]
         lines.append(f"| {path.stem.removeprefix('plan-')} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
-        commands.append(source(found))
-    return "\n".join(["Planned over measured; 1 is right.", "", *lines, "", *commands])
+        commands.append(source(result))
+    return "\n".join(["Planned / measured; 1 is exact.", "", *lines, "", *commands])
 
 
 SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
@@ -147,7 +150,7 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("Generation for all candidates: storyteller-18's copy tasks", "generation", generation),
     ("Models larger than memory", "streaming", streaming),
     ("A step of distillation", "distillation-*", distillation),
-    ("What `layerpeel plan` says, and what runs took", "plan-*", planned),
+    ("What `layerpeel plan` estimates, and what runs took", "plan-*", planned),
 ]
 
 INTRODUCTION = """# Results

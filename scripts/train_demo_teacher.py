@@ -35,7 +35,7 @@ from layerpeel.tasks.scores import Evaluation
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "src" / "layerpeel" / "demo" / "teacher"
 LENGTH, BATCH, RATE = 128, 16, 3e-3
-PROMPT_WEIGHT = 0.1  # sentences are random: there is little to learn from predicting them
+PROMPT_WEIGHT = 0.1  # prompts are random sentences: there is little to learn from predicting them
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def make_config(vocabulary: int) -> Qwen2Config:
 def batches(world: World, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, torch.Tensor]]:
     """Packed rows [B, T]: token ids, positions, and the weight of each token in the loss.
 
-    Positions start afresh with each example, by which transformers keeps examples out of each other's attention.
+    Positions start at 0 with each example, from which transformers sees that examples must not attend to each other.
     """
     examples = world.examples(seed=1)
     ids: list[int] = []
@@ -96,10 +96,10 @@ def batches(world: World, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[s
         while len(ids) < size:
             prompt, target = next(examples)
             asked = len(tokenizer.encode(prompt)) if prompt else 0
-            own = [*tokenizer.encode((prompt + target).lstrip()), tokenizer.eos_token_id]
-            ids += own
-            positions += range(len(own))
-            weights += [PROMPT_WEIGHT] * asked + [1.0] * (len(own) - asked)
+            tokens = [*tokenizer.encode((prompt + target).lstrip()), tokenizer.eos_token_id]
+            ids += tokens
+            positions += range(len(tokens))
+            weights += [PROMPT_WEIGHT] * asked + [1.0] * (len(tokens) - asked)
         yield {
             name: torch.tensor(values[:size]).view(BATCH, LENGTH)
             for name, values in (("ids", ids), ("positions", positions), ("weights", weights))

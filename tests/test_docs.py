@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -34,7 +35,7 @@ from layerpeel.losses.loss_sum import LossSum
 from layerpeel.tasks.registry import make_tasks
 from layerpeel.training.rounds import distill
 from tests.families import tiny_model, tiny_tokenizer
-from tests.test_house import lines_of_code
+from tests.test_house import ROOMS, lines_of_code
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -248,6 +249,57 @@ def test_words_in_the_text_are_those_of_the_code(page: str) -> None:
         assert {word for word in words if word.startswith("-")} <= known, words
     for path in FIELD.findall(text):
         assert has_field(path), f"`{path}` is no field of a config"
+
+
+NAME = re.compile(r"(?<![\w./-])layerpeel(?:\.[A-Za-z_]\w*)+")
+SOURCE = re.compile(r"(?<![\w/])(?:src|tests|scripts|benchmarks|configs|studies)/[\w./-]*\w")
+NEW_FILE = re.compile(r"\b[Ww]rite `[^`]*`")  # a page may tell a reader to make a file
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module, or a class, function or attribute in one."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            value: Any = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[end:]:
+            fields = {**getattr(value, "__dataclass_fields__", {}), **getattr(value, "__annotations__", {})}
+            if not hasattr(value, attribute):
+                return attribute in fields and attribute == parts[-1]
+            value = getattr(value, attribute)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_and_files_that_a_page_names_exist(page: str) -> None:
+    text = text_of(page)
+    assert [name for name in dict.fromkeys(NAME.findall(text)) if not exists(name)] == []
+    paths = dict.fromkeys(path for path in SOURCE.findall(NEW_FILE.sub("", text)) if "NAME" not in path)
+    folders = (ROOT, ROOT / "docs/images")  # pages of docs/ name their pictures by studies/, too
+    assert [path for path in paths if not any((folder / path).exists() for folder in folders)] == []
+
+
+def test_the_tree_of_the_readme_is_that_of_the_source() -> None:
+    (tree,) = (block.text for block in blocks_of("README.md", "") if block.text.startswith("src/layerpeel/"))
+    assert re.findall(r"^  (\w+)(?:/|\.py)? ", tree, re.MULTILINE) == ROOMS
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("layerpeel.peel", True),
+        ("layerpeel.run.loop", True),
+        ("layerpeel.run.folder.Run.student_folder", True),
+        ("layerpeel.loop", False),
+        ("layerpeel.run.loop.pele", False),
+        ("layerpeel.nowhere.at.all", False),
+    ],
+)
+def test_names_that_do_not_exist_are_seen(name: str, there: bool) -> None:
+    assert exists(name) == there
 
 
 def has_field(path: str) -> bool:
