@@ -60,10 +60,10 @@ BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiv
 
 CONFIG_HEAD = """# Config reference
 
-Made by `python scripts/make_reference.py` from the classes that read a config; each description is the
-docstring of its field. A config is YAML, and an unknown key is refused. `--set section.field=value` overrides a field on
-the command line. Paths are taken from the config's folder first, then from the working folder. Counts such as
-`stop.max_params` understand `300M`, sizes such as `score.memory` understand `8GB`.
+Made by `python scripts/make_reference.py` from the classes that read a config; each description is the docstring of its
+field. A config is YAML, and an unknown key is refused. `--set section.field=value` overrides a field on the command
+line. Paths are taken from the config's folder first, then from the working folder. Counts such as `stop.max_params`
+understand `300M`, sizes such as `score.memory` understand `8GB`.
 """
 TASKS_HEAD = """## Kinds of tasks { #kinds-of-tasks }
 
