@@ -1,45 +1,160 @@
-"""Saving a model: safetensors only, replaced atomically, loaded back and compared with the model in memory."""
+"""Saving a model as its publisher would have: whole or not at all, loaded back and compared."""
 
 from __future__ import annotations
 
+import copy
 import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from layerpeel.errors import RunError
+from layerpeel.model.architecture import find_architecture
 from layerpeel.model.config_check import first_difference
+from layerpeel.model.layer_names import find_layer_names
+from layerpeel.model.loading import load_config_of
+from layerpeel.model.origin import Origin
+from layerpeel.model.saved_config import student_config, write_fields
+from layerpeel.model.side_files import carry_files, drop_absent_code
+from layerpeel.model.tensor_files import (
+    CODES,
+    DTYPES,
+    NewTensor,
+    StoredTensor,
+    main_dtype,
+    stored_tensors,
+    tensor_bytes,
+    write_tensors,
+)
 from layerpeel.processes.distributed import is_main_process
 from layerpeel.storage.files import replace_folder
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
-    """Writes a Hugging Face checkpoint in `dtype`; only the main process does.
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+    origin: Origin | None = None,
+) -> None:
+    """Writes a Hugging Face checkpoint, whole or not at all.
 
-    The checkpoint is written beside `folder`, loaded back and compared; then it replaces an older one at `folder`.
+    An older checkpoint at `folder` is replaced once the new one is complete, and was loaded back and compared. Of
+    several processes the first writes.
+
+    Args:
+        dtype: of tensors that `origin` does not have.
+        origin: what the model was made from. Of tensors that are as they were loaded, the very bytes are written, and
+            others in the dtype that they had; its config is changed where it must be, and its other files are carried.
 
     Raises:
-        RunError: the checkpoint loads as another model than the one in memory.
+        RunError: what was written is not the model in memory.
     """
     if not is_main_process():
         return
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    state: dict[str, Any] = {
-        name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
-    }
-    config_dtype = model.config.dtype
-    model.config.dtype = dtype
-    try:
-        model.save_pretrained(partial, state_dict=state)
-    finally:
-        model.config.dtype = config_dtype
-    tokenizer.save_pretrained(partial)
-    del state
-    check_saved(model, partial, dtype)
-    replace_folder(partial, folder)
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    tensors = _Tensors(model, dtype, origin)
+    write_tensors(unfinished, tensors.to_write())
+    written = main_dtype(stored_tensors(unfinished)) or dtype
+    if origin:
+        carry_files(origin.folder, unfinished, code=origin.code)
+        teacher = load_config_of(origin.folder, trust_remote_code=origin.code)
+        kept = origin.kept or range(len(find_architecture(model).layers))
+        fields = student_config(origin.fields, teacher, kept, written).fields
+        drop_absent_code(fields, unfinished)
+    else:
+        tokenizer.save_pretrained(unfinished)
+        fields = student_config(model.config.to_diff_dict(), model.config, _all_layers(model), written).fields
+        fields["architectures"] = [type(model).__name__]
+    write_fields(fields, unfinished)
+    check_saved(model, unfinished, written)
+    replace_folder(unfinished, folder)
+
+
+def _all_layers(model: PreTrainedModel) -> range:
+    return range(len(find_architecture(model).layers))
+
+
+@dataclass
+class _Tensors:
+    """A model's tensors under the names of checkpoints, beside those of its origin."""
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    origin: Origin | None
+
+    def to_write(self) -> list[NewTensor]:
+        return [self._new(name, value) for name, value in self.state.items()]
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """By name, tied ones once; with experts apart, where checkpoints have them apart."""
+        ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
+        state = {name: value for name, value in self.model.state_dict().items() if name not in ignored}
+        state = remove_tied_weights_from_state_dict(state, self.model)
+        return revert_weight_conversion(self.model, state)
+
+    @cached_property
+    def _find(self) -> Callable[[str], str | None]:
+        """Gives the name that a tensor has in the files of the origin."""
+        if not self.origin or not self.origin.tensors:
+            return lambda name: None
+        architecture, stored = find_architecture(self.model), self.origin.tensors
+        depth = len(architecture.layers)
+        kept = self.origin.kept or tuple(range(depth))
+        ours = find_layer_names(self.state, architecture, depth)
+        theirs = self.origin.names(architecture, kept[-1] + 1)
+        if not ours or not theirs:
+            return lambda name: name if name in stored and not _numbered(name) else None
+
+        def find(name: str) -> str | None:
+            layer = ours.layer_of(name)
+            before = name if layer is None else ours.renumbered(name, kept[layer])
+            return ours.find(before, stored, theirs.prefix)
+
+        return find
+
+    def _new(self, name: str, value: Tensor) -> NewTensor:
+        original = self._find(name)
+        stored = self.origin.tensors[original] if self.origin and original else None
+        if stored is None or stored.shape != tuple(value.shape) or stored.dtype not in DTYPES:
+            dtype = self.dtype if value.is_floating_point() else value.dtype
+            stored = None
+        else:
+            dtype = DTYPES[stored.dtype]
+        size = value.numel() * dtype.itemsize
+        return NewTensor(name, CODES[dtype], tuple(value.shape), size, partial(_chunks, value, dtype, stored))
+
+
+def _numbered(name: str) -> bool:
+    return any(part.isdecimal() for part in name.split("."))
+
+
+def _chunks(value: Tensor, dtype: torch.dtype, stored: StoredTensor | None) -> Iterator[bytes | memoryview]:
+    """The bytes of a tensor: those that it was loaded from, if it is as it was loaded."""
+    held = value.detach().cpu().contiguous()
+    original = stored.read() if stored else None
+    if original is not None and _same_bits(original.to(held.dtype), held):
+        held = original
+    yield tensor_bytes(held.to(dtype))
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 def check_saved(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
@@ -70,8 +185,18 @@ def check_saved(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Non
 
 def _first_unequal_tensor(loaded: PreTrainedModel, model: PreTrainedModel) -> str | None:
     loaded_tensors = dict([*loaded.named_parameters(), *loaded.named_buffers()])
+    persistent = model.state_dict().keys()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         stored = loaded_tensors.get(name)
-        if stored is None or not torch.equal(tensor.detach().to("cpu", stored.dtype), stored):
+        if stored is not None and torch.equal(tensor.detach().to("cpu", stored.dtype), stored):
+            continue
+        if name in persistent or stored is None or not _follows(name, stored, model):
             return f"another value of {name}"
     return None
+
+
+def _follows(name: str, buffer: Tensor, model: PreTrainedModel) -> bool:
+    """Whether a buffer that is not stored has the value that the config gives it; some change with the text's length."""
+    with init_empty_weights(include_buffers=False):
+        fresh = dict(type(model)(copy.deepcopy(model.config)).named_buffers())
+    return name in fresh and torch.equal(fresh[name].to(buffer.dtype), buffer)

@@ -1,0 +1,262 @@
+"""Removing layers from a checkpoint on disk: tensors are copied from file to file, and no model is built with weights.
+
+Whether the config can say the removal is checked on the meta device, where tensors have shapes and no bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from layerpeel.errors import InputError, RunError, reason_of
+from layerpeel.model.architecture import count_parameters, find_architecture
+from layerpeel.model.checkpoint import check_weights, stored_dtype
+from layerpeel.model.config_check import check_config, first_difference
+from layerpeel.model.layer_names import LayerNames
+from layerpeel.model.loading import load_config_of, load_model
+from layerpeel.model.origin import Origin, origin_of
+from layerpeel.model.saved_config import SavedConfig, student_config, write_fields
+from layerpeel.model.saving import save_model
+from layerpeel.model.side_files import carry_files, drop_absent_code, left_files
+from layerpeel.model.surgery import KeptLayers, remove_layers
+from layerpeel.model.tensor_files import SHARD_SIZE, NewTensor, StoredTensor, check_written, write_tensors
+from layerpeel.processes.progress import progress
+from layerpeel.storage.files import replace_folder
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a removal did.
+
+    Attributes:
+        layers: which of the teacher's are left.
+        parameters: of the student; tied ones count once.
+        teacher_parameters: of the teacher.
+        kept: how many tensors were copied as they were.
+        dropped: how many were not, by what they are of.
+        changed: by the field of config.json, what was and what is.
+        carried: names of the files that were copied beside the weights.
+        left: names of files of the teacher that do not hold of the student.
+    """
+
+    layers: KeptLayers
+    parameters: int
+    teacher_parameters: int
+    kept: int
+    dropped: dict[str, int]
+    changed: dict[str, tuple[Any, Any]]
+    carried: list[str]
+    left: list[str]
+
+
+def remove_from_files(
+    path: str | Path,
+    layers: Iterable[int],
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    shard_size: int = SHARD_SIZE,
+) -> Removal:
+    """Writes a checkpoint without some of a model's layers, whole or not at all.
+
+    Args:
+        path: a folder or a hub name.
+        layers: to remove, counted from 0.
+        folder: where to write; nothing may be there.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        shard_size: bytes of a file, beyond which the next one begins.
+
+    Raises:
+        InputError: no such model, no such layer, or the removal cannot be said by the model's config.
+        RunError: what was written is not what was meant.
+    """
+    config = load_config_of(path, trust_remote_code=trust_remote_code)
+    check_weights(config, path)
+    origin = origin_of(path, trust_remote_code=trust_remote_code)
+    teacher = outline(config, trust_remote_code)
+    kept = KeptLayers.full(len(find_architecture(teacher).layers)).without(layers)
+    origin = Origin(origin.folder, kept.kept, trust_remote_code)
+    names = origin.names(find_architecture(teacher), kept.total)
+    if origin.is_quantised or names is None:  # its tensors are not those of the files
+        return _remove_in_memory(path, origin, kept, folder)
+    student = check_config(teacher, list(kept.kept))
+    _check_complete(origin, path)
+    tensors, dropped = _plan(origin, names, kept, teacher)
+    saved = student_config(origin.fields, config, kept.kept, origin.dtype)
+    carried = _write(origin, tensors, saved, student, folder, shard_size)
+    return Removal(
+        kept,
+        count_parameters(student),
+        count_parameters(teacher),
+        len(tensors),
+        dropped,
+        saved.changed,
+        carried,
+        left_files(origin.folder, code=trust_remote_code),
+    )
+
+
+def outline(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model without weights, whose forward can be recorded: its layers are on the meta device.
+
+    All other parameters are a single zero each, seen as a whole tensor, so that they take no memory.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code).eval()
+    in_layers = {id(parameter) for parameter in find_architecture(model).layers.parameters()}
+    stand_ins: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in in_layers:
+                zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                module._parameters[name] = stand_ins.setdefault(
+                    id(parameter), nn.Parameter(zeros, requires_grad=False)
+                )
+    return model
+
+
+def _check_complete(origin: Origin, path: str | Path) -> None:
+    """Checks that transformers would load the teacher's files: every tensor has its place, and every place a tensor."""
+    try:
+        info = _loaded_on_meta(origin.folder, origin)[1]
+    except Exception as error:  # whatever transformers, or the family's code, finds wrong with it
+        raise InputError(
+            f"{path}: the weights cannot be loaded ({reason_of(error)})",
+            hint="only safetensors that fit config.json are read; convert other formats with save_pretrained",
+        ) from None
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        raise InputError(
+            f"{path}: the weights do not fit config.json: {name} is of shape {list(stored)}, expected {list(expected)}",
+            hint="take config.json and weights from the same checkpoint",
+        )
+    if info["missing_keys"]:
+        raise InputError(
+            f"{path}: the checkpoint lacks weights of its model: {', '.join(sorted(info['missing_keys'])[:3])}",
+            hint="the model would run on random values; fetch a complete checkpoint",
+        )
+
+
+def _loaded_on_meta(folder: Path, origin: Origin) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """What transformers makes of a folder, without its bytes."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        device_map="meta",
+        use_safetensors=True,
+        trust_remote_code=origin.code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    return model, info
+
+
+def _plan(
+    origin: Origin, names: LayerNames, kept: KeptLayers, teacher: PreTrainedModel
+) -> tuple[list[NewTensor], dict[str, int]]:
+    """Which tensors are copied, under which names; and how many are dropped, by what they are of."""
+    dropped: dict[str, int] = {}
+    tensors = []
+    twice = _twice(origin, teacher)
+    for name, stored in origin.tensors.items():
+        layer = names.layer_of(name)
+        if layer is not None and layer < kept.total and layer not in kept.kept:
+            reason = "layers that were removed"
+        elif (layer is not None and layer >= kept.total) or _predicts_further(name):
+            reason = "modules that predict further tokens"
+        elif name in twice:
+            reason = "copies of a tied tensor"
+        else:
+            new = name if layer is None else names.renumbered(name, kept.position(layer))
+            tensors.append(NewTensor.copied(new, stored))
+            continue
+        dropped[reason] = dropped.get(reason, 0) + 1
+    return tensors, dropped
+
+
+def _predicts_further(name: str) -> bool:
+    """Whether a tensor is of a module for multi-token prediction, which has layers of its own."""
+    return any(part == "mtp" or part.startswith(("mtp_", "nextn_")) for part in name.split(".")[:3])
+
+
+def _twice(origin: Origin, model: PreTrainedModel) -> set[str]:
+    """Names of tensors that the files hold though they are tied to another with the same bytes."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    found = set()
+    for one, other in tied.items():
+        first = [name for name in origin.tensors if name == one or name.endswith(f".{one}")]
+        second = [name for name in origin.tensors if name == other or name.endswith(f".{other}")]
+        if len(first) == len(second) == 1 and _same_bytes(origin.tensors[first[0]], origin.tensors[second[0]]):
+            found.add(first[0])
+    return found
+
+
+def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape) or one == other:
+        return False
+    return all(a == b for a, b in zip(one.chunks(), other.chunks(), strict=True))
+
+
+def _write(
+    origin: Origin,
+    tensors: list[NewTensor],
+    saved: SavedConfig,
+    student: PreTrainedModel,
+    folder: Path,
+    shard_size: int,
+) -> list[str]:
+    """Writes the checkpoint beside its place, checks it, and puts it there; gives the names of files it carried."""
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        with progress("copying", sum(tensor.size for tensor in tensors)) as advance:
+            write_tensors(unfinished, tensors, shard_size=shard_size, on_written=advance)
+        carried = carry_files(origin.folder, unfinished, code=origin.code)
+        drop_absent_code(saved.fields, unfinished)
+        write_fields(saved.fields, unfinished)
+        check_written(unfinished, tensors)
+        _check_loads(unfinished, origin, student)
+        replace_folder(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return carried
+
+
+def _check_loads(folder: Path, origin: Origin, student: PreTrainedModel) -> None:
+    """Checks that transformers makes the meant model of a folder, with a place for each tensor.
+
+    Raises:
+        RunError: it does not.
+    """
+    try:
+        loaded, info = _loaded_on_meta(folder, origin)
+        odd = sorted([*info["missing_keys"], *(str(each[0]) for each in info["mismatched_keys"])])
+        difference = f"other tensors ({', '.join(odd[:3])})" if odd else first_difference(loaded, student)
+    except Exception as error:  # whatever transformers, or the family's code, finds wrong with it
+        difference = f"an error ({reason_of(error)})"
+    if difference:
+        raise RunError(
+            f"the checkpoint without these layers would load with {difference}; nothing was written",
+            hint="remove other layers, or report this with the model's config.json",
+        )
+
+
+def _remove_in_memory(path: str | Path, origin: Origin, kept: KeptLayers, folder: Path) -> Removal:
+    """As `remove_from_files`, by loading the model: where its tensors have to be converted."""
+    model, tokenizer = load_model(path, device="cpu", trust_remote_code=origin.code)
+    before = count_parameters(model)
+    remove_layers(model, kept.removed)
+    save_model(model, tokenizer, folder, stored_dtype(path), origin)
+    return Removal(
+        kept, count_parameters(model), before, len(model.state_dict()), {}, {}, [], left_files(origin.folder)
+    )
