@@ -24,6 +24,9 @@ ScoreFolder = Annotated[
     Path | None, typer.Option("--output", "-o", help="A folder for scores and picture; OUTPUT-score if not given.")
 ]
 Folder = Annotated[Path, typer.Option("--output", "-o", help="Where to write the student.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let Python code that comes with the model run.")
+]
 
 
 def parse_layers(text: str) -> list[int]:

@@ -82,9 +82,9 @@ def listing_table(statuses: Sequence[RunStatus]) -> Table:
 
 def families_table() -> Table:
     """The model families, tested or refused."""
-    table = Table("family", "layers", "status", "note", box=None, header_style="bold")
+    table = Table("family", "layers", "status", "files", "note", box=None, header_style="bold")
     for status in family_statuses():
-        table.add_row(status.family, status.layers, status.status, status.note)
+        table.add_row(status.family, status.layers, status.status, status.files, status.note)
     return table
 
 

@@ -18,11 +18,13 @@ from layerpeel.cli.inputs import (
     Layers,
     Overrides,
     ScoreFolder,
+    TrustRemoteCode,
     check_new_folder,
     load_layerwise,
     parse_layers,
 )
 from layerpeel.cli.output import finish_run, print_estimates, stdout, write_scores
+from layerpeel.cli.removal import removal_lines
 from layerpeel.cli.tables import evaluation_table, families_table, listing_table, plan_tables, report_table
 from layerpeel.config.reading import load_config
 from layerpeel.demo.preparing import prepare_demo
@@ -32,13 +34,14 @@ from layerpeel.export.student import export_student
 from layerpeel.importance.scoring import score_layers, scoring_text
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.model.architecture import count_parameters, find_architecture
-from layerpeel.model.checkpoint import stored_dtype
 from layerpeel.model.devices import pick_device, wanted_dtype
 from layerpeel.model.digests import fingerprint
-from layerpeel.model.family_table import OTHERS, TESTED, families_json, families_markdown
-from layerpeel.model.loading import load_config_of, load_model, load_teacher, load_tokenizer
+from layerpeel.model.family_table import OTHERS, ROUND_TRIP, TESTED, families_json, families_markdown
+from layerpeel.model.loading import load_config_of, load_teacher, load_tokenizer
+from layerpeel.model.origin import stored_dtypes, teacher_origin
+from layerpeel.model.removal import remove_from_files
 from layerpeel.model.saving import save_model
-from layerpeel.model.surgery import remove_layers
+from layerpeel.model.surgery import KeptLayers
 from layerpeel.plan.planning import plan_run
 from layerpeel.plan.shape import Shape
 from layerpeel.plan.speed import Speed
@@ -48,6 +51,7 @@ from layerpeel.report.listing import list_runs
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
 from layerpeel.run.preflight import check, check_output
+from layerpeel.run.removal_card import TrainingFacts, write_removal_card
 from layerpeel.run.results_json import evaluation_to_json
 from layerpeel.tasks.evaluation import evaluate
 from layerpeel.training.rounds import distill
@@ -97,16 +101,18 @@ def score(
 
 @app.command()
 def remove(
-    model: Annotated[str, typer.Argument(help="A model folder or a hub name.")], layers: Layers, output_: Folder
+    model: Annotated[str, typer.Argument(help="A model folder or a hub name.")],
+    layers: Layers,
+    output_: Folder,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Remove layers, without training, and write the shallower model."""
+    """Remove layers, without training, and write the shallower model. Tensors are copied from file to file."""
     chosen = parse_layers(layers)
     check_new_folder(output_, model)
-    shorter, tokenizer = load_model(model)
-    remove_layers(shorter, chosen)
-    save_model(shorter, tokenizer, output_, stored_dtype(model))
-    depth = len(find_architecture(shorter).layers)
-    stdout.print(f"{depth} layers, {count_parameters(shorter):,} parameters: {shown(output_)}")
+    removal = remove_from_files(model, chosen, output_, trust_remote_code=trust_remote_code)
+    write_removal_card(output_, model, removal.layers, removal.parameters, removal.teacher_parameters)
+    for line in removal_lines(removal, output_):
+        stdout.print(line, soft_wrap=True)
 
 
 @app.command(name="distill")
@@ -118,9 +124,13 @@ def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Override
         raise InputError("distill.tokens_per_round: 0, so there is nothing to do", hint="set it, or use `remove`")
     check_new_folder(output_, settings.teacher)
     teacher, tokenizer = load_teacher(settings)
-    storage = stored_dtype(settings.teacher)
+    kept = KeptLayers.full(len(find_architecture(teacher).layers)).without(chosen)
+    origin = teacher_origin(settings).with_layers(kept.kept)
+    storage = stored_dtypes(origin, teacher)
     student, result = distill(teacher, tokenizer, chosen, settings.distill, seed=settings.seed, storage=storage)
-    save_model(student, tokenizer, output_, storage)
+    save_model(student, tokenizer, output_, storage.main, origin)
+    sizes = count_parameters(student), count_parameters(teacher)
+    write_removal_card(output_, settings.teacher, kept, *sizes, TrainingFacts.of(settings, result))
     ends = result.summary()
     stdout.print(
         f"{len(find_architecture(student).layers)} layers, loss {ends.first_loss:.4f} -> {ends.last_loss:.4f} "
@@ -157,7 +167,7 @@ def families(
     elif as_markdown:
         print(families_markdown(), end="")
     else:
-        stdout.print(families_table(), TESTED, OTHERS, sep="\n")
+        stdout.print(families_table(), TESTED, OTHERS, ROUND_TRIP, sep="\n")
 
 
 @app.command()

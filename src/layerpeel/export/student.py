@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from layerpeel.errors import InputError
-from layerpeel.model.checkpoint import stored_dtype
 from layerpeel.model.loading import load_teacher
+from layerpeel.model.origin import teacher_origin
 from layerpeel.model.saving import save_model
 from layerpeel.run.card import write_card
 from layerpeel.run.folder import Run
@@ -40,6 +40,7 @@ def export_student(run: Run, folder: Path, round_: int | None = None) -> int:
     teacher, tokenizer = load_teacher(run.config)
     student = run.student_of(teacher, round_)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_model(student.model, tokenizer, folder, stored_dtype(run.config.teacher))
+    origin = teacher_origin(run.config).with_layers(student.kept_layers.kept)
+    save_model(student.model, tokenizer, folder, origin.dtype, origin)
     write_card(run, folder, round_)
     return round_

@@ -19,6 +19,17 @@ OTHERS = (
 )
 
 
+ROUND_TRIP = (
+    "The column *files* says what becomes of a published checkpoint: in bfloat16 with float32 parts, with a "
+    "generation_config.json and other files beside it. *As published*: every tensor that is left keeps its bytes and "
+    "its dtype, through `remove`, a run, its resumption and an export; the config's fields stay, and rotary parameters "
+    "are said in the form that programs before transformers 5 read, too. The tests hold the column to the truth."
+)
+# Families whose rotary parameters the form before transformers 5 cannot say: each type of layers has its own.
+ONLY_NEW_ROTARY = ("gemma4_text", "gemma4_unified_text", "laguna", "lfm3", "mellum", "mimo_v2_flash")
+AS_PUBLISHED, NEW_ROTARY_NOTE = "as published", "as published; only transformers 5 reads its rotary parameters"
+
+
 @dataclass(frozen=True)
 class FamilyStatus:
     """One row of the table.
@@ -27,19 +38,27 @@ class FamilyStatus:
         family: its `model_type`.
         layers: name of the list of layers, relative to the base model; empty if refused.
         status: `tested`, or `refused`.
+        files: what becomes of a published checkpoint; empty if refused.
         note: which layers cannot be removed or what is not exact, or why the family is refused.
     """
 
     family: str
     layers: str
     status: str
+    files: str
     note: str
 
 
 def family_statuses() -> list[FamilyStatus]:
     """Families that are tested, then those that are refused."""
-    tested = [FamilyStatus(name, row.layers, "tested", row.note) for name, row in sorted(FAMILIES.items())]
-    return tested + [FamilyStatus(name, "", "refused", reason) for name, reason in sorted(REFUSED.items())]
+    tested = [
+        FamilyStatus(name, row.layers, "tested", _files(name), row.note) for name, row in sorted(FAMILIES.items())
+    ]
+    return tested + [FamilyStatus(name, "", "refused", "", reason) for name, reason in sorted(REFUSED.items())]
+
+
+def _files(family: str) -> str:
+    return NEW_ROTARY_NOTE if family in ONLY_NEW_ROTARY else AS_PUBLISHED
 
 
 def families_json() -> list[dict[str, str]]:
@@ -58,8 +77,15 @@ def families_markdown() -> str:
         "",
         OTHERS,
         "",
-        "| family | layers | status | note |",
-        "|---|---|---|---|",
-        *(f"| {s.family} | {s.layers and f'`{s.layers}`'} | {s.status} | {s.note} |" for s in family_statuses()),
+        ROUND_TRIP,
+        "",
+        "| family | layers | status | files | note |",
+        "|---|---|---|---|---|",
+        *(_row(status) for status in family_statuses()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _row(status: FamilyStatus) -> str:
+    layers = status.layers and f"`{status.layers}`"
+    return f"| {status.family} | {layers} | {status.status} | {status.files} | {status.note} |"

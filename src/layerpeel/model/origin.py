@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
+from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError, reason_of
 from layerpeel.model.architecture import Architecture, find_architecture
 from layerpeel.model.checkpoint import stored_dtype
@@ -57,18 +58,27 @@ class Origin:
         """That of most tensors."""
         return main_dtype(self.tensors) or stored_dtype(self.folder)
 
+    def with_layers(self, kept: Iterable[int]) -> Origin:
+        """The same checkpoint, as the origin of a student that has these layers left."""
+        return replace(self, kept=tuple(kept))
+
     def names(self, architecture: Architecture, total: int) -> LayerNames | None:
         """How its layers are named in the files."""
         return find_layer_names(self.tensors, architecture, total)
 
 
-def origin_of(path: str | Path, kept: tuple[int, ...] | None = None, *, trust_remote_code: bool = False) -> Origin:
+def origin_of(path: str | Path, *, trust_remote_code: bool = False) -> Origin:
     """The origin of students of a teacher, by its folder or hub name.
 
     Raises:
         InputError: the hub has no such model, or cannot be reached.
     """
-    return Origin(local_folder(path), kept, trust_remote_code)
+    return Origin(local_folder(path), None, trust_remote_code)
+
+
+def teacher_origin(config: RunConfig) -> Origin:
+    """The origin of students of a config's teacher; see `origin_of`."""
+    return origin_of(config.teacher, trust_remote_code=config.trust_remote_code)
 
 
 def local_folder(path: str | Path, revision: str | None = None) -> Path:
@@ -105,9 +115,8 @@ class StoredDtypes:
         return self.others.get(name, self.main)
 
 
-def stored_dtypes(path: str | Path, model: PreTrainedModel) -> StoredDtypes:
-    """The dtypes that a model's checkpoint is stored in, for each of its tensors."""
-    origin = origin_of(path)
+def stored_dtypes(origin: Origin, model: PreTrainedModel) -> StoredDtypes:
+    """The dtypes that a teacher's checkpoint is stored in, for each tensor of the model that was loaded from it."""
     architecture, main = find_architecture(model), origin.dtype
     wide = {name: FLOATS[t.dtype] for name, t in origin.tensors.items() if FLOATS.get(t.dtype, main) != main}
     if not wide:

@@ -86,7 +86,7 @@ def remove_from_files(
     origin = origin_of(path, trust_remote_code=trust_remote_code)
     teacher = outline(config, trust_remote_code)
     kept = KeptLayers.full(len(find_architecture(teacher).layers)).without(layers)
-    origin = Origin(origin.folder, kept.kept, trust_remote_code)
+    origin = origin.with_layers(kept.kept)
     names = origin.names(find_architecture(teacher), kept.total)
     if origin.is_quantised or names is None:  # its tensors are not those of the files
         return _remove_in_memory(path, origin, kept, folder)
@@ -120,9 +120,7 @@ def outline(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTra
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in in_layers:
                 zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-                module._parameters[name] = stand_ins.setdefault(
-                    id(parameter), nn.Parameter(zeros, requires_grad=False)
-                )
+                module._parameters[name] = stand_ins.setdefault(id(parameter), nn.Parameter(zeros, requires_grad=False))
     return model
 
 

@@ -147,7 +147,7 @@ def _comparable(fields: dict[str, Any]) -> dict[str, Any]:
     return {
         name: _comparable(value) if isinstance(value, dict) else value
         for name, value in plain.items()
-        if name not in NOT_COMPARED
+        if name not in NOT_COMPARED and not (name == "type" and "rope_type" in plain)  # an older name of it
     }
 
 
@@ -176,9 +176,7 @@ def _with_both_forms(fields: dict[str, Any], expected: PretrainedConfig) -> dict
     return both if _says(both, expected) and _says(only_old, expected) else fields
 
 
-def _changes(
-    published: dict[str, Any], fields: dict[str, Any], config: PretrainedConfig
-) -> dict[str, tuple[Any, Any]]:
+def _changes(published: dict[str, Any], fields: dict[str, Any], config: PretrainedConfig) -> dict[str, tuple[Any, Any]]:
     changed = {}
     before, after = _places(copy.deepcopy(published), config)[-1], _places(fields, config)[-1]
     for name in sorted(before.keys() & after.keys()):

@@ -196,7 +196,7 @@ def _first_unequal_tensor(loaded: PreTrainedModel, model: PreTrainedModel) -> st
 
 
 def _follows(name: str, buffer: Tensor, model: PreTrainedModel) -> bool:
-    """Whether a buffer that is not stored has the value that the config gives it; some change with the text's length."""
+    """Whether a buffer that is not stored has the value that the config gives it; some change with a text's length."""
     with init_empty_weights(include_buffers=False):
         fresh = dict(type(model)(copy.deepcopy(model.config)).named_buffers())
     return name in fresh and torch.equal(fresh[name].to(buffer.dtype), buffer)

@@ -164,7 +164,7 @@ def main_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype | None:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def write_tensors(
@@ -244,9 +244,14 @@ def check_written(folder: Path, tensors: Iterable[NewTensor]) -> None:
     written = stored_tensors(folder)
     for tensor in tensors:
         stored = written.pop(tensor.name, None)
-        same = stored is not None and (stored.dtype, stored.shape) == (tensor.dtype, tensor.shape)
-        if not same or any(one != other for one, other in zip(stored.chunks(), tensor.chunks(), strict=True)):
+        if stored is None or not _is_as_meant(stored, tensor):
             raise RunError(
                 f"{folder}: {tensor.name} is not in the file as it was written",
                 hint="the disk or the memory of this machine may be at fault; run the same command again",
             )
+
+
+def _is_as_meant(stored: StoredTensor, tensor: NewTensor) -> bool:
+    if (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
+        return False
+    return all(one == other for one, other in zip(stored.chunks(), tensor.chunks(), strict=True))

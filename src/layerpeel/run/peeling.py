@@ -9,8 +9,8 @@ from layerpeel.importance.base import ScoringInputs
 from layerpeel.importance.scores import LayerScores, last_ranking
 from layerpeel.importance.scoring import score_candidates, scoring_text, unremovable_teacher_layers
 from layerpeel.model.architecture import count_parameters
-from layerpeel.model.checkpoint import stored_dtype
 from layerpeel.model.loading import load_teacher
+from layerpeel.model.origin import stored_dtypes, teacher_origin
 from layerpeel.model.saving import save_model
 from layerpeel.processes.progress import console
 from layerpeel.run.card import write_card
@@ -38,7 +38,8 @@ class Peeling:
         teacher, tokenizer: as loaded.
         student: the teacher without the layers that are gone, as trained so far.
         text: what metrics read; None if the config has no text.
-        storage: the dtype that the student will be saved in.
+        origin: the teacher's checkpoint.
+        storage: the dtypes that the student's tensors will be saved in.
         cache: the teacher's hidden states on disk; None if they are computed each time.
         free: the teacher layers that may go next, as of the last `stop_reason`.
     """
@@ -56,7 +57,8 @@ class Peeling:
             self.teacher, self.tokenizer = load_teacher(config)
             self.student = Student(self.teacher)
             check_trained(self.student, config.distill)
-            self.storage = stored_dtype(config.teacher)
+            self.origin = teacher_origin(config)
+            self.storage = stored_dtypes(self.origin, self.teacher)
             self.text = scoring_text(config, self.tokenizer)
 
     def begin(self) -> None:
@@ -129,7 +131,8 @@ class Peeling:
         if reason == "min_quality":  # the last student above the floor is the result
             self.student = self.run.student_of(self.teacher, len(self.run.rounds) - 1)
         last_pass = self._last_pass()
-        save_model(self.student.model, self.tokenizer, self.run.student_folder, self.storage)
+        origin = self.origin.with_layers(self.student.kept_layers.kept)
+        save_model(self.student.model, self.tokenizer, self.run.student_folder, self.storage.main, origin)
         write_card(self.run, self.run.student_folder, len(self.student.kept_layers.removed), last_pass)
         self.run.record_finish(reason, self.student, last_pass)
 

@@ -13,6 +13,7 @@ from layerpeel.config.run import RunConfig
 from layerpeel.data.batches import load_rows
 from layerpeel.data.rows import Rows
 from layerpeel.errors import InputError
+from layerpeel.model.origin import StoredDtypes
 from layerpeel.processes.distributed import processes_of
 from layerpeel.processes.progress import console
 from layerpeel.training.recipe import TrainingRecipe
@@ -30,7 +31,7 @@ def train_student(
     *,
     seed: int = 0,
     round_number: int = 1,
-    storage: torch.dtype = torch.float32,
+    storage: torch.dtype | StoredDtypes = torch.float32,
     cache: TeacherCache | None = None,
     state: TrainingState | None = None,
     log: Log | None = None,
@@ -62,7 +63,8 @@ def train_student(
     rows = _rows(student, tokenizer, recipe, seed, round_number)
     trainer = Trainer(student, names, recipe, cache=cache, state=state, log=log, description=description)
     result = trainer.train(rows, seed + round_number)
-    student.load_trained({n: value.to(storage) for n, value in student.trained_state().items() if n in names})
+    stored = storage if isinstance(storage, StoredDtypes) else StoredDtypes(storage)
+    student.load_trained({n: value.to(stored.of(n)) for n, value in student.trained_state().items() if n in names})
     result.seconds += time.monotonic() - started
     return result
 
@@ -90,7 +92,7 @@ def train_last(
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
     *,
-    storage: torch.dtype,
+    storage: torch.dtype | StoredDtypes,
     cache: TeacherCache | None,
     state: TrainingState | None,
     log: Log | None,
@@ -127,7 +129,7 @@ def distill(
     config: DistillConfig,
     *,
     seed: int = 0,
-    storage: torch.dtype | None = None,
+    storage: torch.dtype | StoredDtypes | None = None,
 ) -> tuple[PreTrainedModel, TrainingResult]:
     """Removes layers from a teacher and distils the gap, for one round.
 
