@@ -137,6 +137,37 @@ def planned() -> str:
     return "\n".join(["Planned / measured; 1 is exact.", "", *lines, "", *commands])
 
 
+def older_transformers() -> str:
+    """What transformers 4.57 makes of checkpoints that `layerpeel remove` wrote."""
+    result = read("old-transformers")
+    lines = [
+        "| model | layers | MB | of the teacher's | dtype | KL between the versions |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, model in result["models"].items():
+        cells = [
+            name,
+            model["layers"],
+            f"{model['bytes'] / 1e6:.0f}",
+            f"{100 * model['share_of_the_teachers_bytes']:.0f} %",
+        ]
+        cells += [model["dtypes"][1].removeprefix("torch."), f"{model['kl']:.1e}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    versions = next(iter(result["models"].values()))["versions"]
+    setting = f"Removed by `layerpeel remove`, loaded by transformers {versions[0]} and {versions[1]}, in float32."
+    return "\n".join([*lines, "", f"{setting} {source(result)}"])
+
+
+def removal() -> str:
+    """Time and memory of `layerpeel remove`."""
+    result = read("remove")
+    return (
+        f"`layerpeel remove` on {result['model']} ({result['bytes'] / 1e6:,.0f} MB, of which it writes "
+        f"{result['written_bytes'] / 1e6:,.0f}): {result['peak_bytes'] / 1e6:,.0f} MB at the peak, most of them the "
+        f"libraries, and {result['seconds']:.1f} s. {source(result)}"
+    )
+
+
 SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("Quality by depth: storyteller-18", "methods-storyteller", lambda: methods("methods-storyteller")),
     ("Quality by depth: the bundled teacher", "methods-demo", lambda: methods("methods-demo")),
@@ -150,6 +181,8 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("Generation for all candidates: storyteller-18's copy tasks", "generation", generation),
     ("Models larger than memory", "streaming", streaming),
     ("A step of distillation", "distillation-*", distillation),
+    ("Our checkpoints in an older transformers", "old-transformers", older_transformers),
+    ("Removing layers from files", "remove", removal),
     ("What `layerpeel plan` estimates, and what runs took", "plan-*", planned),
 ]
 

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError
+from layerpeel.export.student import export_student
 from layerpeel.model.checkpoint import stored_dtype
 from layerpeel.model.loading import load_model
 from layerpeel.model.origin import origin_of, stored_dtypes
@@ -22,6 +24,7 @@ from layerpeel.model.saving import save_model
 from layerpeel.model.side_files import is_carried
 from layerpeel.model.surgery import remove_layers
 from layerpeel.model.tensor_files import stored_tensors
+from layerpeel.run.loop import peel
 from tests.families import tiny_config, tiny_ids, tiny_model, tiny_tokenizer
 from tests.model.test_round_trips import publish
 
@@ -179,25 +182,11 @@ def test_a_teacher_that_another_may_not_read_gives_a_student_that_others_may(wri
 
 
 def test_files_that_hold_of_the_student_too() -> None:
-    there = [
-        "LICENSE",
-        "NOTICE.txt",
-        "tokenizer.model",
-        "vocab.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-    ]
-    there += ["preprocessor_config.json", "processor_config.json", "added_tokens.json", "tekken.json", "LICENCE.md"]
-    gone = [
-        "pytorch_model.bin",
-        "model.gguf",
-        "quantize_config.json",
-        "README.md",
-        "model.safetensors.index.json",
-        "params.json",
-    ]
-    assert all(map(is_carried, there)) and not any(map(is_carried, gone))
+    assert all(map(is_carried, ["LICENSE", "LICENCE.md", "NOTICE.txt", "tokenizer.model", "vocab.json", "merges.txt"]))
+    assert all(map(is_carried, ["special_tokens_map.json", "chat_template.jinja", "added_tokens.json", "tekken.json"]))
+    assert all(map(is_carried, ["preprocessor_config.json", "processor_config.json", "generation_config.json"]))
+    assert not any(map(is_carried, ["pytorch_model.bin", "model.gguf", "quantize_config.json", "README.md"]))
+    assert not any(map(is_carried, ["model.safetensors.index.json", "params.json", "config.json"]))
     assert is_carried("modeling_own.py", code=True) and not is_carried("modeling_own.py")
 
 
@@ -251,3 +240,36 @@ def test_a_model_without_an_origin_is_saved_whole(tmp_path: Path) -> None:
     save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "short", torch.bfloat16)
     assert json.loads((tmp_path / "short/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert {tensor.dtype for tensor in stored_tensors(tmp_path / "short").values()} == {"BF16"}
+
+
+def test_float32_parts_survive_a_run_its_resumption_and_an_export(tmp_path: Path) -> None:
+    teacher = publish(tmp_path / "teacher", "glm4_moe")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{3 + 7 * word % 60}" for word in range(400)))
+    config = RunConfig.model_validate(
+        {
+            "teacher": str(teacher),
+            "output": str(tmp_path / "run"),
+            "stop": {"target_layers": 4},
+            "score": {"decide": "teacher_kl", "tokens": 64},
+            "tasks": [{"kind": "perplexity", "name": "ppl", "data": str(tmp_path / "text.txt")}],
+            "distill": {
+                "text": str(tmp_path / "text.txt"),
+                "tokens_per_round": 64,
+                "sequence_length": 16,
+                "batch_size": 2,
+                "train": "all",
+            },
+        }
+    )
+    peel(config.model_copy(update={"stop": config.stop.model_copy(update={"target_layers": 5})}))
+    (tmp_path / "run/student").rename(tmp_path / "first")
+    run = peel(config, accept_changes=True)
+    export_student(run, tmp_path / "exported", 1)
+    originals = {b"".join(t.chunks()) for name, t in stored_tensors(teacher).items() if "e_score_correction" in name}
+    assert originals
+    for folder in (run.student_folder, tmp_path / "first", tmp_path / "exported"):
+        tensors = stored_tensors(folder)
+        biases = [tensor for name, tensor in tensors.items() if "e_score_correction" in name]
+        assert biases and all(tensor.dtype == "F32" and b"".join(tensor.chunks()) in originals for tensor in biases)
+        assert {tensor.dtype for tensor in tensors.values()} == {"F32", "BF16"}
+        assert (folder / "LICENSE").is_file() and (folder / "README.md").is_file()
