@@ -189,13 +189,13 @@ def _predicts_further(name: str) -> bool:
 def _twice(origin: Origin, model: PreTrainedModel) -> set[str]:
     """Names of tensors that the files hold though they are tied to another with the same bytes."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    found = set()
+    copies = set()
     for one, other in tied.items():
         first = [name for name in origin.tensors if name == one or name.endswith(f".{one}")]
         second = [name for name in origin.tensors if name == other or name.endswith(f".{other}")]
         if len(first) == len(second) == 1 and _same_bytes(origin.tensors[first[0]], origin.tensors[second[0]]):
-            found.add(first[0])
-    return found
+            copies.add(first[0])
+    return copies
 
 
 def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:

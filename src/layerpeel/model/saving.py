@@ -116,15 +116,15 @@ class _Tensors:
         architecture, stored = find_architecture(self.model), self.origin.tensors
         depth = len(architecture.layers)
         kept = self.origin.kept or tuple(range(depth))
-        ours = find_layer_names(self.state, architecture, depth)
-        theirs = self.origin.names(architecture, kept[-1] + 1)
-        if not ours or not theirs:
+        in_model = find_layer_names(self.state, architecture, depth)
+        in_files = self.origin.names(architecture, kept[-1] + 1)
+        if not in_model or not in_files:
             return lambda name: name if name in stored and not _numbered(name) else None
 
         def find(name: str) -> str | None:
-            layer = ours.layer_of(name)
-            before = name if layer is None else ours.renumbered(name, kept[layer])
-            return ours.find(before, stored, theirs.prefix)
+            layer = in_model.layer_of(name)
+            before = name if layer is None else in_model.renumbered(name, kept[layer])
+            return in_model.find(before, stored, in_files.prefix)
 
         return find
 

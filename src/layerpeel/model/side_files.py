@@ -59,11 +59,13 @@ def carry_files(origin: Path, folder: Path, *, code: bool = False) -> list[str]:
 def left_files(origin: Path, *, code: bool = False) -> list[str]:
     """The names of what is not carried, without the weights themselves, the config and hidden files."""
     names = [path.name for path in sorted(origin.iterdir()) if path.is_file()]
-    own = ("config.json", "model.safetensors.index.json")
+    not_listed = ("config.json", "model.safetensors.index.json")
     return [
         name
         for name in names
-        if not (is_carried(name, code=code) or name in own or name.startswith(".") or name.endswith(".safetensors"))
+        if not (
+            is_carried(name, code=code) or name in not_listed or name.startswith(".") or name.endswith(".safetensors")
+        )
     ]
 
 
@@ -75,11 +77,11 @@ def drop_absent_code(config: dict[str, Any], folder: Path) -> bool:
     classes = config.get("auto_map")
     if not isinstance(classes, dict):
         return False
-    there = {name: value for name, value in classes.items() if _is_there(value, folder)}
-    if there == classes:
+    present = {name: value for name, value in classes.items() if _is_there(value, folder)}
+    if present == classes:
         return False
-    config["auto_map"] = there
-    if not there:
+    config["auto_map"] = present
+    if not present:
         del config["auto_map"]
     return True
 
