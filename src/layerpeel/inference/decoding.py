@@ -5,7 +5,7 @@ The model's own `generate` decodes all rows in one loop, `STEP` tokens at a time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -27,13 +27,26 @@ class Decoder:
     Args:
         stops: text ends before the first of these.
         limit: new tokens, at most.
+        options: of `generate`, that change the text.
+        plain: whether an end of text of the model's generation_config is no part of the text, as the tokenizer's own
+            is; if not, it is one unless the tokenizer has it as a special token.
     """
 
     def __init__(
-        self, layerwise: LayerwiseModel, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], limit: int
+        self,
+        layerwise: LayerwiseModel,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[str],
+        limit: int,
+        options: Mapping[str, Any] | None = None,
+        *,
+        plain: bool = True,
     ) -> None:
         self.layerwise, self.tokenizer, self.stops, self.limit = layerwise, tokenizer, stops, limit
-        self.end_tokens = _end_tokens(tokenizer, stops)
+        self.options = dict(options or {})
+        ends = _ends_of_text(layerwise.model.generation_config, tokenizer)
+        self.end_tokens = _end_tokens(tokenizer, stops, ends)
+        self._cut_at = ends if plain else ends & {tokenizer.eos_token_id}
         accepted = signature(layerwise.model.forward).parameters
         self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in accepted), "past_key_values")
 
@@ -59,7 +72,7 @@ class Decoder:
         if not rows:
             return written
         sequences = [[*prompts[row], *written[row]] for row in rows]
-        input_ids, mask = _left_padded(sequences)
+        input_ids, mask = _left_padded(sequences, repeat_first=bool(self.options))
         cache = cache_of(rows, [len(sequence) for sequence in sequences])
         while rows:
             count = min(STEP, max(self.limit - len(written[row]) for row in rows))
@@ -81,8 +94,8 @@ class Decoder:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of new tokens, up to the end of text or the first stop."""
-        end = self.tokenizer.eos_token_id
-        kept = list(tokens[: tokens.index(end)] if end in tokens else tokens)
+        end = next((index for index, token in enumerate(tokens) if token in self._cut_at), len(tokens))
+        kept = list(tokens[:end])
         text = str(self.tokenizer.decode(kept, skip_special_tokens=True))
         for stop in self.stops:
             text = text.split(stop, 1)[0]
@@ -105,6 +118,7 @@ class Decoder:
             pad_token_id=ends[0],
             use_cache=True,
             return_dict_in_generate=True,
+            **self.options,
         )
         with skipping_by_row(self.layerwise, skipped):
             return self.layerwise.model.generate(
@@ -115,11 +129,17 @@ class Decoder:
             )
 
 
-def _left_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, [B, T] each."""
+def _left_padded(sequences: Sequence[Sequence[int]], repeat_first: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, [B, T] each.
+
+    Args:
+        repeat_first: pad with each sequence's first token, so that options that count its tokens see no other.
+    """
     width = max(map(len, sequences))
-    input_ids = torch.tensor([[0] * (width - len(tokens)) + list(tokens) for tokens in sequences])
-    return input_ids, torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in sequences])
+    padding = [sequence[0] if repeat_first else 0 for sequence in sequences]
+    input_ids = [[pad] * (width - len(tokens)) + list(tokens) for pad, tokens in zip(padding, sequences, strict=True)]
+    mask = [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in sequences]
+    return torch.tensor(input_ids), torch.tensor(mask)
 
 
 def _selected(cache: Cache | None, rows: Tensor) -> Cache | None:
@@ -130,15 +150,21 @@ def _selected(cache: Cache | None, rows: Tensor) -> Cache | None:
     return cache
 
 
-_END_TOKENS: dict[tuple[int, int, tuple[str, ...]], dict[int, None]] = {}
+_END_TOKENS: dict[tuple[Any, ...], dict[int, None]] = {}
 
 
-def _end_tokens(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> dict[int, None]:
-    """End of text, and every token whose text holds a stop; a dict, for its order."""
-    key = (id(tokenizer), len(tokenizer), tuple(stops))
+def _end_tokens(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], ends: set[int]) -> dict[int, None]:
+    """Ends of text, and every token whose text holds a stop; a dict, for its order."""
+    key = (id(tokenizer), len(tokenizer), tuple(stops), frozenset(ends))
     if key not in _END_TOKENS:
         texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
         with_stop = [index for index, text in enumerate(texts) if any(stop in text for stop in stops)]
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        _END_TOKENS[key] = dict.fromkeys(end + with_stop or [0])
+        _END_TOKENS[key] = dict.fromkeys([*sorted(ends), *with_stop] or [0])
     return _END_TOKENS[key]
+
+
+def _ends_of_text(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a text, by the model's generation_config and by the tokenizer."""
+    ends = getattr(config, "eos_token_id", None)
+    listed = ends if isinstance(ends, list) else [ends]
+    return {end for end in (*listed, tokenizer.eos_token_id) if isinstance(end, int)}

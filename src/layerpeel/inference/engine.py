@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.budget import Budget
 from layerpeel.inference.decoding import Decoder
+from layerpeel.inference.generation_options import check_room, followed_options, generation_limit
 from layerpeel.inference.kv_cache import PrefillCache
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.likelihoods import log_likelihoods, window_length
@@ -66,13 +67,20 @@ class Engine:
 
         Raises:
             RunError: memory does not suffice for a single row.
+            InputError: a request cannot be answered with this model.
         """
+        self._check_generations([r for r in requests if isinstance(r, Generation)], description)
         windows = [_windows(request, window_length(self.layerwise)) for request in requests]
         by_branch = []
         for answers in self._answer([window for parts in windows for window in parts], description):
             rest = iter(answers)
             by_branch.append([_joined([next(rest) for _ in parts]) for parts in windows])
         return by_branch
+
+    def _check_generations(self, requests: Sequence[Generation], description: str) -> None:
+        for request in {_kind(request): request for request in requests}.values():
+            check_room(request, window_length(self.layerwise), description)
+            followed_options(request, self.layerwise.model.generation_config, description)
 
     def _answer(self, requests: Sequence[Request], description: str) -> list[list[Answer]]:
         state = processes_of(self.layerwise.device) if self.share_work else None
@@ -124,7 +132,12 @@ class Engine:
         greedy decoding gives the same there, it is the candidate's text too. From the first token that differs, all
         candidates decode in one loop.
         """
-        decoder = Decoder(self.layerwise, self.tokenizer, requests[0].stop, requests[0].max_new_tokens)
+        config = self.layerwise.model.generation_config
+        options = followed_options(requests[0], config, "")
+        limit = generation_limit(requests[0], config)
+        decoder = Decoder(
+            self.layerwise, self.tokenizer, requests[0].stop, limit, options, plain=requests[0].options is None
+        )
         prompts = [r.prompt[-max(1, window_length(self.layerwise) - r.max_new_tokens) :] for r in requests]
         texts = {(index, 0): tokens for index, tokens in enumerate(decoder.decode(prompts, [None] * len(prompts)))}
         if self.candidates:
@@ -140,10 +153,13 @@ class Engine:
         Args:
             drafts: of each prompt, the tokens that the untouched model decodes.
         """
+        rows = [(index, branch) for index in range(len(prompts)) for branch in range(1, self.branches)]
+        if decoder.options:  # the draft's tokens are not those of the highest logits
+            skipped = [self.candidates[branch - 1] for _, branch in rows]
+            return dict(zip(rows, decoder.decode([prompts[index] for index, _ in rows], skipped), strict=True))
         requests = [LogLikelihood(prompt, tuple(draft)) for prompt, draft in zip(prompts, drafts, strict=True)]
         prefill = PrefillCache(self.candidates)
         agreed = log_likelihoods(self.layerwise, self.candidates, requests, self.budget, prefill)[1].T.tolist()
-        rows = [(index, branch) for index in range(len(prompts)) for branch in range(1, self.branches)]
 
         def cache_of(chosen: Sequence[int], lengths: Sequence[int]) -> Cache | None:
             indices, branches = zip(*(rows[row] for row in chosen), strict=True)
@@ -210,5 +226,5 @@ def _joined(answers: Sequence[Answer]) -> Answer:
 
 def _kind(request: Request) -> tuple[Any, ...]:
     if isinstance(request, Generation):
-        return (1, request.stop, -request.max_new_tokens)
-    return (0, (), 0)
+        return (1, request.stop, -request.max_new_tokens, repr(request.options))
+    return (0, (), 0, "")

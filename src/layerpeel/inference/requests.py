@@ -16,11 +16,17 @@ class LogLikelihood:
 
 @dataclass(frozen=True)
 class Generation:
-    """Greedy text after `prompt` (token ids), cut at the first of `stop`."""
+    """Greedy text after `prompt` (token ids), cut at the first of `stop`.
+
+    Attributes:
+        options: names and values for transformers' `generate`, which takes all others from the model's
+            generation_config, as lm-evaluation-harness has it; None for plain greedy decoding, whatever that holds.
+    """
 
     prompt: tuple[int, ...]
     max_new_tokens: int
     stop: tuple[str, ...]
+    options: tuple[tuple[str, float], ...] | None = None
 
 
 Request = LogLikelihood | Generation
