@@ -258,6 +258,52 @@ def test_a_penalty_holds_for_every_candidate(model: PreTrainedModel, tmp_path: P
         assert [answers[0] for answers in branch] == [sample["resps"][0][0] for sample in logged]
 
 
+def test_groups_have_the_weights_filters_and_errors_of_the_harness(model: PreTrainedModel, tmp_path: Path) -> None:
+    names = [written(tmp_path, name, TASKS[name][0]) for name in ("examples", "continued", "repeats and filters")]
+    few = yaml.safe_load((tmp_path / "examples.yaml").read_text()) | {"task": "few", "num_fewshot": 0}
+    (tmp_path / "five.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:5]))
+    few["dataset_kwargs"] = {"data_files": {"test": str(tmp_path / "five.jsonl")}}
+    groups: dict[str, tuple[list[str], dict[str, Any]]] = {
+        "sized": (["examples", "few"], {"metric": "acc"}),
+        "even": (["examples", "few"], {"metric": "acc_norm", "weight_by_size": False}),
+        "mixed": (["examples", "few", "continued"], {"metric": "acc"}),
+        "filtered": (names[2:], {"metric": "exact_match", "filter_list": ["first"]}),
+    }
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(few))
+    for name, (tasks, metric) in groups.items():
+        group = {"group": name, "task": tasks, "aggregate_metric_list": [metric]}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(group))
+    results = harness_results(model, tokenizer_of("BOS"), tmp_path, list(groups), {})["results"]
+    for name, (_, metric) in groups.items():
+        key = f"{metric['metric']},{metric.get('filter_list', ['none'])[0]}"
+        task = task_of(kind="harness", name="t", task=name, include_path=str(tmp_path))
+        task.check()
+        score = score_tasks(Engine(LayerwiseModel(model), tokenizer_of("BOS")), [task])[0]["t"]
+        assert score.value == pytest.approx(results[name][key], rel=1e-6)
+        assert score.stderr == pytest.approx(results[name][key.replace(",", "_stderr,")], rel=1e-6)
+
+
+def test_a_metric_that_only_some_documents_have_is_averaged_over_those(model: PreTrainedModel, tmp_path: Path) -> None:
+    name = written(tmp_path, "some", CHOICE | {"num_fewshot": 0})
+    (tmp_path / "measures.py").write_text(
+        "def measure(doc, results):\n"
+        "    right = float(results[doc['gold']][0] >= max(value for value, _ in results))\n"
+        "    return {'acc': right} if doc['gold'] else {'acc_norm': 0.0}\n"
+        "def fail(doc, results):\n    raise KeyError('label')\n"
+    )
+    path = tmp_path / f"{name}.yaml"
+    text = path.read_text()
+    path.write_text(text + "process_results: !function measures.measure\n")
+    compared = harness_results(model, tokenizer_of("BOS"), tmp_path, [name], {})["results"][name]
+    task = task_of(kind="harness", name="t", task=name, include_path=str(tmp_path))
+    score = score_tasks(Engine(LayerwiseModel(model), tokenizer_of("BOS")), [task])[0]["t"]
+    assert (score.value, score.n) == (compared["acc,none"], 4)
+    path.write_text(text + "process_results: !function measures.fail\n")
+    task = task_of(kind="harness", name="t", task=name, include_path=str(tmp_path))
+    message, _ = input_error(lambda: score_tasks(Engine(LayerwiseModel(model), tokenizer_of("BOS")), [task]))
+    assert message == "task t: some: some, document 0: its answer has no score (KeyError: 'label')"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
