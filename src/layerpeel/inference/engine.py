@@ -209,16 +209,16 @@ class Engine:
         return self._generate_rows(decoder, prompts, rows, agreed_drafts, cache_of)
 
     def _generate_rows(
-        self, decoder: Decoder, prompts: Sequence[tuple[int, ...]], rows: Sequence[tuple[int, int]], *known: Any
+        self, decoder: Decoder, prompts: Sequence[tuple[int, ...]], rows: Sequence[tuple[int, int]], *decoded: Any
     ) -> dict[tuple[int, int], list[int]]:
         """The tokens of some rows, each a prompt's index and a branch.
 
         Args:
-            known: the `drafts` and `cache_of` of `Decoder.decode`.
+            decoded: the `drafts` and `cache_of` of `Decoder.decode`.
         """
         skipped = [self.candidates[branch - 1] for _, branch in rows]
         try:
-            written = decoder.decode([prompts[index] for index, _ in rows], skipped, *known)
+            written = decoder.decode([prompts[index] for index, _ in rows], skipped, *decoded)
         except NotFiniteError as error:
             error.request = None if error.request is None else rows[error.request][0]
             raise

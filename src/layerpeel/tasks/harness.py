@@ -81,7 +81,7 @@ class Harness(Task):
             metric, chosen = self._metric_of(document.leaf)
             with refusing(f"{self._where}: {name}, document {document.instances[0].doc_id}: its answer has no score"):
                 measured = document.measure(document_answers, chosen)
-            counts[name].update(measured)
+            counts[name].update(list(measured))  # of a dict, a Counter adds the values
             if metric in measured:
                 values[name].append(measured[metric])
         self._check_measured(values, counts)
@@ -136,7 +136,7 @@ class Harness(Task):
             where = f"{self._where}: {leaf.task_name}, document {instances[0].doc_id}"
             with refusing(f"{where}: its prompt cannot be encoded"):
                 requests = [request_of(instance, tokenizer, where) for instance in instances]
-            yield Sample(requests, _Document(leaf, instances))
+            yield Sample(requests, _Document(leaf, instances), f"{leaf.task_name}, document {instances[0].doc_id}")
 
     def _metric_of(self, leaf: Any) -> tuple[str, str]:
         """The metric and the filter by which a task is scored."""
