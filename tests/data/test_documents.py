@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from layerpeel.config.fields import TextConfig
 from layerpeel.data.batches import load_rows
-from layerpeel.data.documents import mix_documents, read_documents, write_chat
+from layerpeel.data.chats import write_chat
+from layerpeel.data.documents import mix_documents, read_documents
 from layerpeel.errors import InputError
 
 MakeSource = Callable[..., TextConfig]

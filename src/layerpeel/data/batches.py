@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from layerpeel.config.fields import TextConfig
-from layerpeel.data.documents import Document, mix_documents, write_chat
+from layerpeel.data.chats import write_chat
+from layerpeel.data.documents import PlacedDocument, mix_documents
 from layerpeel.data.rows import Rows, TokenRow
+from layerpeel.data.tokenizing import start_tokens, with_start
 from layerpeel.errors import InputError
 
 DOCUMENTS_PER_CALL = 512
@@ -39,7 +41,8 @@ def load_rows(
     """Reads, mixes and tokenises text to rows of `sequence_length`, up to `max_tokens` (at least one row).
 
     Packed rows hold several documents, each followed by the end-of-text token and whole if it fits into a row; longer
-    ones are cut. Unpacked rows hold one document each, cut or padded. No more is read than the rows asked for need
+    ones are cut into several rows, so that all of a document is used. Unpacked rows hold one document each, or a piece
+    of one, padded. No more is read than the rows asked for need
     (and `TextConfig.shuffle` documents of each source, and what fills `OPEN_ROWS`).
 
     Args:
@@ -52,10 +55,10 @@ def load_rows(
     """
 
     def read() -> Iterator[TokenRow]:
-        documents = _tokenized(mix_documents(sources, seed), tokenizer)
+        documents = tokenize(mix_documents(sources, seed), tokenizer)
         if packing:
             return _packed(documents, sequence_length)
-        return ([document[:sequence_length]] for document in documents)
+        return ([piece] for document in documents for piece in document.split(sequence_length))
 
     limit = None if max_tokens is None else max(1, max_tokens // sequence_length)
     rows = _from_row(read, skip_rows, limit)
@@ -63,6 +66,21 @@ def load_rows(
         raise InputError("no text: no source is given", hint="give at least one (distill.text)")
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     return Rows.of(rows, sequence_length, padding)
+
+
+def tokenize(documents: Iterator[PlacedDocument], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
+    """Token ids; texts with the tokenizer's beginning- and end-of-text tokens, chats with those of their template.
+
+    Texts that a template has rendered already have some of these tokens, and get no second ones.
+    """
+    start, end = start_tokens(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    while chunk := list(islice(documents, DOCUMENTS_PER_CALL)):
+        texts = [text if isinstance(text, str) else write_chat(text, tokenizer, where) for where, text in chunk]
+        token_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for (_, document), ids in zip(chunk, token_ids, strict=True):
+            if isinstance(document, str):
+                ids = with_start(ids, start) + (end if ids[-1:] != end else [])
+            yield torch.tensor(ids, dtype=torch.int32)
 
 
 def cycle_batches(
@@ -81,17 +99,6 @@ def cycle_batches(
         if number % world == rank and number // world >= start:
             yield rows.take(order[:batch_size])
         order = order[batch_size:]
-
-
-def _tokenized(documents: Iterator[tuple[str, Document]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
-    """Token ids; texts with the tokenizer's beginning- and end-of-text tokens, chats with those of their template."""
-    begin = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    while chunk := list(islice(documents, DOCUMENTS_PER_CALL)):
-        texts = [text if isinstance(text, str) else write_chat(text, tokenizer, where) for where, text in chunk]
-        token_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for (_, document), ids in zip(chunk, token_ids, strict=True):
-            yield torch.tensor([*begin, *ids, *end] if isinstance(document, str) else ids, dtype=torch.int32)
 
 
 def _packed(documents: Iterator[Tensor], length: int) -> Iterator[TokenRow]:

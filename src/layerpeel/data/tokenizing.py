@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from transformers import PreTrainedTokenizerBase
 
 
@@ -11,19 +9,20 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that the tokenizer sets before a text: usually beginning of text, or none; never those after it."""
     plain = tokenizer.encode("a", add_special_tokens=False, verbose=False)
     ids = tokenizer.encode("a", verbose=False)
-    return next((ids[:at] for at in range(len(ids)) if ids[at : at + len(plain)] == plain), [])
+    places = [at for at in range(len(ids)) if plain and ids[at : at + len(plain)] == plain]
+    if places:
+        return ids[: places[0]]
+    return [token for token in tokenizer.encode("", verbose=False)[:1] if token == tokenizer.bos_token_id]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of one text; see `encode_texts`."""
-    return encode_texts(tokenizer, [text])[0]
+    """Token ids of a text after the tokenizer's start tokens, without the tokens that it sets after a text."""
+    return with_start(tokenizer.encode(text, add_special_tokens=False, verbose=False), start_tokens(tokenizer))
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text after the tokenizer's start tokens, without the tokens that it sets after a text.
+def with_start(ids: list[int], start: list[int]) -> list[int]:
+    """The ids of a text after the start tokens.
 
-    A text that a chat template has rendered begins with the start tokens (as in `<s>[INST] ...`): it gets no others.
+    A text that a chat template has rendered begins with them already (as in `<s>[INST] ...`), and gets no others.
     """
-    start = start_tokens(tokenizer)
-    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    return [text_ids if start and text_ids[: len(start)] == start else [*start, *text_ids] for text_ids in ids]
+    return ids if ids[: len(start)] == start else [*start, *ids]

@@ -8,13 +8,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config.run import RunConfig
-from layerpeel.data.batches import load_rows
+from layerpeel.data.batches import tokenize
+from layerpeel.data.documents import mix_documents
 from layerpeel.errors import LayerpeelError
 from layerpeel.inference.engine import Engine
 from layerpeel.inference.layerwise import LayerwiseModel
@@ -196,11 +198,10 @@ def sample_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> lis
         return [(name, _cut(request)) for name, request in alternating[:SAMPLES]]
     text = config.distill.text or config.score.text or []
     try:
-        rows = load_rows(text, tokenizer, sequence_length=24, packing=False, max_tokens=2 * 24, seed=config.seed)
+        documents = list(islice(tokenize(mix_documents(text, config.seed), tokenizer), 2))
     except (LayerpeelError, OSError):
         return []
-    beginnings = [tuple(ids[mask].tolist()) for ids, mask in zip(rows.input_ids, rows.mask, strict=True)]
-    return [("text", Generation(ids, SAMPLE_TOKENS, ())) for ids in beginnings if ids]
+    return [("text", Generation(tuple(ids[:24].tolist()), SAMPLE_TOKENS, ())) for ids in documents if len(ids)]
 
 
 def _cut(request: Request) -> Generation:

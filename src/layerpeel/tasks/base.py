@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.data.reading import TableRow, expand, read_rows
+from layerpeel.data.cells import TableRow
+from layerpeel.data.reading import expand, read_rows
 from layerpeel.errors import InputError
 from layerpeel.inference.requests import Request
 from layerpeel.tasks.scores import TaskScore

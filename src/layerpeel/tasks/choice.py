@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.data.reading import TableRow, column_of
+from layerpeel.data.cells import TableRow, column_of, located, text_form
 from layerpeel.errors import InputError
 from layerpeel.inference.encoding import encode_pair
 from layerpeel.inference.requests import LogLikelihood
@@ -84,19 +84,20 @@ class Choice(FewShot):
     def _choices(self, row: TableRow) -> list[str]:
         if isinstance(self.choices, list):
             return [fill(template, row, self.where) for template in self.choices]
-        choices = column_of(row, self.choices, self.where)
+        choices, where = column_of(row, self.choices, self.where), located(row, self.where)
         if not isinstance(choices, list) or len(choices) < 2:
             raise InputError(
-                f"{self.where}: column '{self.choices}' holds {str(choices)[:60]!r}, expected a list of choices",
+                f"{where}: column '{self.choices}' holds {str(choices)[:60]!r}, expected a list of choices",
                 hint="name a column with a list, or give a list of templates (choices: ['{a}', '{b}'])",
             )
-        odd = next((choice for choice in choices if not isinstance(choice, str | int | float)), "")
-        if odd != "":
+        texts = [text for text in map(text_form, choices) if text is not None]
+        if len(texts) < len(choices):
+            odd = next(choice for choice in choices if text_form(choice) is None)
             raise InputError(
-                f"{self.where}: column '{self.choices}' holds a choice of {str(odd)[:60]!r}, expected text",
+                f"{where}: column '{self.choices}' holds a choice of {str(odd)[:60]!r}, expected text",
                 hint="each choice is a text or a number",
             )
-        return [str(choice) for choice in choices]
+        return texts
 
     def _right(self, row: TableRow) -> int:
         choices, answer = self._choices(row), column_of(row, self.answer, self.where)
@@ -108,8 +109,8 @@ class Choice(FewShot):
             answer = int(answer)
         if not isinstance(answer, int) or not 0 <= answer < len(choices):
             raise InputError(
-                f"{self.where}: column '{self.answer}' holds {reprlib.repr(answer)}, expected which of the "
-                f"{len(choices)} choices is right",
+                f"{located(row, self.where)}: column '{self.answer}' holds {reprlib.repr(answer)}, expected "
+                f"which of the {len(choices)} choices is right",
                 hint="an index from 0, a letter from A, or the text of the choice",
             )
         return answer

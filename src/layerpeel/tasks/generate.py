@@ -10,7 +10,7 @@ from pydantic import Field
 from rapidfuzz.distance import LCSseq
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.data.reading import TableRow
+from layerpeel.data.cells import TableRow
 from layerpeel.inference.requests import Generation
 from layerpeel.tasks.base import FewShot, Sample
 from layerpeel.tasks.scores import TaskScore

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.data.reading import TableRow, text_of
+from layerpeel.data.cells import TableRow, text_of
 from layerpeel.inference.encoding import encode_pair
 from layerpeel.inference.requests import LogLikelihood
 from layerpeel.tasks.base import RowTask, Sample

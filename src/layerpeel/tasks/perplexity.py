@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.data.reading import text_of
+from layerpeel.data.cells import text_of
 from layerpeel.errors import InputError
 from layerpeel.inference.encoding import start_token
 from layerpeel.inference.requests import LogLikelihood

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from layerpeel.data.reading import TableRow, column_of
+from layerpeel.data.cells import TableRow, column_of, located, text_form
 from layerpeel.errors import InputError
 
 PLACEHOLDER = re.compile(r"\{(\w+)((?:\[\w+\])*)(\.\w[^{}]*)?\}")
@@ -16,11 +16,12 @@ def fill(template: str, row: TableRow, where: str) -> str:
     Raises:
         InputError: a column or entry is absent, holds neither text nor a number, or the template reads an attribute.
     """
+    place = located(row, where)
 
     def value(match: re.Match[str]) -> str:
         if match[3]:
             raise InputError(
-                f"{where}: the template has '{match[0]}', but templates read columns and entries, not attributes",
+                f"{place}: the template has '{match[0]}', but templates read columns and entries, not attributes",
                 hint="as in {question} or {choices[0]}",
             )
         entry = column_of(row, match[1], where)
@@ -29,13 +30,14 @@ def fill(template: str, row: TableRow, where: str) -> str:
                 entry = entry[int(key) if isinstance(entry, (list, tuple)) else key]
             except (KeyError, IndexError, TypeError, ValueError):
                 raise InputError(
-                    f"{where}: column '{match[1]}' has no '{key}'", hint=f"it holds {str(entry)[:80]!r}"
+                    f"{place}: column '{match[1]}' has no '{key}'", hint=f"it holds {str(entry)[:80]!r}"
                 ) from None
-        if entry is None or isinstance(entry, list | dict):
+        text = text_form(entry)
+        if text is None:
             raise InputError(
-                f"{where}: '{match[0]}' is {str(entry)[:60]!r}, expected text or a number",
+                f"{place}: '{match[0]}' is {str(entry)[:60]!r}, expected text or a number",
                 hint="leave such rows out, or name an entry of it, as in {choices[0]}",
             )
-        return str(entry)
+        return text
 
     return PLACEHOLDER.sub(value, template)
