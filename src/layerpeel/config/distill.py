@@ -46,8 +46,9 @@ class DistillConfig(Section):
     accumulation: Annotated[int, Field(ge=1)] = 1
     """Micro-batches in an optimizer step."""
     packing: bool = True
-    """Several documents in a row, each whole where it fits and none seeing another; else one document a row, cut or
-    padded. Models that cannot keep documents of a row apart (recurrent ones) get one a row in any case."""
+    """Several documents in a row, each whole where it fits and none seeing another; else one document a row,
+    padded. One longer than a row is cut into several rows. Models that cannot keep documents of a row apart (recurrent
+    ones) get one a row in any case."""
     fresh_text: bool = True
     """Each round goes on in the text where the last one stopped, and begins again at its end; else every round
     trains on the same text, and the teacher's hidden states can be kept (see teacher_cache)."""

@@ -18,13 +18,14 @@ class TextConfig(Section):
     """Where text comes from."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A .txt, .jsonl, .json, .csv, .parquet or .arrow file (or a .gz of one), a folder of such, a saved dataset, a
-    glob, or a hub name; a hub dataset is read over the network as far as it is needed."""
+    """A .txt, .jsonl (.ndjson, .jsonlines), .json, .csv, .tsv, .parquet or .arrow file (or a .gz of one), a folder of
+    such, a saved dataset, a glob, or a hub name; a hub dataset is read over the network as far as it is needed."""
     column: str = "text"
     """The column that holds the text, where there are columns."""
     messages: str | None = None
-    """The column that holds chats, lists of {"role", "content"}, to be written by the tokenizer's chat template. A
-    column `messages` is found by itself where there is no column `text`."""
+    """The column that holds chats, lists of {"role", "content"} or {"from", "value"} (ShareGPT), to be written by the
+    tokenizer's chat template. A column `messages` or `conversations` is found by itself where there is no column
+    `text`."""
     split: str = "train"
     """The split, where there are splits."""
     name: str | None = None

@@ -77,7 +77,8 @@ class RowTask(Task):
     """A task over the rows of a dataset, one sample a row."""
 
     data: str
-    """A .jsonl, .json, .csv or .parquet file, a glob, a saved dataset or a hub name."""
+    """A .jsonl, .json, .csv, .tsv, .parquet or .arrow file, a glob, a saved dataset or a hub name; a .txt file too, for
+    perplexity."""
     subset: str | None = None
     """Of a hub dataset."""
     split: str = "test"
