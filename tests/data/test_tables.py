@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
+import re
+import tempfile
 from collections.abc import Callable
 from datetime import date, datetime
 from decimal import Decimal
@@ -13,6 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from layerpeel.config.fields import TextConfig
@@ -68,6 +73,20 @@ def test_numbers_of_json_are_text_as_written_and_numbers_as_before(tmp_path: Pat
     assert [text_form(value) for value in values] == [*cells[:5], "007", *cells[6:8], None]
     assert values == [1.5, 7, 1000.0, True, False, "007", 0.1234567890123456789, 0, None]
     assert type(values[1]) is int and json.loads(json.dumps(values)) == values
+
+
+@given(
+    st.lists(st.tuples(*[st.text(max_size=9)] * 2), min_size=1, max_size=4), st.sampled_from([",", "\t"]), st.booleans()
+)
+def test_any_cell_comes_back(cells: list[tuple[str, str]], delimiter: str, quote_all: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / ("a.csv" if delimiter == "," else "a.tsv")
+        with path.open("w", encoding="utf-8", newline="") as file:
+            quoting = csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL
+            csv.writer(file, delimiter=delimiter, quoting=quoting).writerows([("a", "b"), *cells])
+        lines = [{"a": first, "b": second} for first, second in cells]
+        expected = [{name: re.sub("\r\n?", "\n", text) for name, text in row.items()} for row in lines]
+        assert list(read_rows(str(path))) == expected
 
 
 def typed_table() -> pa.Table:
