@@ -13,6 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -132,6 +133,14 @@ def test_typed_cells_are_text_in_their_shortest_form(tmp_path: Path, ending: str
         "category": "007",
     }
     assert set(map(text_form, empty.values())) == {None}
+
+
+def test_cells_of_a_saved_dataset_are_text_in_their_shortest_form(tmp_path: Path) -> None:
+    kinds = datasets.Features({"n": datasets.Value("float32"), "day": datasets.Value("date32")})
+    rows = [{"n": 0.1, "day": date(2024, 1, 31)}, {"n": None, "day": None}]
+    datasets.Dataset.from_list(rows, features=kinds).save_to_disk(tmp_path / "saved")
+    read = [[text_form(cell) for cell in row.values()] for row in read_rows(str(tmp_path / "saved"))]
+    assert read == [["0.1", "2024-01-31"], [None, None]]
 
 
 @pytest.mark.parametrize("cell", [None, float("nan"), Decimal("NaN"), b"a", ["a"], {"a": 1}])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from layerpeel.data.cells import PlacedRow, TableRow
+from layerpeel.data.cells import PlacedRow, TableRow, shortest
 from layerpeel.data.tables import read_arrow, read_csv, read_json, read_parquet
 from layerpeel.data.text_files import read_documents_of, read_json_lines
 from layerpeel.errors import InputError
@@ -133,7 +133,13 @@ def _endings() -> str:
 
 
 def _numbered(rows: Iterable[TableRow], path: str) -> Iterator[TableRow]:
-    return (PlacedRow(row, path, f"row {number}") for number, row in enumerate(rows, start=1))
+    features = getattr(rows, "features", None) or {}  # a stream may not know them
+    kinds = {
+        name: kind.dtype for name, kind in features.items() if getattr(kind, "dtype", "") in ("float32", "float16")
+    }
+    for number, row in enumerate(rows, start=1):
+        short = {name: shortest(row[name], kind) for name, kind in kinds.items()}
+        yield PlacedRow(row | short, path, f"row {number}")
 
 
 def _read_dataset(load: Callable[[], Iterable[TableRow]], wrong: str, hint: str) -> Iterator[TableRow]:
