@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +23,7 @@ from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.requests import Generation
 from layerpeel.model.config_check import unremovable_layers
 from layerpeel.model.surgery import KeptLayers
-from layerpeel.processes.progress import console, shown
+from layerpeel.processes.progress import print_once
 from layerpeel.tasks.base import Task
 
 
@@ -104,13 +103,8 @@ def unremovable_teacher_layers(model: PreTrainedModel, depth: KeptLayers) -> tup
     """The teacher layers without which the model could not be saved, as no config describes it; prints why, once."""
     reasons = {depth.kept[position]: reason for position, reason in unremovable_layers(model).items()}
     if reasons:
-        _print_once(f"layers {', '.join(map(str, reasons))} stay: without one, {next(iter(reasons.values()))}")
+        print_once(f"layers {', '.join(map(str, reasons))} stay: without one, {next(iter(reasons.values()))}")
     return tuple(reasons)
-
-
-@cache
-def _print_once(text: str) -> None:
-    console.print(shown(text), style="dim")
 
 
 def _refuse_generation(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from layerpeel.data.rows import Rows, positions_of
 from layerpeel.importance.base import Metric, MetricResult, ScoringInputs
 from layerpeel.inference.answer_cache import AnswerCache
+from layerpeel.inference.finite import NotFiniteError, first_not_finite
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.processes.distributed import gather, processes_of
 from layerpeel.processes.interrupts import stop_if_asked
@@ -189,6 +190,13 @@ def _totals(
             except Exception as error:
                 inputs.budget.shrink(error, inputs.student, branches, width)
                 continue
+            if not torch.isfinite(part).all():
+                first = int(batch_indices[0])
+                place = first_not_finite(inputs.student, rows["input_ids"][0].tolist())
+                raise NotFiniteError(
+                    f"scoring by {metric.name}: NaN or infinity in rows {first} to {first + len(batch_indices) - 1} of "
+                    f"the text; the model first gives it in {place}"
+                )
             totals = totals + part if start else part
             start += len(batch_indices)
             advance(len(batch_indices))

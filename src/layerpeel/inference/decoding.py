@@ -5,14 +5,16 @@ The model's own `generate` decodes all rows in one loop, `STEP` tokens at a time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from layerpeel.inference.finite import NotFiniteError, refuse_nan
 from layerpeel.inference.kv_cache import is_plain
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.skipping import skipping_by_row
@@ -33,7 +35,8 @@ class Decoder:
         self, layerwise: LayerwiseModel, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], limit: int
     ) -> None:
         self.layerwise, self.tokenizer, self.stops, self.limit = layerwise, tokenizer, stops, limit
-        self.end_tokens = _end_tokens(tokenizer, stops)
+        self.text_ends = text_end_tokens(layerwise.model, tokenizer)
+        self.end_tokens = _end_tokens(tokenizer, stops, self.text_ends)
         accepted = signature(layerwise.model.forward).parameters
         self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in accepted), "past_key_values")
 
@@ -53,6 +56,9 @@ class Decoder:
             drafts: the first new tokens of each prompt, where they are known.
             cache_of: gives a left-padded KV cache of some of the rows (their indices, and their numbers of tokens),
                 without the last token of each; None to prefill them here.
+
+        Raises:
+            NotFiniteError: logits are NaN; its `request` is the index of the prompt.
         """
         written = [list(tokens) for tokens in drafts or [()] * len(prompts)]
         rows = [row for row, tokens in enumerate(written) if not self.has_ended(tokens)]
@@ -63,7 +69,11 @@ class Decoder:
         cache = cache_of(rows, [len(sequence) for sequence in sequences])
         while rows:
             count = min(STEP, max(self.limit - len(written[row]) for row in rows))
-            output = self._generate(input_ids, mask, cache, [skipped[row] for row in rows], count)
+            try:
+                output = self._generate(input_ids, mask, cache, [skipped[row] for row in rows], count)
+            except NotFiniteError as error:
+                error.request = None if error.request is None else rows[error.request]
+                raise
             for row, new in zip(rows, output.sequences[:, input_ids.shape[1] :].tolist(), strict=True):
                 written[row] = self._cut(written[row] + new)
             left = torch.tensor([index for index, row in enumerate(rows) if not self.has_ended(written[row])]).long()
@@ -81,9 +91,8 @@ class Decoder:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of new tokens, up to the end of text or the first stop."""
-        end = self.tokenizer.eos_token_id
-        kept = list(tokens[: tokens.index(end)] if end in tokens else tokens)
-        text = str(self.tokenizer.decode(kept, skip_special_tokens=True))
+        end = next((index for index, token in enumerate(tokens) if token in self.text_ends), len(tokens))
+        text = str(self.tokenizer.decode(list(tokens[:end]), skip_special_tokens=True))
         for stop in self.stops:
             text = text.split(stop, 1)[0]
         return text
@@ -106,11 +115,12 @@ class Decoder:
             use_cache=True,
             return_dict_in_generate=True,
         )
-        with skipping_by_row(self.layerwise, skipped):
+        with skipping_by_row(self.layerwise, skipped), plain_generation(self.layerwise.model):
             return self.layerwise.model.generate(
                 input_ids.to(self.layerwise.device),
                 attention_mask=mask.to(self.layerwise.device),
                 generation_config=config,
+                logits_processor=LogitsProcessorList([refuse_nan]),
                 **({} if cache is None else {self._cache_argument: cache}),
             )
 
@@ -130,15 +140,37 @@ def _selected(cache: Cache | None, rows: Tensor) -> Cache | None:
     return cache
 
 
-_END_TOKENS: dict[tuple[int, int, tuple[str, ...]], dict[int, None]] = {}
+@contextmanager
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Lets `generate` do what its own arguments say, whatever the publisher's generation_config would fill in.
+
+    That may hold repetition penalties, beams, forced or suppressed tokens, or a static cache.
+    """
+    published = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = published
 
 
-def _end_tokens(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> dict[int, None]:
-    """End of text, and every token whose text holds a stop; a dict, for its order."""
-    key = (id(tokenizer), len(tokenizer), tuple(stops))
+def text_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a text: the tokenizer's, and those of the model's generation_config (ends of a turn)."""
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(listed if isinstance(listed, list | tuple) else [listed])]
+    return tuple(dict.fromkeys(int(token) for token in ends if token is not None))
+
+
+_END_TOKENS: dict[tuple[int, int, tuple[str, ...], tuple[int, ...]], dict[int, None]] = {}
+
+
+def _end_tokens(
+    tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], text_ends: tuple[int, ...]
+) -> dict[int, None]:
+    """Ends of text, and every token whose text holds a stop; a dict, for its order."""
+    key = (id(tokenizer), len(tokenizer), tuple(stops), text_ends)
     if key not in _END_TOKENS:
         texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
         with_stop = [index for index, text in enumerate(texts) if any(stop in text for stop in stops)]
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        _END_TOKENS[key] = dict.fromkeys(end + with_stop or [0])
+        _END_TOKENS[key] = dict.fromkeys([*text_ends, *with_stop] or [0])
     return _END_TOKENS[key]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from layerpeel.data.tokenizing import encode_text
+
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, with the tokenizer's special tokens, unless it begins with the first of them already."""
-    has_start = text.startswith(tokenizer.decode([start_token(tokenizer)]))
-    return tokenizer.encode(text, add_special_tokens=not has_start)
+    """Token ids of a text after the tokenizer's start tokens, set once; without those that it sets after a text."""
+    return encode_text(tokenizer, text)
 
 
 def encode_pair(

@@ -11,15 +11,17 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.budget import Budget
 from layerpeel.inference.decoding import Decoder
-from layerpeel.inference.kv_cache import PrefillCache
+from layerpeel.inference.finite import NotFiniteError, first_not_finite
+from layerpeel.inference.kv_cache import PrefillCache, supports_prefill
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.likelihoods import log_likelihoods, window_length
-from layerpeel.inference.requests import Answer, Generation, Likelihood, LogLikelihood, Request, len_of
+from layerpeel.inference.requests import Answer, Generation, Likelihood, LogLikelihood, Request, fitted, len_of
 from layerpeel.processes.distributed import gather, processes_of
 from layerpeel.processes.interrupts import stop_if_asked
 from layerpeel.processes.progress import Advance, progress
@@ -55,6 +57,11 @@ class Engine:
         """How many: 1 + C."""
         return 1 + len(self.candidates)
 
+    @property
+    def window(self) -> int:
+        """Tokens that the model reads at a time; what is longer is cut, or read in parts."""
+        return window_length(self.layerwise)
+
     def answer(self, requests: Sequence[Request], description: str = "answering") -> list[list[Answer]]:
         """Answers requests of both kinds, in their order.
 
@@ -66,10 +73,17 @@ class Engine:
 
         Raises:
             RunError: memory does not suffice for a single row.
+            NotFiniteError: an answer is NaN or infinity; its `request` is the index of the request.
         """
-        windows = [_windows(request, window_length(self.layerwise)) for request in requests]
+        windows = [_windows(fitted(request, self.window), self.window) for request in requests]
+        owners = [index for index, parts in enumerate(windows) for _ in parts]
+        try:
+            answered = self._answer([window for parts in windows for window in parts], description)
+        except NotFiniteError as error:
+            error.request = None if error.request is None else owners[error.request]
+            raise
         by_branch = []
-        for answers in self._answer([window for parts in windows for window in parts], description):
+        for answers in answered:
             rest = iter(answers)
             by_branch.append([_joined([next(rest) for _ in parts]) for parts in windows])
         return by_branch
@@ -96,6 +110,9 @@ class Engine:
                 answers |= zip(indices, self._answer_batch([requests[index] for index in indices]), strict=True)
                 advance(len(batch))
                 stop_if_asked()
+        except NotFiniteError as error:
+            error.request = None if error.request is None else indices[error.request]
+            raise
         except Exception as error:
             self.budget.shrink(error, self.layerwise, self.branches, max(map(len_of, requests)))
 
@@ -113,9 +130,32 @@ class Engine:
 
     def _log_likelihoods(self, requests: Sequence[LogLikelihood]) -> list[list[Answer]]:
         sums, agreed = log_likelihoods(self.layerwise, self.candidates, requests, self.budget)
+        self._check_finite(sums, requests)
         greedy = agreed == torch.tensor([len(request.continuation) for request in requests])
         columns = zip(sums.T.tolist(), greedy.T.tolist(), strict=True)
         return [[Likelihood(*both) for both in zip(*column, strict=True)] for column in columns]
+
+    def _check_finite(self, sums: Tensor, requests: Sequence[LogLikelihood]) -> None:
+        """Checks log-probabilities, [1 + C, requests].
+
+        Raises:
+            NotFiniteError: it names the first that is NaN or infinity, and where the model first gives such.
+        """
+        if torch.isfinite(sums).all():
+            return
+        branch, index = (~torch.isfinite(sums)).nonzero()[0].tolist()
+        request = requests[index]
+        if branch:
+            raise NotFiniteError(
+                f"a log-probability is {sums[branch, index]:g} with the layer at position "
+                f"{self.candidates[branch - 1]} skipped",
+                request=index,
+            )
+        place = first_not_finite(self.layerwise, (request.context + request.continuation)[: self.window])
+        raise NotFiniteError(
+            f"a log-probability is {sums[branch, index]:g}; the model first gives NaN or infinity in {place}",
+            request=index,
+        )
 
     def _generate(self, requests: Sequence[Generation]) -> list[list[Answer]]:
         """Greedy text for each prompt, on all branches; all requests have the same stops and limit.
@@ -125,7 +165,7 @@ class Engine:
         candidates decode in one loop.
         """
         decoder = Decoder(self.layerwise, self.tokenizer, requests[0].stop, requests[0].max_new_tokens)
-        prompts = [r.prompt[-max(1, window_length(self.layerwise) - r.max_new_tokens) :] for r in requests]
+        prompts = [request.prompt for request in requests]
         texts = {(index, 0): tokens for index, tokens in enumerate(decoder.decode(prompts, [None] * len(prompts)))}
         if self.candidates:
             texts |= self._generate_skipping(decoder, prompts, [texts[index, 0] for index in range(len(prompts))])
@@ -141,20 +181,25 @@ class Engine:
             drafts: of each prompt, the tokens that the untouched model decodes.
         """
         requests = [LogLikelihood(prompt, tuple(draft)) for prompt, draft in zip(prompts, drafts, strict=True)]
-        prefill = PrefillCache(self.candidates)
+        config = self.layerwise.model.config
+        prefill = PrefillCache(self.candidates) if supports_prefill(config, len(self.layerwise.layers)) else None
         agreed = log_likelihoods(self.layerwise, self.candidates, requests, self.budget, prefill)[1].T.tolist()
         rows = [(index, branch) for index in range(len(prompts)) for branch in range(1, self.branches)]
 
         def cache_of(chosen: Sequence[int], lengths: Sequence[int]) -> Cache | None:
             indices, branches = zip(*(rows[row] for row in chosen), strict=True)
-            return prefill.cache_of(indices, branches, lengths, self.layerwise.model.config)
+            return prefill.cache_of(indices, branches, lengths, config) if prefill else None
 
-        written = decoder.decode(
-            [prompts[index] for index, _ in rows],
-            [self.candidates[branch - 1] for _, branch in rows],
-            [drafts[index][: agreed[index][branch]] for index, branch in rows],
-            cache_of,
-        )
+        try:
+            written = decoder.decode(
+                [prompts[index] for index, _ in rows],
+                [self.candidates[branch - 1] for _, branch in rows],
+                [drafts[index][: agreed[index][branch]] for index, branch in rows],
+                cache_of,
+            )
+        except NotFiniteError as error:
+            error.request = None if error.request is None else rows[error.request][0]
+            raise
         return dict(zip(rows, written, strict=True))
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:

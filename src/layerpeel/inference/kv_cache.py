@@ -43,9 +43,17 @@ class KeyValueRecorder:
         return LayerKeyValues(keys, values, batch * hidden.shape[1])
 
 
+def supports_prefill(config: PretrainedConfig, layers: int) -> bool:
+    """Whether a cache for such a model is nothing but all keys and values of so many layers."""
+    cache = DynamicCache(config=config)
+    return is_plain(cache) and len(cache.layers) == layers
+
+
 @dataclass
 class PrefillCache:
     """Keys and values of every layer on all branches, from one `LayerwiseModel.forward_with_skips`.
+
+    For models of which `supports_prefill` holds.
 
     Attributes:
         candidates: positions that the branches after the first skip, ascending.
@@ -68,10 +76,10 @@ class PrefillCache:
             sequences, branches, lengths: [R], each row's sequence, its branch, and its number of tokens.
 
         Returns:
-            a cache of W - 1 tokens; None where the family stores something else than all keys and values.
+            a cache of W - 1 tokens; None where a layer stores something else than keys and values.
         """
         cache = DynamicCache(config=config)
-        if not all(self.layers) or not is_plain(cache) or len(cache.layers) != len(self.layers):
+        if not all(self.layers):
             return None
         width = max(lengths)
         tokens = torch.zeros(len(lengths), width - 1, dtype=torch.long)

@@ -17,6 +17,9 @@ from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.prefix_tree import TreeRow, pack, pad_rows, single
 from layerpeel.inference.requests import LogLikelihood
 from layerpeel.model.config_fields import attention_reach, context_length
+from layerpeel.processes.progress import print_once
+
+DEFAULT_WINDOW = 2048  # tokens, for models whose config does not say
 
 
 @torch.no_grad()
@@ -127,5 +130,8 @@ def _rows(layerwise: LayerwiseModel, sequences: Sequence[Sequence[int]]) -> Iter
 
 
 def window_length(layerwise: LayerwiseModel) -> int:
-    """Tokens of the longest sequence that the model is run on: its context length, or else 2048."""
-    return context_length(layerwise.model.config) or 2048
+    """Tokens of the longest sequence that the model is run on: its context length, or else `DEFAULT_WINDOW`."""
+    length = context_length(layerwise.model.config)
+    if length is None:
+        print_once(f"the model's config does not say how long its context is; {DEFAULT_WINDOW:,} tokens are assumed")
+    return length or DEFAULT_WINDOW

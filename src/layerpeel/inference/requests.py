@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -16,11 +16,18 @@ class LogLikelihood:
 
 @dataclass(frozen=True)
 class Generation:
-    """Greedy text after `prompt` (token ids), cut at the first of `stop`."""
+    """Greedy text after `prompt` (token ids), cut at the first of `stop`.
+
+    Attributes:
+        needed: new tokens without which the answer could not be right. Where the context is too short for the prompt
+            and `max_new_tokens`, fewer new tokens are given up to that number, before the prompt is cut; None: the
+            prompt is cut at once, as lm-evaluation-harness does.
+    """
 
     prompt: tuple[int, ...]
     max_new_tokens: int
     stop: tuple[str, ...]
+    needed: int | None = None
 
 
 Request = LogLikelihood | Generation
@@ -39,6 +46,32 @@ class Likelihood(NamedTuple):
 
 
 Answer = Likelihood | str
+
+
+def fitted(request: Request, window: int) -> Request:
+    """A request that fits into a context of `window` tokens: the beginning of what is too long is cut.
+
+    A continuation that is longer than the window is left to be read in parts.
+    """
+    if isinstance(request, LogLikelihood):
+        room = window + 1 - len(request.continuation)  # the last token is only predicted
+        return (
+            request
+            if len(request.context) <= room or room <= 0
+            else LogLikelihood(request.context[-room:], request.continuation)
+        )
+    new = request.max_new_tokens
+    if request.needed is not None:
+        new = min(new, max(request.needed, window - len(request.prompt)))
+    return replace(request, prompt=request.prompt[-max(1, window - new) :], max_new_tokens=new)
+
+
+def is_cut(request: Request, window: int) -> bool:
+    """Whether `fitted` leaves out tokens of the context or the prompt."""
+    part = fitted(request, window)
+    if isinstance(request, LogLikelihood) and isinstance(part, LogLikelihood):
+        return len(part.context) < len(request.context)
+    return isinstance(request, Generation) and isinstance(part, Generation) and len(part.prompt) < len(request.prompt)
 
 
 def len_of(request: Request) -> int:

@@ -206,7 +206,7 @@ class _ConfigCheck:
     @torch.no_grad()
     def _record(self) -> list[LayerInputs]:
         """Each layer's arguments for eight tokens, with attention windows cut to 3 so that the masks show them."""
-        ids = torch.arange(1, 9, device=self.architecture.device)[None]
+        ids = torch.arange(8, device=self.architecture.device)[None] % min(8, self._recorder.vocabulary - 1) + 1
         reaches = {name: 3 for name in ATTENTION_REACHES if isinstance(vars(self.config).get(name), int)}
         with _changed(self.config, reaches):
             return self._recorder.record({"input_ids": ids})[1]

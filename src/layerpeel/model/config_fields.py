@@ -40,6 +40,19 @@ PERIODS = (  # "the layers whose index divided by the period leaves the offset a
     ("expert_layer_period", "expert_layer_offset"),
 )
 # Fields that limit how far back a layer attends.
+# What families call the length of their context, in tokens.
+CONTEXT_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_sequence_length",
+    "max_seq_len",
+    "max_seq_length",
+    "seq_length",
+    "seq_len",
+    "model_max_length",
+)
+
 ATTENTION_REACHES = ("sliding_window", "attention_chunk_size", "window_size")
 
 
@@ -49,9 +62,12 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Tokens of the longest text that the model was made for; None where its config does not say."""
-    length = getattr(text_config(config), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
+    """Tokens of the longest text that the model was made for; None where its config does not say.
+
+    Of a model that also reads images or audio, that of its language model.
+    """
+    lengths = [getattr(text_config(config), name, None) for name in CONTEXT_LENGTHS]
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
 
 def attention_reach(config: PretrainedConfig) -> int | None:

@@ -40,6 +40,7 @@ class LayerInputRecorder:
         form: makes a layer's output, in the form that the base model expects, from hidden states.
         rows: by an argument's path and number of dimensions, the rows of its first dimension for each row of the
             batch; 0 if that dimension does not follow the batch.
+        vocabulary: tokens that have an embedding.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -49,6 +50,7 @@ class LayerInputRecorder:
             InputError: the base model's forward does more than pass hidden states through its layers and final norm.
         """
         self._architecture = architecture
+        self.vocabulary = architecture.base.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
         reason = "its forward calls them in some other way"
         for form in OUTPUT_FORMS:
             self.form = form
@@ -121,7 +123,7 @@ class LayerInputRecorder:
                 raise _UnsupportedForwardError("it changes the hidden states between the last layer and the final norm")
             return hidden
 
-        ids = torch.arange(batch * 5).view(batch, 5) % 8 + 1
+        ids = torch.arange(batch * 5).view(batch, 5) % min(8, self.vocabulary - 1) + 1
         with ExitStack() as patches:
             for position, layer in enumerate(architecture.layers):
                 patches.enter_context(replaced_forward(layer, _at(position, stand_in)))

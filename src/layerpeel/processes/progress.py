@@ -6,6 +6,7 @@ import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -34,6 +35,12 @@ def _escaped(character: str) -> str:
 def shown(value: Any) -> str:
     """As `plain`, with rich's markup escaped too: for untrusted text that a rich console prints."""
     return escape(plain(value))
+
+
+@cache
+def print_once(text: str) -> None:
+    """Says something that holds for a while, the first time only."""
+    console.print(shown(text), style="dim", soft_wrap=True)
 
 
 class Advance(Protocol):

@@ -18,6 +18,7 @@ from layerpeel.config.run import RunConfig
 from layerpeel.data.batches import tokenize
 from layerpeel.data.documents import mix_documents
 from layerpeel.errors import LayerpeelError
+from layerpeel.inference.decoding import plain_generation
 from layerpeel.inference.engine import Engine
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.requests import Generation, Request
@@ -145,7 +146,8 @@ def _generate(model: PreTrainedModel, rows: int, new: int) -> None:
     config = GenerationConfig(
         do_sample=False, max_new_tokens=new, min_new_tokens=new, use_cache=True, pad_token_id=0, eos_token_id=None
     )
-    model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    with plain_generation(model):
+        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
 
 
 def _wait(model: PreTrainedModel) -> None:

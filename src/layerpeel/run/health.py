@@ -39,8 +39,32 @@ def findings(run: RunRecord) -> list[Finding]:
     """All that the checks find in a record, in the order of its rounds; the same each time, but for `time`."""
     if not run.teacher:
         return []
-    checks = (at_chance, under_floor, sharp_drop, not_finite, no_recovery, no_gradient, idle_loss, copy_collapse)
+    checks = (
+        at_zero,
+        at_chance,
+        under_floor,
+        sharp_drop,
+        not_finite,
+        no_recovery,
+        no_gradient,
+        idle_loss,
+        copy_collapse,
+    )
     return sorted((each for check in checks for each in check(run)), key=lambda each: each.round or 0)
+
+
+def at_zero(run: RunRecord) -> Iterator[Finding]:
+    """A teacher without any quality that a student could keep."""
+    assert run.teacher
+    if not run.teacher.aggregate:
+        yield Finding(
+            check="at_zero",
+            severity="error",
+            round=None,
+            message="the teacher's aggregate is 0: the tasks show nothing that a student could keep, and shares of it "
+            "are given as 0 %",
+            hint="check the prompts, the targets and the metric of the tasks, or take others",
+        )
 
 
 def at_chance(run: RunRecord) -> Iterator[Finding]:

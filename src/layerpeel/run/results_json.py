@@ -15,7 +15,7 @@ DERIVED = ("tied", "cheap_chooses_same")  # of the scores, written for people
 
 
 def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:
-    """By task: `value`, `stderr`, `n`, `lower_is_better`, and `chance` where it is known."""
+    """By task: `value`, `stderr`, `n`, `lower_is_better`, `chance` where it is known, and `cut` where prompts were."""
     return {name: _score_to_json(score) for name, score in evaluation.scores.items()}
 
 
@@ -64,7 +64,8 @@ def scores_from_json(value: Any) -> LayerScores:
 
 def _score_to_json(score: TaskScore) -> dict[str, Any]:
     fields = {"value": score.value, "stderr": score.stderr, "n": score.n, "lower_is_better": score.lower_is_better}
-    return fields if score.chance is None else fields | {"chance": score.chance}
+    fields |= {} if score.chance is None else {"chance": score.chance}
+    return fields | ({"cut": score.cut} if score.cut else {})
 
 
 def training_to_json(training: TrainingResult) -> dict[str, Any]:

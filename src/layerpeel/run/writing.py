@@ -127,7 +127,7 @@ class OpenRun(Run):
             parameters=count_parameters(student.model),
             evaluation=evaluation,
             aggregate=aggregate,
-            kept_quality=aggregate / teacher if teacher else 1.0,
+            kept_quality=aggregate / teacher if teacher else 0.0,  # nothing that could be kept
         )
 
     @property

@@ -27,10 +27,12 @@ class Sample:
     Attributes:
         requests: what the model is asked, in this order.
         reference: whatever the task's `score` compares the answers with; nothing else reads it.
+        place: where it is from, as in `data.jsonl, line 3`, for messages.
     """
 
     requests: Sequence[Request]
     reference: Any = None
+    place: str = ""
 
 
 class Task(BaseModel, ABC):

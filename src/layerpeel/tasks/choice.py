@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 import reprlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -15,6 +15,7 @@ from layerpeel.data.cells import TableRow, column_of, located, text_form
 from layerpeel.errors import InputError
 from layerpeel.inference.encoding import encode_pair
 from layerpeel.inference.requests import LogLikelihood
+from layerpeel.tasks.answer_reading import AnswerReading
 from layerpeel.tasks.base import FewShot, Sample
 from layerpeel.tasks.scores import TaskScore
 from layerpeel.tasks.templates import fill
@@ -35,7 +36,8 @@ class Choice(FewShot):
     choices: str | Annotated[list[str], Field(min_length=2)] = "choices"
     """The column that holds the list of choices, or a list of templates."""
     answer: str = "answer"
-    """The column that holds the right one: its index, its letter (A, B, ...), or its text."""
+    """The column that holds the right one: its index from 0, its letter (A, B, ...), or its text; all rows alike. Where
+    some rows have letters, numbers in others count from 1."""
     delimiter: str = " "
     """Between prompt and choice."""
     normalize: Literal["none", "bytes", "tokens"] = "none"
@@ -64,17 +66,17 @@ class Choice(FewShot):
         context, choices = prefix + fill(self.prompt, row, self.where), self._choices(row)
         requests = [LogLikelihood(*encode_pair(tokenizer, context, self.delimiter + choice)) for choice in choices]
         for request, choice in zip(requests, choices, strict=True):
-            if not request.continuation:
+            if not choice.strip() or not request.continuation:
                 raise InputError(
-                    f"{self.where}: choice {choice!r} has no token of its own after its prompt",
-                    hint="let the delimiter hold a space or a line break",
+                    f"{located(row, self.where)}: choice {choice!r} has no token of its own after its prompt",
+                    hint="leave empty choices out; else let the delimiter hold a space or a line break",
                 )
         lengths = {
             "none": [1] * len(choices),
             "bytes": [max(1, len(choice.encode())) for choice in choices],
             "tokens": [len(request.continuation) for request in requests],
         }
-        return Sample(requests, _Key(self._right(row), lengths[self.normalize]))
+        return Sample(requests, _Key(self._right(row), lengths[self.normalize]), located(row, self.data))
 
     def _prefix(self) -> str:
         return self.fewshot_prefix(
@@ -100,17 +102,18 @@ class Choice(FewShot):
         return texts
 
     def _right(self, row: TableRow) -> int:
-        choices, answer = self._choices(row), column_of(row, self.answer, self.where)
-        if isinstance(answer, str):
-            letters = [chr(ord("A") + index) for index in range(len(choices))]
-            options = choices if answer in choices else letters
-            answer = options.index(answer) if answer in options else answer
-        if isinstance(answer, str) and re.fullmatch("[0-9]{1,9}", answer):
-            answer = int(answer)
-        if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        """The index of the right choice, by the rule that holds for the whole column."""
+        right = self._reading.read(self._choices(row), column_of(row, self.answer, self.where))
+        if right is None:
+            answer = reprlib.repr(column_of(row, self.answer, self.where))
             raise InputError(
-                f"{located(row, self.where)}: column '{self.answer}' holds {reprlib.repr(answer)}, expected "
-                f"which of the {len(choices)} choices is right",
-                hint="an index from 0, a letter from A, or the text of the choice",
+                f"{located(row, self.where)}: column '{self.answer}' holds {answer}, expected which of the "
+                f"{len(self._choices(row))} choices is right{self._reading.note}",
+                hint="an index from 0, a letter from A, or the text of the choice, the same for all rows",
             )
-        return answer
+        return right
+
+    @cached_property
+    def _reading(self) -> AnswerReading:
+        rows = [*self.rows, *self.shown]
+        return AnswerReading.of([(self._choices(row), column_of(row, self.answer, self.where)) for row in rows])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from layerpeel.errors import InputError, RunError
 from layerpeel.inference.engine import Engine
+from layerpeel.inference.finite import NotFiniteError
 from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.inference.requests import Answer
+from layerpeel.inference.requests import Answer, Generation, is_cut
+from layerpeel.processes.progress import print_once
 from layerpeel.tasks.base import Sample, Task
 from layerpeel.tasks.scores import Evaluation, TaskScore
 
@@ -34,14 +38,58 @@ def score_tasks(engine: Engine, tasks: Sequence[Task]) -> list[dict[str, TaskSco
     for task in tasks:
         samples = task.samples(engine.tokenizer)
         for scores, answers in zip(by_branch, answer_samples(engine, samples, task.name), strict=True):
-            scores[task.name] = task.score(samples, answers)
+            scores[task.name] = score_samples(task, samples, answers, engine)
     return by_branch
+
+
+def score_samples(
+    task: Task, samples: Sequence[Sample], answers: Sequence[Sequence[Answer]], engine: Engine
+) -> TaskScore:
+    """The score of some of a task's samples, with how many of them were cut to the model's context."""
+    return replace(task.score(samples, answers), cut=len(_cut_samples(engine, samples)))
 
 
 def answer_samples(engine: Engine, samples: Sequence[Sample], description: str) -> list[list[list[Answer]]]:
-    """The answers to each sample's requests on each branch, [1 + C][samples][requests of the sample]."""
+    """The answers to each sample's requests on each branch, [1 + C][samples][requests of the sample].
+
+    Args:
+        description: the task's name.
+
+    Raises:
+        InputError: a target is longer than the model's context.
+        RunError: the model gives NaN or infinity, or memory does not suffice for a single row.
+    """
+    _check_targets(engine, samples, description)
+    owners = [sample for sample in samples for _ in sample.requests]
     by_branch = []
-    for answers in engine.answer([request for sample in samples for request in sample.requests], description):
+    try:
+        answered = engine.answer([request for sample in samples for request in sample.requests], description)
+    except NotFiniteError as error:
+        place = "" if error.request is None else owners[error.request].place
+        raise RunError(f"task {description}: {f'{place}: ' if place else ''}{error}", hint=error.hint) from None
+    for answers in answered:
         rest = iter(answers)
         by_branch.append([[next(rest) for _ in sample.requests] for sample in samples])
     return by_branch
+
+
+def _check_targets(engine: Engine, samples: Sequence[Sample], name: str) -> None:
+    """Refuses samples that cannot be answered rightly, and says how many are cut."""
+    for sample in samples:
+        for request in sample.requests:
+            if isinstance(request, Generation) and (request.needed or 0) >= engine.window:
+                raise InputError(
+                    f"task {name}: {f'{sample.place}: ' if sample.place else ''}its target takes {request.needed} "
+                    f"tokens, and the model reads {engine.window} at a time",
+                    hint="leave such rows out, shorten their targets, or set max_new_tokens",
+                )
+    if cut := _cut_samples(engine, samples):
+        first = f" ({cut[0].place} is the first)" if cut[0].place else ""
+        print_once(
+            f"task {name}: {len(cut)} of {len(samples)} prompts are longer than the model's context of "
+            f"{engine.window} tokens and are cut at their beginning{first}"
+        )
+
+
+def _cut_samples(engine: Engine, samples: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in samples if any(is_cut(request, engine.window) for request in sample.requests)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import reprlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -10,11 +10,16 @@ from pydantic import Field
 from rapidfuzz.distance import LCSseq
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.data.cells import TableRow
+from layerpeel.data.cells import TableRow, located
+from layerpeel.errors import InputError
+from layerpeel.inference.encoding import encode
 from layerpeel.inference.requests import Generation
 from layerpeel.tasks.base import FewShot, Sample
 from layerpeel.tasks.scores import TaskScore
 from layerpeel.tasks.templates import fill
+from layerpeel.tasks.words import chunks, words
+
+MARGIN = 8  # new tokens beyond those of a target: texts have more than one tokenization
 
 
 class Generate(FewShot):
@@ -26,9 +31,10 @@ class Generate(FewShot):
     """A template over the row's columns."""
     metric: Literal["exact", "copy", "rouge1", "rouge2", "rougeL"] = "exact"
     """exact: the same text. copy: longest common subsequence of words, over the longer text's words. rouge*: F1 over
-    words of any script."""
+    words. Of scripts without spaces between words, such as Chinese and Thai, characters are counted as words."""
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    """The longest target's tokens and eight more, if not given."""
+    """The longest target's tokens and eight more, if not given. Prompts are cut at their beginning where the model's
+    context has no room for them and for so many new tokens; if this is not given, for the row's own target."""
     stop: list[Annotated[str, Field(min_length=1)]] = ["\n"]
     """Text ends before the first of these."""
 
@@ -39,15 +45,15 @@ class Generate(FewShot):
             self._fill(row)
 
     def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
-        prefix = self._prefix()
-        pairs = [self._fill(row) for row in self.rows]
-        limit = self.max_new_tokens or 8 + max(
-            len(tokenizer.encode(target, add_special_tokens=False)) for _, target in pairs
-        )
-        return [
-            Sample([Generation(tuple(tokenizer.encode(prefix + prompt)), limit, tuple(self.stop))], target.strip())
-            for prompt, target in pairs
-        ]
+        prefix, pairs = self._prefix(), [self._fill(row) for row in self.rows]
+        lengths = [len(tokenizer.encode(target, add_special_tokens=False)) for _, target in pairs]
+        limit = self.max_new_tokens or MARGIN + max(lengths)
+        samples = []
+        for row, (prompt, target), length in zip(self.rows, pairs, lengths, strict=True):
+            needed = None if self.max_new_tokens else MARGIN + length
+            request = Generation(tuple(encode(tokenizer, prefix + prompt)), limit, tuple(self.stop), needed)
+            samples.append(Sample([request], self._reference(target, tokenizer, row), located(row, self.data)))
+        return samples
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Sequence[Any]]) -> TaskScore:
         return TaskScore.of_mean(
@@ -56,6 +62,23 @@ class Generate(FewShot):
                 for sample, (text,) in zip(samples, answers, strict=True)
             ]
         )
+
+    def _reference(self, target: str, tokenizer: PreTrainedTokenizerBase, row: TableRow) -> str:
+        """A target as an answer can hold it: without the tokenizer's special tokens, which are left out of answers.
+
+        Raises:
+            InputError: nothing would be left.
+        """
+        text = target
+        for token in sorted(map(str, tokenizer.all_special_tokens), key=len, reverse=True):
+            text = text.replace(token, "")
+        if target.strip() and not text.strip():
+            raise InputError(
+                f"{located(row, self.where)}: its target, {reprlib.repr(target)}, holds nothing but special tokens, "
+                "which are left out of generated text",
+                hint="leave such rows out, or give targets of text",
+            )
+        return text.strip()
 
     def _prefix(self) -> str:
         return self.fewshot_prefix(lambda row: "".join(self._fill(row)))
@@ -68,7 +91,7 @@ class _Words:
     """A tokenizer for rouge_score that keeps words of any script; its default keeps only a to z."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"\w+", text.lower())
+        return words(text)
 
 
 def text_score(metric: str, text: str, target: str) -> float:
@@ -76,7 +99,7 @@ def text_score(metric: str, text: str, target: str) -> float:
     if metric == "exact":
         return float(text == target)
     if metric == "copy":
-        return LCSseq.normalized_similarity(text.split(), target.split())
+        return LCSseq.normalized_similarity(chunks(text), chunks(target))
     from rouge_score.rouge_scorer import RougeScorer  # it imports nltk, scikit-learn and pandas: 180 MiB
 
     return RougeScorer([metric], tokenizer=_Words()).score(target, text)[metric].fmeasure

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.data.cells import TableRow, text_of
+from layerpeel.data.cells import TableRow, located, text_of
 from layerpeel.inference.encoding import encode_pair
 from layerpeel.inference.requests import LogLikelihood
 from layerpeel.tasks.base import RowTask, Sample
@@ -28,7 +28,11 @@ class Pairs(RowTask):
 
     def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         return [
-            Sample([LogLikelihood(*encode_pair(tokenizer, "", text)) for text in self._pair(row)]) for row in self.rows
+            Sample(
+                [LogLikelihood(*encode_pair(tokenizer, "", text)) for text in self._pair(row)],
+                place=located(row, self.data),
+            )
+            for row in self.rows
         ]
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Sequence[Any]]) -> TaskScore:

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.data.cells import text_of
+from layerpeel.data.cells import located, text_of
 from layerpeel.errors import InputError
 from layerpeel.inference.encoding import start_token
 from layerpeel.inference.requests import LogLikelihood
+from layerpeel.processes.progress import print_once
 from layerpeel.tasks.base import RowTask, Sample
 from layerpeel.tasks.scores import TaskScore
 
@@ -33,14 +34,16 @@ class Perplexity(RowTask):
     def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         """One sample a document; its reference is the number of its tokens."""
         size, start = self.sequence_length, (start_token(tokenizer),)
-        documents = [
-            tuple(tokenizer.encode(text_of(row, self.column, self.where), add_special_tokens=False))
-            for row in self.rows
-        ]
-        return [
-            Sample([LogLikelihood(start, ids[at : at + size]) for at in range(0, len(ids), size)], len(ids))
-            for ids in documents
-        ]
+        samples = []
+        for row in self.rows:
+            text = text_of(row, self.column, self.where)
+            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+            ids = ids[1:] if ids[:1] == start else ids  # a chat template has set it
+            windows = [LogLikelihood(start, ids[at : at + size]) for at in range(0, len(ids), size)]
+            samples.append(Sample(windows, len(ids), located(row, self.data)))
+            if len(ids) > 1 and set(ids) == {tokenizer.unk_token_id}:
+                print_once(f"{located(row, self.where)}: the tokenizer knows nothing of this text")
+        return samples
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Sequence[Any]]) -> TaskScore:
         tokens: list[int] = [sample.reference for sample in samples]

@@ -16,6 +16,7 @@ class TaskScore:
             of a difference of two scores is that of the differences of these. None if the score is no mean over
             samples.
         chance: what guessing would score, if known.
+        cut: samples whose prompt was longer than the model's context, and was cut at its beginning.
     """
 
     value: float
@@ -24,6 +25,7 @@ class TaskScore:
     lower_is_better: bool = False
     influences: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
     chance: float | None = None
+    cut: int = 0
 
     @classmethod
     def of_mean(
