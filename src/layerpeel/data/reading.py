@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from layerpeel.errors import InputError
+from layerpeel.storage.outputs import windows_hint
 
 TableRow = dict[str, Any]  # by column
 
@@ -49,8 +50,9 @@ def read_rows(path: str, *, split: str = "train", name: str | None = None, strea
         yield from _read_folder(Path(path), split)
     elif os.path.isfile(path):
         yield from _read_file(Path(path))
-    elif _kind(Path(path)) in READABLE or path.startswith((".", "/", "~")):
-        raise InputError(f"no such file: {path}", hint="check the path; it is taken from the config's folder first")
+    elif windows_hint(path) or _kind(Path(path)) in READABLE or path.startswith((".", "/", "~")):
+        hint = windows_hint(path) or "check the path; it is taken from the config's folder first"
+        raise InputError(f"no such file: {path}", hint=hint)
     else:
         yield from _read_hub(path, split, name, stream)
 
