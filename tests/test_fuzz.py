@@ -245,8 +245,11 @@ def test_rows_of_any_kind(tmp_path: Path) -> None:
     ]
 
     def check(content: list[bytes]) -> None:
-        path.write_bytes(b"\n".join(content))
-        for source in (TextConfig(path=str(path)), TextConfig(path=str(path), messages="messages")):
+        others = [path.with_suffix(ending) for ending in (".json", ".csv", ".tsv", ".txt", ".NDJSON")]
+        for file in (path, *others):
+            file.write_bytes(b"\n".join(content))
+        sources = [TextConfig(path=str(file)) for file in (path, *others)]
+        for source in (*sources, TextConfig(path=str(path), messages="messages")):
             try:
                 list(read_documents(source))
             except InputError as error:

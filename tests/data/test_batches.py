@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from layerpeel.config.fields import TextConfig
 from layerpeel.data.batches import cycle_batches, load_rows
 from layerpeel.data.rows import Rows, labels_within, positions_of
+from layerpeel.data.tokenizing import encode_text
 from layerpeel.errors import InputError
 
 MakeSource = Callable[..., TextConfig]
@@ -63,23 +66,43 @@ def test_the_first_rows_are_no_choice_of_long_documents(
     assert counts.count(17) == pytest.approx(counts.count(2), rel=0.2)
 
 
-def test_documents_begin_as_the_tokenizer_begins_them(
-    make_source: MakeSource, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+def beginning(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    """The tokenizer, setting ! before (or ~ after) a text as the template says."""
+    inner = copy.deepcopy(tokenizer.backend_tokenizer)
+    special = [(token, inner.token_to_id(token)) for token in "!~"]
+    inner.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="!", eos_token="<end>")
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "expected"),
+    [
+        ("! $A", "a", "!a<end>"),
+        ("! $A", "!a", "!a<end>"),  # rendered by a chat template: no second beginning
+        ("! $A", "!a<end>", "!a<end>"),  # nor a second end
+        ("! ~ $A", "a", "!~a<end>"),  # as GLM's [gMASK]<sop>
+        ("! ~ $A", "!~a", "!~a<end>"),
+        ("! $A ~", "a", "!a<end>"),
+        ("$A", "!a", "!a<end>"),
+        ("$A !", "a", "a<end>"),
+    ],
+)
+def test_documents_begin_once_as_the_tokenizer_begins_them(
+    make_source: MakeSource, tokenizer: PreTrainedTokenizerFast, template: str, text: str, expected: str
 ) -> None:
-    begin = tokenizer.convert_tokens_to_ids("!")
-    inner = tokenizer.backend_tokenizer
-    inner.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", begin)])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="!", eos_token="<end>")
-    inner.post_processor = TemplateProcessing(single="$A", special_tokens=[])
-    rows = load_rows([make_source(["a", "b"])], wrapped, sequence_length=8)
-    assert wrapped.decode(rows.input_ids[0][rows.mask[0]]) == "!a<end>!b<end>"
+    wrapped = beginning(tokenizer, template)
+    rows = load_rows([make_source([text, text])], wrapped, sequence_length=16)
+    assert wrapped.decode(rows.input_ids[0][rows.mask[0]]) == 2 * expected
+    assert wrapped.decode(encode_text(wrapped, text)) == expected.removesuffix("<end>") + "<end>" * text.count("<end>")
 
 
 def test_unpacked_rows_are_documents(make_source: MakeSource, tokenizer: PreTrainedTokenizerFast) -> None:
     rows = load_rows([make_source(["ab", "a longer one"])], tokenizer, sequence_length=5, packing=False)
     end = tokenizer.eos_token_id
-    assert rows.input_ids.tolist() == [[*tokenizer.encode("ab"), end, end, end], tokenizer.encode("a lon")]
-    assert rows.mask.sum(1).tolist() == [3, 5]
+    first, *pieces = rows.input_ids.tolist()
+    assert first == [*tokenizer.encode("ab"), end, end, end]
+    assert pieces == [tokenizer.encode("a lon"), tokenizer.encode("ger o"), [*tokenizer.encode("ne"), end, end, end]]
+    assert rows.mask.sum(1).tolist() == [3, 5, 5, 3]
     batch = rows.take(torch.tensor([0]))
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0]]
     assert {value.dtype for value in batch.values()} == {torch.int64}
@@ -87,6 +110,16 @@ def test_unpacked_rows_are_documents(make_source: MakeSource, tokenizer: PreTrai
     packed = load_rows([make_source(["ab", "cd", "e"])], tokenizer, sequence_length=8)
     apart = load_rows([make_source(["ab", "cd", "e"])], tokenizer, sequence_length=8, packing=False)
     assert read_back(packed.unpacked()) == read_back(apart) and len(packed) == 1
+
+
+def test_a_corpus_without_separators_is_used_to_its_end(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    text = "".join(random.Random(0).choices("abcdef \n", k=20_000)).strip()
+    (tmp_path / "corpus.txt").write_text(text)
+    source = TextConfig(path=str(tmp_path / "corpus.txt"))
+    rows = load_rows([source], tokenizer, sequence_length=64, packing=False)
+    assert tokenizer.decode(rows.input_ids[rows.mask]) == text + "<end>"
+    second = load_rows([source], tokenizer, sequence_length=64, packing=False, max_tokens=640, skip_rows=10)
+    assert tokenizer.decode(second.input_ids[second.mask]) == text[640:1280]  # a round goes on in the document
 
 
 def test_positions_and_labels_by_hand() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -42,8 +44,11 @@ def test_chats_are_found(make_source: MakeSource) -> None:
     rows: list[Any] = [{"messages": CHAT, "id": 1}, {"messages": []}, {"text": "a text", "messages": CHAT}]
     assert list(read_documents(make_source(rows))) == [CHAT, "a text"]
     assert list(read_documents(make_source(rows, messages="messages"))) == [CHAT, CHAT]
-    assert input_error(make_source(rows, column="txt")) == (": no column 'txt'", "columns there: messages, id")
-    assert input_error(make_source(rows, messages="chat")) == (": no column 'chat'", "columns there: messages, id")
+    assert input_error(make_source(rows, column="txt")) == (", line 1: no column 'txt'", "columns there: messages, id")
+    assert input_error(make_source(rows, messages="chat")) == (
+        ", line 1: no column 'chat'",
+        "columns there: messages, id",
+    )
 
 
 def test_rows_without_text_are_left_out(make_source: MakeSource) -> None:
@@ -62,8 +67,19 @@ def test_chats_from_a_table_have_no_keys_but_their_own(tmp_path: Any) -> None:
     [
         ("hi", ": column 'messages' holds str, expected a list of messages"),
         (
-            [CHAT[0], {"from": "human", "value": "hi"}],
-            ": column 'messages', message 2: expected a role and a content, both text; found a mapping of from, value",
+            [CHAT[0], {"from": "human", "text": "hi"}],
+            ": column 'messages', message 2: expected a role and a content, both text; found a mapping of from, text",
+        ),
+        (
+            [{"from": "observation", "value": "4"}],
+            ": column 'messages', message 1: from 'observation', expected one of human, user, gpt, assistant, system",
+        ),
+        (
+            [
+                CHAT[0],
+                {"role": "user", "content": [{"type": "text", "text": "See"}, {"type": "image_url", "url": "a"}]},
+            ],
+            ": column 'messages', message 2: a part of its content is of type 'image_url', and only text is read",
         ),
         (["hi"], ": column 'messages', message 1: expected a role and a content, both text; found str"),
         (
@@ -79,8 +95,44 @@ def test_chats_from_a_table_have_no_keys_but_their_own(tmp_path: Any) -> None:
 )
 def test_what_is_said_of_a_chat(make_source: MakeSource, messages: Any, message: str) -> None:
     text, hint = input_error(make_source([{"messages": messages}]))
-    assert text == message
-    assert hint is not None and '"role": "user"' in hint
+    assert text == f", line 1{message}"
+    assert hint is not None and ('"role": "user"' in hint or "leave" in hint)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_chats_of_other_forms_are_the_same_chats(tmp_path: Path, kind: str) -> None:
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    rows: list[dict[str, Any]] = [
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes?"}]},
+        {"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]},
+    ]
+    in_parts = [{"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": [*parts]}]}]
+    for name, table in (("a", rows[:1]), ("b", rows[1:]), ("c", in_parts)):
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "parquet":
+            datasets.Dataset.from_list(table).to_parquet(path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in table))
+    assert list(read_documents(TextConfig(path=str(tmp_path / f"[ab].{kind}")))) == [CHAT, CHAT]
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}]
+    assert list(read_documents(TextConfig(path=str(tmp_path / f"c.{kind}")))) == [said]
+
+
+def test_a_chat_of_a_system_prompt_is_read_from_sharegpt(make_source: MakeSource) -> None:
+    chat = [{"from": "system", "value": "be brief"}, {"from": "human", "value": "hi", "weight": 1}]
+    expected = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    assert list(read_documents(make_source([{"conversations": chat}]))) == [expected]
+    assert list(read_documents(make_source([{"messages": chat}]))) == [expected]
+
+
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n\n{"text": 5}\n')
+    (tmp_path / "c.json").write_text('[{"text": "a"}, {"story": "b"}]')
+    folder = TextConfig(path=str(tmp_path))
+    message = f", {tmp_path / 'b.jsonl'}, line 3: column 'text' holds int, expected text"
+    assert input_error(folder)[0] == message
+    assert input_error(TextConfig(path=str(tmp_path / "c.json")))[0] == ", row 2: no column 'text'"
 
 
 def test_chats_are_written_by_the_template(make_source: MakeSource, chatty: PreTrainedTokenizerFast) -> None:
@@ -92,7 +144,9 @@ def test_chats_are_written_by_the_template(make_source: MakeSource, chatty: PreT
 
 def test_what_is_said_of_templates(tokenizer: PreTrainedTokenizerFast, make_source: MakeSource) -> None:
     source = make_source([{"messages": CHAT}])
-    with pytest.raises(InputError, match=r"jsonl: it holds chats, and the tokenizer has no chat template") as caught:
+    with pytest.raises(
+        InputError, match=r"jsonl, line 1: it holds chats, and the tokenizer has no chat template"
+    ) as caught:
         load_rows([source], tokenizer, sequence_length=8)
     assert caught.value.hint is not None and "chat template" in caught.value.hint
 

@@ -69,7 +69,7 @@ def test_choices_from_templates(make: MakeTask, tokenizer: Bytes) -> None:
 )
 def test_what_is_said_of_choices(make: MakeTask, tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
     message, _ = input_error(make("choice", [row(**changes)]).check)
-    assert message == f"task t: {tmp_path / 'rows.jsonl'}: {expected}"
+    assert message == f"task t: {tmp_path / 'rows.jsonl'}, line 1: {expected}"
 
 
 def test_a_choice_without_a_token_is_refused(kit: Path, make: MakeTask) -> None:
@@ -101,11 +101,11 @@ def test_limit_is_for_each_file(tmp_path: Path) -> None:
 def test_what_is_said_of_pairs(make: MakeTask, tmp_path: Path) -> None:
     where = f"task t: {tmp_path / 'rows.jsonl'}"
     assert input_error(make("pairs", [{"good": "a"}]).check) == (
-        f"{where}: no column 'sentence_good'",
+        f"{where}, line 1: no column 'sentence_good'",
         "columns there: good",
     )
     nothing = make("pairs", [{"sentence_good": None, "sentence_bad": "b"}])
-    assert input_error(nothing.check)[0] == f"{where}: column 'sentence_good' holds NoneType, expected text"
+    assert input_error(nothing.check)[0] == f"{where}, line 1: column 'sentence_good' holds NoneType, expected text"
 
 
 def test_generate_asks_for_room_enough(make: MakeTask, tokenizer: Bytes) -> None:
@@ -176,4 +176,4 @@ def test_perplexity_by_hand(make: MakeTask, tokenizer: Bytes) -> None:
 def test_what_is_said_of_perplexity(make: MakeTask, tmp_path: Path) -> None:
     where = f"task t: {tmp_path / 'rows.jsonl'}"
     assert input_error(make("perplexity", [{"text": " "}]).check)[0] == f"{where}: column 'text' holds no text"
-    assert input_error(make("perplexity", [{"story": "a"}]).check)[0] == f"{where}: no column 'text'"
+    assert input_error(make("perplexity", [{"story": "a"}]).check)[0] == f"{where}, line 1: no column 'text'"

@@ -7,6 +7,8 @@ from datetime import date, time
 from decimal import Decimal
 from typing import Any
 
+import numpy as np
+
 from layerpeel.errors import InputError
 
 TableRow = dict[str, Any]  # by column
@@ -39,6 +41,15 @@ class WrittenFloat(float):
 
     def __str__(self) -> str:
         return self.written
+
+
+def shortest(number: float | None, kind: str) -> WrittenFloat | None:
+    """A number of 32 or 16 bits in its shortest form: 0.1 is not 0.10000000149011612.
+
+    Args:
+        kind: its type in numpy, as float32.
+    """
+    return None if number is None else WrittenFloat(str(np.dtype(kind).type(number)))
 
 
 def located(row: TableRow, where: str) -> str:

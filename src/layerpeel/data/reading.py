@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from layerpeel.data.cells import PlacedRow, TableRow
+from layerpeel.data.cells import PlacedRow, TableRow, shortest
 from layerpeel.data.tables import read_arrow, read_csv, read_json, read_parquet
 from layerpeel.data.text_files import read_documents_of, read_json_lines
 from layerpeel.errors import InputError
+from layerpeel.storage.outputs import windows_hint
 
 READERS: dict[str, Callable[[Path], Iterator[TableRow]]] = {
     ".txt": read_documents_of,
@@ -52,8 +53,9 @@ def read_rows(path: str, *, split: str = "train", name: str | None = None, strea
         yield from _read_folder(Path(path), split)
     elif os.path.isfile(path):
         yield from _read_file(Path(path))
-    elif _kind(Path(path)) in READERS or path.startswith((".", "/", "~")):
-        raise InputError(f"no such file: {path}", hint="check the path; it is taken from the config's folder first")
+    elif windows_hint(path) or _kind(Path(path)) in READERS or path.startswith((".", "/", "~")):
+        hint = windows_hint(path) or "check the path; it is taken from the config's folder first"
+        raise InputError(f"no such file: {path}", hint=hint)
     else:
         yield from _read_hub(path, split, name, stream)
 
@@ -133,7 +135,13 @@ def _endings() -> str:
 
 
 def _numbered(rows: Iterable[TableRow], path: str) -> Iterator[TableRow]:
-    return (PlacedRow(row, path, f"row {number}") for number, row in enumerate(rows, start=1))
+    features = getattr(rows, "features", None) or {}  # a stream may not know them
+    kinds = {
+        name: kind.dtype for name, kind in features.items() if getattr(kind, "dtype", "") in ("float32", "float16")
+    }
+    for number, row in enumerate(rows, start=1):
+        short = {name: shortest(row[name], kind) for name, kind in kinds.items()}
+        yield PlacedRow(row | short, path, f"row {number}")
 
 
 def _read_dataset(load: Callable[[], Iterable[TableRow]], wrong: str, hint: str) -> Iterator[TableRow]:

@@ -13,11 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from layerpeel.data.cells import PlacedRow, TableRow, WrittenFloat
+from layerpeel.data.cells import PlacedRow, TableRow, shortest
 from layerpeel.data.text_files import parse_json, read_json_lines, read_lines
 from layerpeel.errors import InputError
 
 LARGEST_CELL = 2**31 - 1  # characters
+SHORT_FLOATS = {"float": "float32", "halffloat": "float16"}  # arrow's names of them, and numpy's
 
 
 def read_csv(path: Path, delimiter: str) -> Iterator[TableRow]:
@@ -138,17 +139,13 @@ def _typed_rows(batches: Iterator[Any], names: list[str], path: Path) -> Iterato
     _check_names(names, str(path))
     number = 0
     for batch in batches:
-        shortest = {column.name for column in batch.schema if str(column.type) in ("float", "halffloat")}
-        written = {name: _shortest(batch.column(name)) for name in shortest}
-        for index, row in enumerate(batch.to_pylist()):
+        kinds = {
+            column.name: SHORT_FLOATS[kind] for column in batch.schema if (kind := str(column.type)) in SHORT_FLOATS
+        }
+        for row in batch.to_pylist():
             number += 1
-            yield PlacedRow(row | {name: cells[index] for name, cells in written.items()}, str(path), f"row {number}")
-
-
-def _shortest(column: Any) -> list[WrittenFloat | None]:
-    """Numbers of 32 or 16 bits: 0.1 is not 0.10000000149011612."""
-    kind = column.type.to_pandas_dtype()
-    return [None if cell is None else WrittenFloat(str(kind(cell))) for cell in column.to_pylist()]
+            short = {name: shortest(row[name], kind) for name, kind in kinds.items()}
+            yield PlacedRow(row | short, str(path), f"row {number}")
 
 
 def _check_names(names: list[str], where: str) -> None:

@@ -59,7 +59,9 @@ class AnswerReading:
             rows: of each, its choices, and what its answer column holds.
         """
         read = {name: [reader(*row) for row in rows] for name, reader in READERS.items()}
-        complete = [name for name in READERS if None not in read[name]]
+        if not any(value is not None for value in read["letter"]):
+            del read["label"]  # without a letter anywhere, numbers count from 0
+        complete = [name for name in read if None not in read[name]]
         if (
             {"text", "index"} <= set(complete)
             and read["text"] != read["index"]
@@ -68,5 +70,5 @@ class AnswerReading:
             return cls(lambda *_: None, ", and both its index and its text could be meant")
         if complete:
             return cls(READERS[complete[0]])
-        most = max(READERS, key=lambda name: sum(value is not None for value in read[name]))
+        most = max(read, key=lambda name: sum(value is not None for value in read[name]))
         return cls(READERS[most], f" (other rows say it by {most})" if any(v is not None for v in read[most]) else "")

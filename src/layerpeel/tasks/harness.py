@@ -10,11 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Annotated, Any
 
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
+from layerpeel.config.fields import Count
+from layerpeel.data.digests import digest_of_rows
 from layerpeel.errors import InputError
 from layerpeel.inference.requests import Likelihood
 from layerpeel.tasks.base import Sample, Task
@@ -24,6 +27,7 @@ from layerpeel.tasks.harness_requests import generation_options, request_of
 from layerpeel.tasks.scores import TaskScore
 
 OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
+PLACES = ("dataset_path", "dataset_kwargs", "metadata")  # in a definition: where its data are, and notes
 BOOTSTRAPS = 100  # for the few metrics that have no closed form
 
 
@@ -34,7 +38,7 @@ class Harness(Task):
     """A name that the harness knows, or the path of a task's YAML file."""
     include_path: str | None = None
     """A folder with more YAML files; that of the file, if `task` is one."""
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    num_fewshot: Annotated[Count, Field(ge=0)] | None = None
     """Solved examples to show; the task's own number if not given."""
     apply_chat_template: bool | str = False
     """Whether prompts are put into the tokenizer's chat template; or that template's name, where it has several."""
@@ -66,6 +70,15 @@ class Harness(Task):
             self._metric_of(leaf)
             # One document's prompt, without the tokenizer: most of what cannot be built shows before any long work.
             self._build(leaf, lambda history, add_generation_prompt=True: history[-1]["content"], limit=1)
+
+    def digest(self) -> str | None:
+        """Of the documents, those to show included, and of what the tasks' definitions say."""
+        rows: list[Any] = []
+        for name, leaf in self._loaded.leaves.items():
+            shown = leaf.fewshot_docs() if leaf.get_config("num_fewshot") else None
+            definition = {key: value for key, value in leaf.dump_config().items() if key not in PLACES}
+            rows += [name, definition, *(shown or []), None, *islice(leaf.eval_docs, self.limit)]
+        return digest_of_rows(rows)
 
     def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         """One sample a document; its reference is its `_Document`."""
