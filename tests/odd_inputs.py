@@ -129,7 +129,9 @@ def _shape(checkpoint: Checkpoint, pick: int) -> None:
 
 
 def _not_finite(checkpoint: Checkpoint, pick: int) -> None:
-    checkpoint.tensors[_name(checkpoint, pick)].view(-1)[0] = float("nan" if pick % 2 else "inf")
+    tensor = checkpoint.tensors[_name(checkpoint, pick)]
+    if tensor.dtype not in DTYPES[3:]:  # others cannot hold it
+        tensor.view(-1)[0] = float("nan" if pick % 2 else "inf")
     checkpoint.refuse(None)  # refused, or as not finite as the weights make it
 
 
