@@ -123,4 +123,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return columns
 
 
-_DECODER = json.JSONDecoder(parse_float=WrittenFloat, parse_int=_integer, object_pairs_hook=_object)
+_DECODER = json.JSONDecoder(
+    parse_float=WrittenFloat, parse_constant=WrittenFloat, parse_int=_integer, object_pairs_hook=_object
+)
