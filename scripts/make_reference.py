@@ -62,8 +62,10 @@ CONFIG_HEAD = """# Config reference
 
 Made by `python scripts/make_reference.py` from the classes that read a config; each description is the docstring of its
 field. A config is YAML, and an unknown key is refused. `--set section.field=value` overrides a field on the command
-line. Paths are taken from the config's folder first, then from the working folder. Counts such as `stop.max_params`
-understand `300M`, sizes such as `score.memory` understand `8GB`.
+line. Paths are taken from the config's folder first, then from the working folder, but `output` from the working folder
+alone; `~` is the home folder. Counts such as `distill.tokens_per_round` understand `40k`, `2M`, `1.5B` and `1e6`, sizes
+such as `score.memory` understand `8GB`. YAML reads `yes`, `no`, `on` and `off` as booleans: put them in quotes where
+they are text.
 """
 TASKS_HEAD = """## Kinds of tasks { #kinds-of-tasks }
 

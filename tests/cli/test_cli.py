@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
@@ -12,6 +13,8 @@ import yaml
 from transformers import BertConfig, BertForMaskedLM
 
 from layerpeel.cli.process import main
+from layerpeel.config.reading import load_config
+from layerpeel.run.loop import peel
 from tests.families import save_tiny, tiny_tokenizer
 
 
@@ -68,7 +71,7 @@ def test_run_score_eval_remove_distill(
     assert len(said["rounds"]) == 1 and said["finish"]["reason"] == "target_layers"
     scores = json.loads(ok("score", "run.yaml", "--json"))
     assert scores["importance"] == said["rounds"][0]["scores"]["importance"]
-    evaluation = json.loads(ok("eval", "out/student", "run.yaml", "--set", "stop.target_layers=4", "--json"))
+    evaluation = json.loads(ok("eval", "out/student", "run.yaml", "--json"))
     assert evaluation == said["rounds"][0]["evaluation"]
     assert "4 layers" in ok("remove", "teacher", "--layers", "1,3", "-o", "short")
     assert "4 layers, loss" in ok("distill", "run.yaml", "--layers", "1-2", "-o", "healed")
@@ -119,6 +122,108 @@ def test_score_shows_a_ranking_a_picture_and_an_estimate(
     assert again["importance"] == scores["importance"] and again["cheap"]["importance"] == scores["cheap"]["importance"]
 
 
+def test_eval_score_and_plan_ask_only_for_what_they_use(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The text is gone, the output is taken by a file, and the target is not below the depth of a student of four."""
+    code, _, err = call(monkeypatch, capsys, "remove", "teacher", "--layers", "2-3", "-o", "run/student")
+    assert code == 0, err
+    (folder / "text.txt").unlink()
+    (folder / "out").touch()
+    code, out, err = call(monkeypatch, capsys, "eval", "run/student", "run.yaml", "--set", "score.protect.layers=[5]")
+    assert code == 0 and "choice" in out, err
+    tasks_only = ["--set", "score.decide=task_quality", "--set", "score.protect.layers=[]", "-o", "scores"]
+    code, out, err = call(monkeypatch, capsys, "score", "run.yaml", *tasks_only, "--set", "stop.target_layers=6")
+    assert code == 0 and (folder / "scores/scores.json").is_file(), err
+    code, _, err = call(monkeypatch, capsys, "score", "run.yaml", "-o", "more")  # teacher_kl reads text
+    assert code == 2 and "no such file: text.txt" in err
+    code, out, err = call(monkeypatch, capsys, "plan", "run.yaml", "--flops", "1e12")
+    assert code == 0 and "rounds" in out, err
+
+
+def test_a_model_that_eval_names_is_of_the_working_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "configs/teacher").mkdir(parents=True)  # no model
+    for name in ("run.yaml", "choice.jsonl"):
+        shutil.copy(folder / name, folder / "configs")
+    code, out, err = call(monkeypatch, capsys, "eval", "teacher", "configs/run.yaml")
+    assert code == 0 and "choice" in out, err
+
+
+def test_a_student_is_written_into_the_working_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "here").mkdir()
+    monkeypatch.chdir(folder / "here")
+    for arguments in (["distill", "../run.yaml", "--layers", "2"], ["remove", "../teacher", "--layers", "2"]):
+        code, _, err = call(monkeypatch, capsys, *arguments, "-o", ".")
+        assert code == 0 and Path("model.safetensors").is_file(), err
+        code, _, err = call(monkeypatch, capsys, *arguments, "-o", ".")
+        assert code == 2 and "is not empty" in err
+        for path in Path().iterdir():
+            path.unlink()
+
+
+@pytest.mark.parametrize("command", ["run", "remove", "distill", "score", "export", "report", "study", "demo"])
+def test_outputs_are_tried_before_the_work(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    peel(load_config("run.yaml", ["output=done", "distill.tokens_per_round=0"]))
+    (folder / "study.yaml").write_text("{base: run.yaml, output: new, remove: 1}")
+    arguments = {
+        "run": ["run", "run.yaml"],
+        "remove": ["remove", "teacher", "--layers", "2", "-o", "new"],
+        "distill": ["distill", "run.yaml", "--layers", "2", "-o", "new"],
+        "score": ["score", "run.yaml", "-o", "new"],
+        "export": ["export", "done", "-o", "new"],
+        "report": ["report", "done", "-o", "new"],
+        "study": ["study", "study.yaml"],
+        "demo": ["demo", "-o", "new"],
+    }[command]
+    monkeypatch.setattr("os.replace", refuse)
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert code == 2 and not out, err
+    assert f"nothing can be written in {folder} (Read-only file system)" in err and "hint: name another folder" in err
+
+
+def test_a_home_folder_in_an_option_is_expanded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    code, _, err = call(monkeypatch, capsys, "remove", "~/teacher", "--layers", "2", "--output=~/short")
+    assert code == 0 and (folder / "short/model.safetensors").is_file(), err
+    code, _, err = call(monkeypatch, capsys, "remove", "teacher", "--layers", "2", "-o", "~no_such_user/x")
+    assert code == 2 and "~no_such_user/x" in err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_json_is_in_ascii_and_tables_do_without_unicode(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """In a pipe of a code page that lacks blocks and arrows."""
+    text = (folder / "run.yaml").read_text().replace("kind: choice", "kind: choice\n  name: задача→")
+    (folder / "run.yaml").write_text(text, encoding="utf-8")
+
+    def printed(*arguments: str) -> str:
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        monkeypatch.setattr(sys, "argv", ["layerpeel", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        sys.stdout.flush()
+        assert not stopped.value.code
+        return sys.stdout.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+
+    assert "#" in printed("score", "run.yaml", "-o", "s")
+    assert "->" in printed("eval", "teacher", "run.yaml")
+    assert "задача→" in str(json.loads(printed("eval", "teacher", "run.yaml", "--json")))
+    assert printed("families") and printed("--help")
+
+
 @pytest.mark.slow
 def test_a_floor_exits_with_three(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -134,6 +239,12 @@ def test_a_floor_exits_with_three(
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no such config": (["run", "rum.yaml"], "no such config: rum.yaml"),
+    "a path of Windows": (["run", "run.yaml", "--set", "teacher='C:\\models\\x'"], "a path of Windows leads nowhere"),
+    "text of Windows": (["run", "run.yaml", "--set", "distill.text='D:/x.txt'"], "a path of Windows leads nowhere"),
+    "output of Windows": (["run", "run.yaml", "--set", "output='C:\\x'"], "a path of Windows leads nowhere"),
+    "another home": (["run", "run.yaml", "--set", "output=~no_such_user/x"], "output: ~no_such_user/x: "),
+    "scores in the way": (["score", "run.yaml", "-o", "odd"], "scores.json is a folder, where a file has to be"),
+    "a file in the way": (["report", "teacher", "-o", "run.yaml"], "teacher holds no run"),
     "no such model": (["run", "run.yaml", "--set", "teacher=./nowhere"], "no such model: ./nowhere"),
     "not a causal model": (["run", "run.yaml", "--set", "teacher=bert"], "bert is not a causal language model"),
     "not a model folder": (["remove", "empty", "--layers", "1", "-o", "x"], "empty is not a model folder"),
@@ -172,6 +283,7 @@ def test_mistakes_get_a_message_and_exit_code_two(
     (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (folder / "bad.jsonl").write_text('{"text": "w5"}\n{"text": \n')
     (folder / "used").mkdir()
+    (folder / "odd/scores.json").mkdir(parents=True)
     (folder / "used/thesis.tex").touch()
     BertForMaskedLM(
         BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from layerpeel.config.reading import load_config
+from layerpeel.data.reading import expand
 from layerpeel.errors import InputError, nearest, resolve_class
 
 ROOT = Path(__file__).parents[2]
@@ -195,3 +196,92 @@ def test_what_is_said_of_a_class(name: str, expected: str) -> None:
 def test_what_is_said_of_a_weight(tmp_path: Path, weight: object) -> None:
     with pytest.raises(InputError, match=r"config\.yaml: distill\.text\.0\.weight: input should be"):
         load_config(write(tmp_path, distill={"text": [{"path": "a.txt", "weight": weight}]}))
+
+
+TEXT = {"text": "a.txt"}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "distill.tokens_per_round",
+        "distill.sequence_length",
+        "distill.batch_size",
+        "distill.accumulation",
+        "distill.warmup_steps",
+        "distill.max_skipped_steps",
+        "distill.text.shuffle",
+        "score.tokens",
+        "score.heal.steps",
+        "distill.last_pass.tokens",
+        "stop.max_params",
+    ],
+)
+def test_a_count_may_be_in_thousands_wherever_one_is_asked(tmp_path: Path, field: str) -> None:
+    path = write(tmp_path, distill={"text": {"path": "a.txt"}}, stop={"target_layers": 4})
+    for written, count in (("2M", 2_000_000), ("40k", 40_000), ("2.3k", 2_300), ("1e6", 1_000_000)):
+        value: Any = load_config(path, [f"{field}={written}"])
+        for part in field.split("."):
+            value = getattr(value[0] if isinstance(value, list) else value, part)
+        assert value == count
+    assert "expected a whole number, found 1.0005k" in message(path, f"{field}=1.0005k")
+    assert "expected a number, found True (YAML reads yes, no, on and off as booleans)" in message(path, f"{field}=yes")
+
+
+def test_sizes_are_exact(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, stop={"max_params": "2.3B"})).stop.max_params == 2_300_000_000
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[no, yes]", "tasks.0.kind: input should be a valid string, found [False, True]"),
+        ("no", "found False (YAML reads yes, no, on, off, true and false as booleans: put them in quotes)"),
+        ("12", "found 12 (put a number that is text in quotes)"),
+        ("010", "YAML reads 010 as an octal number: put it in quotes if it is text"),
+        ("1:30", "YAML reads 1:30 to the base of 60: put it in quotes"),
+    ],
+)
+def test_what_yaml_reads_as_something_else_is_explained(tmp_path: Path, text: str, expected: str) -> None:
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("kind: perplexity", f"kind: {text}"))
+    assert expected in message(path)
+
+
+def test_dates_are_text_and_exponents_are_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path, distill=TEXT)
+    settings = ["distill.optimizer_options={eps: 1e-8, betas: [9e-1, 0.95]}", "tasks=[{kind: x, name: 2024-05-01}]"]
+    config = load_config(path, [*settings, "distill.learning_rate=1e-4", "distill.teacher_cache=off"])
+    assert config.distill.optimizer_options == {"eps": 1e-8, "betas": [0.9, 0.95]}
+    assert config.tasks[0].name == "2024-05-01" and config.distill.learning_rate == 1e-4
+    assert config.distill.teacher_cache == "off"
+
+
+def test_windows_paths_in_double_quotes_are_explained(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text('teacher: "C:\\models\\x"\n')
+    with pytest.raises(InputError, match="unknown escape character") as caught:
+        load_config(path)
+    assert "single quotes" in str(caught.value.hint)
+
+
+def test_signs_of_globs_in_the_name_of_a_folder_are_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "a [1] *b ünd ~"
+    folder.mkdir()
+    for name in ("x1.txt", "x2.txt", "[q].txt"):
+        (folder / name).touch()
+    config = load_config(write(folder, distill={"text": ["x*.txt", "[q].txt"]}))
+    pattern, exact = (source.path for source in config.distill.text)
+    assert expand(pattern) == [str(folder / "x1.txt"), str(folder / "x2.txt")]
+    assert expand(exact) == [str(folder / "[q].txt")]
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a.txt", "b1.txt", "held.jsonl", "model"):
+        (tmp_path / name).touch()
+    changes: dict[str, Any] = {"teacher": "~/model", "output": "~/run", "distill": {"text": ["~/a.txt", "~/b*.txt"]}}
+    config = load_config(write(tmp_path, **changes, tasks=[TASK | {"data": "~/held.jsonl"}]))
+    assert config.output == tmp_path / "run" and config.teacher == str(tmp_path / "model")
+    assert [source.path for source in config.distill.text] == [str(tmp_path / "a.txt"), str(tmp_path / "b*.txt")]
+    assert config.tasks[0].model_extra == {"data": str(tmp_path / "held.jsonl")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -12,18 +13,45 @@ from transformers import PreTrainedTokenizerBase
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError
 from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.model.loading import load_teacher
+from layerpeel.model.config_fields import text_config
+from layerpeel.model.loading import load_config_of, load_teacher
 from layerpeel.model.streaming import load_streamed
 from layerpeel.run.preflight import check_output
+from layerpeel.storage.outputs import check_space, is_empty
+
+
+def expand_home(text: str) -> Path:
+    """A path with a leading `~` expanded, which not every shell does (as in `--output=~/x`).
+
+    Raises:
+        InputError: there is no such home.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"--output {text}: {error}", hint="write the path in full") from None
+
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config; see configs/.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.field=value, over the config's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Layers = Annotated[str, typer.Option("--layers", help="Layers to remove, counted from 0: 5,7 or 5-8.")]
 ScoreFolder = Annotated[
-    Path | None, typer.Option("--output", "-o", help="A folder for scores and picture; OUTPUT-score if not given.")
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        parser=expand_home,
+        metavar="PATH",
+        help="A folder for scores and picture; OUTPUT-score if not given.",
+    ),
 ]
-Folder = Annotated[Path, typer.Option("--output", "-o", help="Where to write the student.")]
+Folder = Annotated[
+    Path, typer.Option("--output", "-o", parser=expand_home, metavar="PATH", help="Where to write the student.")
+]
+Teacher = Annotated[
+    list[str], typer.Option("--set", help="teacher=PATH: where the teacher is now, if it has been moved.")
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let Python code that comes with the model run.")
 ]
@@ -54,8 +82,38 @@ def check_new_folder(folder: Path, model: str) -> None:
         InputError: it is not.
     """
     check_output(folder, model)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not is_empty(folder):
         raise InputError(f"--output: {folder} is not empty", hint="name a new or an empty folder")
+
+
+def check_room(folder: Path, model: str, removed: int) -> None:
+    """Checks that the disk has room for a model without so many of its layers, as far as that can be told.
+
+    Raises:
+        InputError: it has not.
+    """
+    size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) if os.path.isdir(model) else 0
+    depth = text_config(load_config_of(model)).num_hidden_layers if size else 0
+    if depth:  # of embeddings and head nothing goes, so this is too little
+        check_space(folder, size * max(depth - removed, 0) // depth, "the student")
+
+
+def check_score_folder(folder: Path, model: str) -> None:
+    """Checks that scores can be written into a folder, which may hold older ones.
+
+    Raises:
+        InputError: they cannot.
+    """
+    check_output(folder, model)
+    for name in ("scores.json", "importance.png"):
+        if (folder / name).is_dir():
+            raise InputError(f"output: {folder / name} is a folder, where a file has to be", hint="move it away")
+
+
+def find_model(model: str) -> str:
+    """A model that a command names: a folder from the working folder, made absolute; else as it is, a hub name."""
+    path = os.path.abspath(os.path.expanduser(model))
+    return path if os.path.isdir(path) else model
 
 
 def load_layerwise(settings: RunConfig) -> tuple[LayerwiseModel, PreTrainedTokenizerBase]:

@@ -20,8 +20,8 @@ import torch
 from layerpeel.cli.verbs import app
 from layerpeel.errors import InputError, LayerpeelError, reason_of
 from layerpeel.processes.distributed import check_launcher
-from layerpeel.processes.progress import console, shown
-from layerpeel.storage.files import disk_is_full
+from layerpeel.processes.progress import console, shown, write_any_text
+from layerpeel.storage.outputs import disk_is_full
 
 LESS_MEMORY = "lower distill.batch_size, distill.sequence_length or score.memory"
 
@@ -29,6 +29,7 @@ LESS_MEMORY = "lower distill.batch_size, distill.sequence_length or score.memory
 def main() -> None:
     """Runs the `layerpeel` command, and exits with its code."""
     _quiet_libraries()
+    write_any_text(sys.stdout, sys.stderr)
     try:
         check_launcher()
         app(standalone_mode=True)

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from layerpeel.cli.app import app
@@ -18,12 +17,18 @@ from layerpeel.cli.inputs import (
     Layers,
     Overrides,
     ScoreFolder,
+    Teacher,
     TrustRemoteCode,
     check_new_folder,
+    check_room,
+    check_score_folder,
+    expand_home,
+    find_model,
     load_layerwise,
     parse_layers,
 )
 from layerpeel.cli.output import finish_run, print_estimates, stdout, write_scores
+from layerpeel.cli.planning import make_plan
 from layerpeel.cli.removal import removal_lines
 from layerpeel.cli.tables import evaluation_table, families_table, listing_table, plan_tables, report_table
 from layerpeel.config.reading import load_config
@@ -31,28 +36,27 @@ from layerpeel.demo.preparing import prepare_demo
 from layerpeel.errors import InputError
 from layerpeel.export.hub import push
 from layerpeel.export.student import export_student
+from layerpeel.importance.metrics import reads_text
 from layerpeel.importance.scoring import score_layers, scoring_text
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.model.architecture import count_parameters, find_architecture
-from layerpeel.model.devices import pick_device, wanted_dtype
 from layerpeel.model.digests import fingerprint
 from layerpeel.model.family_table import OTHERS, ROUND_TRIP, TESTED, families_json, families_markdown
-from layerpeel.model.loading import load_config_of, load_teacher, load_tokenizer
+from layerpeel.model.loading import load_teacher
 from layerpeel.model.origin import stored_dtypes, teacher_origin
 from layerpeel.model.removal import remove_from_files
 from layerpeel.model.saving import save_model
 from layerpeel.model.surgery import KeptLayers
-from layerpeel.plan.planning import plan_run
-from layerpeel.plan.shape import Shape
-from layerpeel.plan.speed import Speed
 from layerpeel.processes.distributed import RANK, is_main_process
 from layerpeel.processes.progress import shown
 from layerpeel.report.listing import list_runs
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
-from layerpeel.run.preflight import check, check_output
+from layerpeel.run.places import find_places, load_run_config
+from layerpeel.run.preflight import check_output, check_score, check_tasks
 from layerpeel.run.removal_card import TrainingFacts, write_removal_card
 from layerpeel.run.results_json import evaluation_to_json
+from layerpeel.storage.outputs import beside
 from layerpeel.tasks.evaluation import evaluate
 from layerpeel.training.rounds import distill
 
@@ -68,7 +72,7 @@ def run(
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
     """Score, remove, distil, evaluate, and again, until the target. Running again resumes."""
-    finish_run(peel(load_config(config, set_), accept_changes=accept_changes), as_json, report)
+    finish_run(peel(load_run_config(config, set_), accept_changes=accept_changes), as_json, report)
 
 
 @app.command()
@@ -80,9 +84,9 @@ def score(
 ) -> None:
     """Rank the teacher's layers by what is lost when each is skipped. Running again after an interruption resumes."""
     settings = load_config(config, set_)
-    tasks = check(settings)
-    folder = output_ or settings.output.with_name(f"{settings.output.name}-score")
-    check_output(folder, settings.teacher)
+    tasks = check_score(settings)
+    folder = output_ or beside(settings.output, "-score")
+    check_score_folder(folder, settings.teacher)
     layerwise, tokenizer = load_layerwise(settings)
     answer_cache = AnswerCache(folder / f"answers.{RANK}.jsonl", fingerprint(settings.teacher, layerwise.model.dtype))
     scores = score_layers(
@@ -90,7 +94,7 @@ def score(
         tokenizer,
         settings.score,
         tasks=tasks,
-        text=scoring_text(settings, tokenizer),
+        text=scoring_text(settings, tokenizer) if reads_text(settings.score) else None,
         aggregate=settings.aggregate,
         answer_cache=answer_cache,
         announce=print_estimates,
@@ -107,8 +111,9 @@ def remove(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Remove layers, without training, and write the shallower model. Tensors are copied from file to file."""
-    chosen = parse_layers(layers)
+    chosen, model = parse_layers(layers), find_model(model)
     check_new_folder(output_, model)
+    check_room(output_, model, len(chosen))
     removal = remove_from_files(model, chosen, output_, trust_remote_code=trust_remote_code)
     write_removal_card(output_, model, removal.layers, removal.parameters, removal.teacher_parameters)
     for line in removal_lines(removal, output_):
@@ -123,6 +128,7 @@ def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Override
     if not settings.distill.tokens_per_round:
         raise InputError("distill.tokens_per_round: 0, so there is nothing to do", hint="set it, or use `remove`")
     check_new_folder(output_, settings.teacher)
+    check_room(output_, settings.teacher, len(chosen))
     teacher, tokenizer = load_teacher(settings)
     kept = KeptLayers.full(len(find_architecture(teacher).layers)).without(chosen)
     origin = teacher_origin(settings).with_layers(kept.kept)
@@ -146,8 +152,9 @@ def eval_(
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on the tasks of a config."""
-    settings = load_config(config, [*set_, f"teacher={model}"])
-    tasks = check(settings)
+    settings = load_config(config, set_)
+    settings.teacher = find_model(model)
+    tasks = check_tasks(settings)
     loaded, tokenizer = load_teacher(settings)
     evaluation = evaluate(loaded, tokenizer, tasks)
     if as_json and is_main_process():
@@ -172,10 +179,13 @@ def families(
 
 @app.command()
 def demo(
-    output_: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path("runs/demo"),
+    output_: Annotated[
+        Path, typer.Option("--output", "-o", parser=expand_home, metavar="PATH", help="Where to write it.")
+    ] = Path("runs/demo"),
     set_: Overrides = [],  # noqa: B006
 ) -> None:
     """Run the main job on the bundled teacher: 12 layers to 8."""
+    check_output(output_, "")
     finish_run(peel(load_config(prepare_demo(output_), [f"output={output_ / 'run'}", *set_])), as_json=False)
 
 
@@ -194,7 +204,7 @@ def study(
     finished = run_study(file, set_, processes)
     if as_json:
         rows = {name: [row.columns() for row in rows] for name, rows in finished.rows.tables().items()}
-        print(json.dumps({"output": str(finished.folder), **rows}, ensure_ascii=False))
+        print(json.dumps({"output": str(finished.folder), **rows}))
         return
     for table in finished.tables.values():
         stdout.print(report_table(table), "")
@@ -214,28 +224,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a run will take in memory, layer calls and time; reads no weights, and times a random layer."""
-    settings = load_config(config, set_)
-    tasks = check(settings)
-    teacher = load_config_of(settings.teacher, trust_remote_code=settings.trust_remote_code)
-    tokenizer = load_tokenizer(settings.teacher, trust_remote_code=settings.trust_remote_code)
-    device = torch.device("cuda") if flops else pick_device(settings.device)
-    dtype = wanted_dtype(teacher, device, settings.dtype)
-
-    def speed(shape: Shape) -> Speed:
-        if flops:
-            return Speed.of_processor(shape, flops, bandwidth, settings.distill)
-        return Speed.measure(teacher, settings.distill, dtype, settings.device)
-
-    planned = plan_run(
-        teacher,
-        settings,
-        [task.requests(tokenizer) for task in tasks],
-        speed,
-        dtype=dtype,
-        device=device.type,
-        gpus=gpus,
-        fsdp=fsdp,
-    )
+    planned = make_plan(load_config(config, set_), gpus=gpus, fsdp=fsdp, flops=flops, bandwidth=bandwidth)
     if as_json:
         print(json.dumps(planned.to_json()))
     else:
@@ -245,12 +234,18 @@ def plan(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run's folder; more to compare it with.")],
-    output_: Annotated[Path | None, typer.Option("--output", "-o", help="A folder; RUN/report if not given.")] = None,
+    output_: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", parser=expand_home, metavar="PATH", help="A folder; RUN/report if not given."),
+    ] = None,
+    set_: Teacher = [],  # noqa: B006
     measure: Annotated[bool, typer.Option(help="Measure speed and memory, where not done before.")] = True,
     watch_: Annotated[bool, typer.Option("--watch", help="Keep the page fresh until the run has finished.")] = False,
 ) -> None:
     """Write the report of a run: a page that works offline, with its figures and tables in files beside it."""
     first, *others = map(Run, runs)
+    find_places(first, set_)
+    check_output(output_ or first.folder / "report", first.config.teacher)
     from layerpeel.report.page import watch, write_report
 
     page = watch(first, others, output_) if watch_ else write_report(first, others, output_, measure=measure)
@@ -262,12 +257,14 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     output_: Folder,
     round_: Annotated[int | None, typer.Option("--round", help="Of which round; the result if not given.")] = None,
+    set_: Teacher = [],  # noqa: B006
     repository: Annotated[
         str | None, typer.Option("--push", metavar="REPO", help="Upload it to the hub, too (private, if new).")
     ] = None,
 ) -> None:
     """Write the student of a round as a full Hugging Face checkpoint with its model card."""
     opened = Run(run)
+    find_places(opened, set_)
     check_new_folder(output_, opened.config.teacher)
     number = export_student(opened, output_, round_)
     stdout.print(f"student  {shown(output_)} (round {number})", soft_wrap=True)

@@ -3,9 +3,55 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+NUMBER = r"[0-9]{1,18}(?:\.[0-9]{0,18})?"
+EXACT = {"k": Decimal(10**3), "m": Decimal(10**6), "b": Decimal(10**9)}
+
+
+def _parse_count(value: Any) -> Any:
+    """Converts 2.5B, 300M, 40k, 1e6 to integers; leaves other values to pydantic."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, found {value} (YAML reads yes, no, on and off as booleans)")
+    match = (
+        re.fullmatch(rf"\s*({NUMBER})\s*([kKmMbB]|[eE]\+?[0-9]{{1,2}})\s*", value) if isinstance(value, str) else None
+    )
+    if not match:
+        return value
+    count = Decimal(match[1]) * (EXACT.get(match[2].lower()) or Decimal(f"1{match[2]}"))
+    if count != count.to_integral_value():
+        raise ValueError(f"expected a whole number, found {value}")
+    return int(count)
+
+
+def _parse_bytes(value: Any) -> Any:
+    """Converts 8GB, 500 MB (powers of 1024) to bytes; leaves other values to pydantic."""
+    match = re.fullmatch(rf"\s*({NUMBER})\s*([KMGT]?)i?B\s*", value, re.IGNORECASE) if isinstance(value, str) else None
+    return int(Decimal(match[1]) * 2 ** (10 * " KMGT".index(match[2].upper() or " "))) if match else value
+
+
+def _expand_home(path: Path) -> Path:
+    """Replaces a leading `~`.
+
+    Raises:
+        ValueError: there is no such home.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+AS_COUNT = BeforeValidator(_parse_count)
+"""Of a field for a number of tokens, rows, steps or the like; 2M, 40k, 1.5B and 1e6 are understood."""
+AS_BYTES = BeforeValidator(_parse_bytes)
+"""Of a field for a number of bytes; 8GB is understood."""
+Folder = Annotated[Path, AfterValidator(_expand_home)]
+"""A folder, with ~ expanded."""
 
 
 class Section(BaseModel):
@@ -33,7 +79,7 @@ class TextConfig(Section):
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """How often the next document is from this source, against the weights of the others. A source that ends is drawn
     from no more: the others go on, by their weights, until all have ended. Then the text begins again."""
-    shuffle: Annotated[int, Field(ge=0)] = 2048
+    shuffle: Annotated[int, Field(ge=0), AS_COUNT] = 2048
     """Documents that are held in memory, of which the next is drawn at random, so that a sorted file gives no one-sided
     beginning; 0: in order. Lower it where documents are books."""
 
@@ -45,16 +91,3 @@ def _as_list(value: Any) -> Any:
 
 
 Texts = Annotated[list[TextConfig], BeforeValidator(_as_list)]
-NUMBER = r"[0-9]{1,18}(?:\.[0-9]{0,18})?"
-
-
-def _parse_count(value: Any) -> Any:
-    """Converts 2.5B, 300M, 40k to integers; leaves other values to pydantic."""
-    match = re.fullmatch(rf"\s*({NUMBER})\s*([kKmMbB])\s*", value) if isinstance(value, str) else None
-    return int(float(match[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[match[2].lower()]) if match else value
-
-
-def _parse_bytes(value: Any) -> Any:
-    """Converts 8GB, 500 MB (powers of 1024) to bytes; leaves other values to pydantic."""
-    match = re.fullmatch(rf"\s*({NUMBER})\s*([KMGT]?)i?B\s*", value, re.IGNORECASE) if isinstance(value, str) else None
-    return int(float(match[1]) * 2 ** (10 * " KMGT".index(match[2].upper() or " "))) if match else value

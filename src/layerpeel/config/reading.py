@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import glob
 import os.path
-import reprlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from layerpeel.config.run import RunConfig
-from layerpeel.errors import InputError, nearest, reason_of
+from layerpeel.config.yaml_values import abbreviated, read_yaml
+from layerpeel.errors import InputError, nearest
 
-MAX_VALUES = 100_000  # in a config, aliases expanded
+QUOTES = {
+    bool: "YAML reads yes, no, on, off, true and false as booleans: put them in quotes",
+    int: "put a number that is text in quotes",
+    float: "put a number that is text in quotes",
+}
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -58,56 +61,6 @@ def read_file(path: Path, kind: str, examples: str) -> dict[str, Any]:
     return raw
 
 
-class _Loader(yaml.SafeLoader):
-    """Loads plain values only, and refuses duplicate keys, of which YAML would silently drop one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.MarkedYAMLError("while reading a mapping", node.start_mark, f"found the key '{twice[0]}' twice")
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(text: str, wrong: str, hint: str) -> Any:
-    """Parses a YAML text of plain values.
-
-    Args:
-        wrong: beginning of the message of an error; the reason follows in brackets.
-        hint: of an error.
-
-    Raises:
-        InputError: it is not YAML, or has tags, duplicate keys, an integer of over 64 bits, or more than `MAX_VALUES`
-            values.
-    """
-    loader = _Loader("")
-    try:
-        loader = _Loader(text)
-        value = loader.get_single_data()
-        _check_extent(value)
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        raise InputError(f"{wrong} ({reason_of(error)})", hint=hint) from None
-    finally:
-        loader.dispose()
-    return value
-
-
-def _check_extent(value: Any) -> None:
-    """Checks the size of a nested value.
-
-    Raises:
-        ValueError: it holds more than `MAX_VALUES` values, or an integer of over 64 bits.
-    """
-    count, stack = 0, [value]
-    while stack:
-        count, item = count + 1, stack.pop()
-        if count > MAX_VALUES:
-            raise ValueError(f"it holds more than {MAX_VALUES:,} values")
-        if isinstance(item, int) and abs(item) >= 2**63:
-            raise ValueError(f"the number {_short(item)} is too large")
-        stack += [*item, *item.values()] if isinstance(item, dict) else item if isinstance(item, list) else []
-
-
 def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
     """Validates the fields of a config.
 
@@ -131,16 +84,10 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
         section = _section(model, first["loc"][:-1])
         return f"{field}: unknown key{nearest(str(first['loc'][-1]), section.model_fields)}"
     message = first["msg"].removeprefix("Value error, ")
-    value = "" if first["type"] in ("missing", "value_error") else f", found {_short(first['input'])}"
-    return f"{field}: {message[:1].lower()}{message[1:]}{value}".removeprefix(": ")
-
-
-def _short(value: Any) -> str:
-    """The repr of a value, abbreviated if it is long."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # an integer of more digits than Python converts
-        return f"a very long {type(value).__name__}"
+    value = "" if first["type"] in ("missing", "value_error") else f", found {abbreviated(first['input'])}"
+    quotes = QUOTES.get(type(first["input"])) if first["type"] in ("string_type", "literal_error") else None
+    note = f" ({quotes})" if quotes else ""
+    return f"{field}: {message[:1].lower()}{message[1:]}{value}{note}".removeprefix(": ")
 
 
 def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
@@ -150,18 +97,24 @@ def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
         text.path = _resolve(text.path, folder)
     for task in config.tasks:
         extra = task.model_extra or {}
-        for key in ("data", "fewshot_data", "include_path", *(["task"] if task.kind == "harness" else [])):
-            if isinstance(extra.get(key), str):
-                extra[key] = _resolve(extra[key], folder)
+        for key in task.paths:
+            extra[key] = _resolve(extra[key], folder)
     return config
 
 
 def _resolve(path: str, folder: Path) -> str:
+    """The absolute path that a path leads to from `folder`, or else from the working folder; as it is, if to none.
+
+    Only the path itself may be a glob: brackets in the name of a folder that it is taken from are no pattern.
+    """
     for base in (folder, Path()):
         with suppress(OSError, ValueError, RuntimeError):  # not a valid file name; reported where it is opened
-            candidate = (base / Path(path).expanduser()).absolute()
-            if candidate.exists() or (glob.has_magic(path) and glob.glob(str(candidate))):
+            written, start = Path(path).expanduser(), os.path.abspath(base)
+            if os.path.exists(candidate := os.path.join(start, written)):
                 return os.path.normpath(candidate)
+            pattern = os.path.normpath(os.path.join(glob.escape(start), written))
+            if glob.has_magic(path) and glob.glob(pattern):
+                return pattern
     return path
 
 
@@ -171,15 +124,26 @@ def override(raw: dict[str, Any], text: str) -> None:
     Raises:
         InputError: the text has another form, or a section that it names is not a mapping.
     """
-    key, separator, value = text.partition("=")
-    if not separator or not all(key.strip().split(".")):
-        raise InputError(f"--set {text}: expected section.field=value", hint="as in --set stop.target_layers=24")
-    *sections, field = key.strip().split(".")
+    key, value = read_override(text)
+    *sections, field = key.split(".")
     for section in sections:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):
             raise InputError(f"--set {text}: {section} is not a section", hint="see configs/ for examples")
-    raw[field] = read_yaml(value, f"--set {text}: the value is not YAML", "quote it, as in --set 'a.b=\"x: y\"'")
+    raw[field] = value
+
+
+def read_override(text: str) -> tuple[str, Any]:
+    """The field and the value of `section.field=value`, the value in YAML.
+
+    Raises:
+        InputError: the text has another form.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not all(key.strip().split(".")):
+        raise InputError(f"--set {text}: expected section.field=value", hint="as in --set stop.target_layers=24")
+    hint = "quote it, as in --set 'a.b=\"x: y\"'"
+    return key.strip(), read_yaml(value, f"--set {text}: the value is not YAML", hint)
 
 
 def _section(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:

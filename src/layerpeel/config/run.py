@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from layerpeel.config.distill import DistillConfig
-from layerpeel.config.fields import Section, _parse_bytes, _parse_count
+from layerpeel.config.fields import AS_BYTES, AS_COUNT, Folder, Section
 from layerpeel.config.score import ScoreConfig
 
 
@@ -19,7 +18,7 @@ class StopConfig(Section):
     """The depth to reach."""
     min_quality: Annotated[float, Field(gt=0, le=1)] | None = None
     """A floor: the share of the teacher's aggregate to keep. The last student above it is the result."""
-    max_params: Annotated[int, BeforeValidator(_parse_count), Field(ge=1)] | None = None
+    max_params: Annotated[int, Field(ge=1), AS_COUNT] | None = None
     """The size to reach, in parameters; 2.5B and 300M are understood."""
 
     @model_validator(mode="after")
@@ -39,6 +38,12 @@ class TaskConfig(BaseModel):
     name: str = ""
     """What it is called in tables; the kind if not given."""
 
+    @property
+    def paths(self) -> list[str]:
+        """Its keys that may hold a path."""
+        names = ("data", "fewshot_data", "include_path", *(["task"] if self.kind == "harness" else []))
+        return [name for name in names if isinstance((self.model_extra or {}).get(name), str)]
+
     @model_validator(mode="after")
     def _name(self) -> TaskConfig:
         self.name = self.name or self.kind
@@ -50,8 +55,8 @@ class RunConfig(Section):
 
     teacher: Annotated[str, Field(min_length=1)]
     """A model folder or a hub name."""
-    output: Path
-    """The run's folder; running again goes on with it."""
+    output: Folder
+    """The run's folder, taken from the working folder; running again goes on with it."""
     stop: StopConfig
     """When it is over."""
     score: ScoreConfig = ScoreConfig()
@@ -72,7 +77,7 @@ class RunConfig(Section):
     """Of the frozen weights; auto: float32 on a CPU, else that of the checkpoint."""
     trust_remote_code: bool = False
     """Whether code that comes with the checkpoint may run."""
-    memory_limit: Annotated[int, BeforeValidator(_parse_bytes), Field(ge=1)] | None = None
+    memory_limit: Annotated[int, Field(ge=1), AS_BYTES] | None = None
     """A config that surely needs more bytes than this is refused; what the machine has in all, if not given."""
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from layerpeel.data.cells import PlacedRow, TableRow, shortest
 from layerpeel.data.tables import read_arrow, read_csv, read_json, read_parquet
 from layerpeel.data.text_files import read_documents_of, read_json_lines
 from layerpeel.errors import InputError
+from layerpeel.storage.outputs import windows_hint
 
 READERS: dict[str, Callable[[Path], Iterator[TableRow]]] = {
     ".txt": read_documents_of,
@@ -52,8 +53,9 @@ def read_rows(path: str, *, split: str = "train", name: str | None = None, strea
         yield from _read_folder(Path(path), split)
     elif os.path.isfile(path):
         yield from _read_file(Path(path))
-    elif _kind(Path(path)) in READERS or path.startswith((".", "/", "~")):
-        raise InputError(f"no such file: {path}", hint="check the path; it is taken from the config's folder first")
+    elif windows_hint(path) or _kind(Path(path)) in READERS or path.startswith((".", "/", "~")):
+        hint = windows_hint(path) or "check the path; it is taken from the config's folder first"
+        raise InputError(f"no such file: {path}", hint=hint)
     else:
         yield from _read_hub(path, split, name, stream)
 

@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 from layerpeel.errors import InputError
-from layerpeel.model.loading import load_teacher
 from layerpeel.model.origin import teacher_origin
 from layerpeel.model.saving import save_model
 from layerpeel.run.card import write_card
 from layerpeel.run.folder import Run
+from layerpeel.run.places import load_run_teacher
+from layerpeel.storage.files import write_folder
 
 
 def export_student(run: Run, folder: Path, round_: int | None = None) -> int:
@@ -29,7 +30,11 @@ def export_student(run: Run, folder: Path, round_: int | None = None) -> int:
     """
     if round_ is None and run.finish and (run.student_folder / "config.json").is_file():
         run.check_files(run.finish)
-        shutil.copytree(run.student_folder, folder, dirs_exist_ok=True)
+
+        def copy(partial: Path) -> None:
+            shutil.copytree(run.student_folder, partial, dirs_exist_ok=True)
+
+        write_folder(folder, copy)
         return run.result_round
     round_ = run.result_round if round_ is None else round_
     if not 1 <= round_ <= len(run.rounds):
@@ -37,7 +42,7 @@ def export_student(run: Run, folder: Path, round_: int | None = None) -> int:
         raise InputError(
             f"{run.folder} has no round {round_}: {rounds}", hint="`layerpeel ls` shows what runs have done"
         )
-    teacher, tokenizer = load_teacher(run.config)
+    teacher, tokenizer = load_run_teacher(run)
     student = run.student_of(teacher, round_)
     folder.parent.mkdir(parents=True, exist_ok=True)
     origin = teacher_origin(run.config).with_layers(student.kept_layers.kept)

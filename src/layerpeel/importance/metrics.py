@@ -39,12 +39,20 @@ def check_metrics(config: ScoreConfig, *, has_text: bool, has_tasks: bool) -> No
     Raises:
         InputError: a metric is unknown, or has no text or no tasks to read.
     """
-    metrics = {"score.decide": config.decide}
-    if config.shortlist:
-        metrics["score.shortlist.by"] = config.shortlist.by
-    for field_name, name in metrics.items():
+    for field_name, name in _named(config).items():
         needs = make_metric(name).needs
         if "text" in needs and not has_text:
             raise InputError(f"{field_name}: {name} reads text, and none is given", hint="set score.text")
         if "tasks" in needs and not has_tasks:
             raise InputError(f"{field_name}: {name} needs tasks, and none are given", hint="list some under tasks")
+
+
+def reads_text(config: ScoreConfig) -> bool:
+    """Whether any metric that a config names reads text."""
+    return any("text" in make_metric(name).needs for name in _named(config).values())
+
+
+def _named(config: ScoreConfig) -> dict[str, str]:
+    """The names of a config's metrics, by field."""
+    shortlist = {"score.shortlist.by": config.shortlist.by} if config.shortlist else {}
+    return {"score.decide": config.decide} | shortlist

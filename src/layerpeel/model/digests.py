@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from layerpeel.model.loading import load_config_of
-
-BLOCK, BLOCKS = 2**16, 256  # of a file, those that are hashed: bytes of each, and about how many
+from layerpeel.storage.files import sampled_digest
 
 
 def fingerprint(path: str | Path, dtype: torch.dtype) -> str:
@@ -30,14 +29,4 @@ def digests(path: str | Path, *, trust_remote_code: bool = False) -> dict[str, s
         config = load_config_of(path, trust_remote_code=trust_remote_code)
         return {"commit": str(getattr(config, "_commit_hash", None))}
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json", ".model")]
-    return {file.name: _digest(file) for file in files}
-
-
-def _digest(file: Path) -> str:
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as opened:
-        for start in range(0, size, max(BLOCK, size // BLOCKS)):
-            opened.seek(start)
-            digest.update(opened.read(BLOCK))
-    return digest.hexdigest()[:16]
+    return {file.name: sampled_digest(file) for file in files}

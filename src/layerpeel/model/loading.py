@@ -20,6 +20,7 @@ from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError, reason_of
 from layerpeel.model.checkpoint import check_weights
 from layerpeel.model.devices import pick_device, wanted_dtype
+from layerpeel.storage.outputs import windows_hint
 
 
 def load_config_of(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -46,7 +47,8 @@ def load_config_of(path: str | Path, *, trust_remote_code: bool = False) -> Pret
         raise InputError(
             f"no such model: {path} is neither a folder here nor a model that can be loaded from the hub "
             f"({reason_of(error)})",
-            hint="check the path; for a hub model, check its name, the network and your access to it",
+            hint=windows_hint(path)
+            or "check the path; for a hub model, check its name, the network and your access to it",
         ) from None
     _check_causal(config, path)
     return config

@@ -30,7 +30,7 @@ from layerpeel.model.side_files import carry_files, drop_absent_code, left_files
 from layerpeel.model.surgery import KeptLayers, remove_layers
 from layerpeel.model.tensor_files import SHARD_SIZE, NewTensor, StoredTensor, check_written, write_tensors
 from layerpeel.processes.progress import progress
-from layerpeel.storage.files import replace_folder
+from layerpeel.storage.files import partial_of, replace_folder
 
 MIB = 2**20
 
@@ -213,7 +213,7 @@ def _write(
     shard_size: int,
 ) -> list[str]:
     """Writes the checkpoint beside its place, checks it, and puts it there; gives the names of files it carried."""
-    unfinished = folder.with_name(f".{folder.name}.partial")
+    unfinished = partial_of(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)

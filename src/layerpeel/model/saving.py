@@ -39,7 +39,7 @@ from layerpeel.model.tensor_files import (
     write_tensors,
 )
 from layerpeel.processes.distributed import is_main_process
-from layerpeel.storage.files import replace_folder
+from layerpeel.storage.files import partial_of, replace_folder
 
 
 def save_model(
@@ -64,7 +64,7 @@ def save_model(
     """
     if not is_main_process():
         return
-    unfinished = folder.with_name(f".{folder.name}.partial")
+    unfinished = partial_of(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     tensors = _Tensors(model, dtype, origin)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import time
 import unicodedata
 from collections.abc import Iterator
@@ -34,6 +36,33 @@ def _escaped(character: str) -> str:
 def shown(value: Any) -> str:
     """As `plain`, with rich's markup escaped too: for untrusted text that a rich console prints."""
     return escape(plain(value))
+
+
+# What stands for signs that a terminal or a pipe has no code for; others are written as escapes.
+SUBSTITUTES = dict(zip("█━╸╺─│–−×•·≥≤’‘“”", "#----|--x*.><''\"\"", strict=True)) | {"→": "->", "…": "...", "±": "+-"}
+
+
+def write_any_text(*streams: Any) -> None:
+    """Lets text streams write signs that their encoding lacks as others, where they would raise an error."""
+    codecs.register_error("layerpeel", _substitute)
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper) and not (stream.encoding or "").lower().startswith("utf"):
+            stream.reconfigure(errors="layerpeel")
+
+
+def _substitute(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    signs = error.object[error.start : error.end]
+    return "".join(SUBSTITUTES.get(sign) or _in_ascii(sign) for sign in signs), error.end
+
+
+def _in_ascii(sign: str) -> str:
+    """The letter without its accents, a box or block sign as ?, or an escape."""
+    if unicodedata.name(sign, "").startswith("BOX DRAWINGS"):
+        return "+"
+    plain_sign = unicodedata.normalize("NFKD", sign).encode("ascii", "ignore").decode()
+    return plain_sign or sign.encode("ascii", "backslashreplace").decode()
 
 
 class Advance(Protocol):

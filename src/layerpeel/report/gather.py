@@ -16,6 +16,7 @@ from layerpeel.run.events import Quality
 from layerpeel.run.folder import Run
 from layerpeel.run.record import Round
 from layerpeel.storage.files import sha256_of
+from layerpeel.storage.outputs import beside
 
 REASONS = {
     "target_layers": "the target depth was reached",
@@ -257,5 +258,5 @@ def hashes(run: Run) -> dict[str, str]:
 
 def command_of(run: Run) -> str:
     """The shell command that repeats the run in another folder."""
-    output = run.folder.with_name(f"{run.folder.name}-again")
+    output = beside(run.folder, "-again")
     return shlex.join(["layerpeel", "run", str(run.folder / "config.yaml"), "--set", f"output={output}"])

@@ -22,7 +22,6 @@ from layerpeel.inference.engine import Engine
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.requests import Generation, Request
 from layerpeel.model.config_fields import context_length
-from layerpeel.model.loading import load_teacher
 from layerpeel.processes.progress import console, plain, progress, shown
 from layerpeel.report.measurements import (
     DepthSpeed,
@@ -36,6 +35,7 @@ from layerpeel.report.measurements import (
 )
 from layerpeel.run.folder import Run
 from layerpeel.run.machine import describe_machine
+from layerpeel.run.places import load_run_teacher
 from layerpeel.tasks.generate import Generate
 from layerpeel.tasks.registry import make_tasks
 
@@ -64,7 +64,8 @@ def measurements(run: Run, *, measure: bool = True) -> Measurements | NotMeasure
         measured = measure_run(run)
     except (LayerpeelError, OSError, RuntimeError) as error:  # such as a GPU's memory; the run itself is not affected
         console.print(f"nothing measured: {shown(error)}", style="yellow")
-        return NotMeasured(str(error))
+        hint = getattr(error, "hint", None)
+        return NotMeasured(f"{error}; {hint}" if hint else str(error))
     write_measurements(path, measured)
     return measured
 
@@ -78,7 +79,7 @@ def measure_run(run: Run) -> Measurements:
         InputError: the teacher is gone.
         RunError: a round's files are gone or damaged.
     """
-    teacher, tokenizer = load_teacher(run.config)
+    teacher, tokenizer = load_run_teacher(run)
     rounds = range(len(run.rounds) + 1)
     prompts = sample_prompts(run.config, tokenizer)
     times: dict[int, list[tuple[float, float]]] = {number: [] for number in rounds}

@@ -60,6 +60,15 @@ class Machine(Part):
     """Their names."""
 
 
+class DataDigests(Part):
+    """What the data of a run are, wherever they lie; what cannot be told is left out."""
+
+    tasks: dict[str, str] = {}
+    """A digest of the rows of each task, by its name."""
+    text: dict[str, str] = {}
+    """A digest of each text, or the commit of a hub dataset, by its place in the config (`distill.text.0`)."""
+
+
 class Start(Event):
     """A run begins."""
 
@@ -70,6 +79,10 @@ class Start(Event):
     """The config, resolved."""
     teacher_files: dict[str, str]
     """A digest of each of the teacher's files, or the commit of a hub name."""
+    data: DataDigests = DataDigests()
+    """Of the tasks and the text."""
+    folder: str = ""
+    """The run's folder, from which places in it are found again if all of them are moved together."""
     versions: dict[str, str]
     """Of Python and the libraries."""
     machine: Machine
@@ -186,6 +199,20 @@ class Changed(Event):
     """The config from here on."""
     changes: list[str]
     """What is other, in words."""
+    data: DataDigests = DataDigests()
+    """Of the tasks and the text, from here on."""
+    folder: str = ""
+    """The run's folder."""
+
+
+class Moved(Event):
+    """The teacher, text or tasks lie elsewhere, with the same content."""
+
+    event: Literal["moved"] = "moved"
+    config: RunConfig
+    """The config, with the places from here on."""
+    folder: str
+    """The run's folder."""
 
 
 class Back(Event):
@@ -198,7 +225,7 @@ class Back(Event):
     """The file's path in the run's folder."""
 
 
-AnyEvent = Start | TeacherRecord | Scored | RoundEnd | Finish | Finding | Resume | Changed | Back
+AnyEvent = Start | TeacherRecord | Scored | RoundEnd | Finish | Finding | Resume | Changed | Moved | Back
 _EVENT: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="event")])
 
 

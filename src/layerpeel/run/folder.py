@@ -22,6 +22,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError, RunError
 from layerpeel.run.events import AnyEvent, Finish, RoundEnd, check_version, event_from_json
 from layerpeel.run.record import Round, RunRecord
@@ -41,7 +42,10 @@ class Run(RunRecord):
     Attributes:
         folder: where the run is.
         events: the journal's events, oldest first.
+        located: the config with the places where things are now, if they are not where they were (`run.places`).
     """
+
+    located: RunConfig | None = None
 
     def __init__(self, folder: str | Path) -> None:
         """Reads the journal.
@@ -57,6 +61,10 @@ class Run(RunRecord):
                 hint="give the output folder of a layerpeel run",
             )
         super().__init__(_read_journal(self.journal), str(folder))
+
+    @property
+    def config(self) -> RunConfig:
+        return self.located or super().config
 
     @property
     def journal(self) -> Path:

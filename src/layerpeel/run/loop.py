@@ -21,7 +21,7 @@ def peel(config: RunConfig, *, accept_changes: bool = False) -> Run:
         Interrupted: SIGINT or SIGTERM came, and all that was done is saved (where this is the main thread).
     """
     tasks = check_run(config)
-    with open_run(config, accept_changes=accept_changes) as run:
+    with open_run(config, tasks, accept_changes=accept_changes) as run:
         if not run.finish:
             _peel(Peeling(run, config, tasks))
     return run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,23 +16,30 @@ from layerpeel.model.digests import digests
 from layerpeel.processes.distributed import processes_of
 from layerpeel.processes.interrupts import interruptible
 from layerpeel.processes.progress import console
-from layerpeel.run.events import Back, Changed, Resume, Start
+from layerpeel.run.events import Back, Changed, DataDigests, Moved, Resume, Start
 from layerpeel.run.folder import REPORTED, Run
 from layerpeel.run.machine import describe_machine, installed_versions
+from layerpeel.run.places import changed_data, changed_files, check_teacher, data_digests, with_places_of
 from layerpeel.run.writing import OpenRun
 from layerpeel.storage.files import full_disk_named, make_folder, sweep, write_whole
 from layerpeel.storage.hash_chain import cut_torn_line
 from layerpeel.storage.lock import claim
+from layerpeel.storage.outputs import absolute
+from layerpeel.tasks.base import Task
+from layerpeel.tasks.registry import make_tasks
 
 # What the rounds of a run were measured with and by: other values need another folder, `--accept-changes` or not.
 FIXED = ("teacher", "dtype", "tasks", "aggregate")
 
 
 @contextmanager
-def open_run(config: RunConfig, *, accept_changes: bool = False) -> Iterator[OpenRun]:
+def open_run(
+    config: RunConfig, tasks: Sequence[Task] | None = None, *, accept_changes: bool = False
+) -> Iterator[OpenRun]:
     """Starts a run in `config.output`, or goes on with the one there; for the time of the context no other can.
 
     Args:
+        tasks: of the config, if they are made.
         accept_changes: goes on with this config where it differs in other fields than FIXED.
 
     Raises:
@@ -54,18 +61,19 @@ def open_run(config: RunConfig, *, accept_changes: bool = False) -> Iterator[Ope
             sweep(folder)
             processes.wait_for_everyone()
             run = OpenRun(folder)
-            _begin(run, config, accept_changes)
+            _begin(run, config, make_tasks(config.tasks) if tasks is None else tasks, accept_changes)
             yield run
 
 
-def _begin(run: OpenRun, config: RunConfig, accept_changes: bool) -> None:
+def _begin(run: OpenRun, config: RunConfig, tasks: Sequence[Task], accept_changes: bool) -> None:
     """Starts a run, or finds out what of it still holds."""
     teacher_files = digests(config.teacher, trust_remote_code=config.trust_remote_code)
+    data = data_digests(config, tasks)
     if not run.events:
-        run.record(_start(config, teacher_files))
+        run.record(_start(config, teacher_files, data))
     else:
-        _check_config(run, config, accept_changes)
-        _check_teacher(run, teacher_files)
+        _check_config(run, config, teacher_files, data, accept_changes)
+        check_teacher(run, teacher_files, config.teacher)
         _check_files(run)
         if not run.finish:
             _resume(run)
@@ -74,10 +82,12 @@ def _begin(run: OpenRun, config: RunConfig, accept_changes: bool) -> None:
         write_whole(copy, run.config_text)
 
 
-def _start(config: RunConfig, teacher_files: dict[str, str]) -> Start:
+def _start(config: RunConfig, teacher_files: dict[str, str], data: DataDigests) -> Start:
     return Start(
         config=config,
         teacher_files=teacher_files,
+        data=data,
+        folder=str(absolute(config.output)),
         versions=installed_versions(),
         machine=describe_machine(),
         trust_remote_code=config.trust_remote_code,
@@ -85,10 +95,19 @@ def _start(config: RunConfig, teacher_files: dict[str, str]) -> Start:
     )
 
 
-def _check_config(run: OpenRun, config: RunConfig, accept_changes: bool) -> None:
-    wanted = config.model_dump(mode="json")
-    differences = _differences(run.config.model_dump(mode="json") | {"output": wanted["output"]}, wanted)
+def _check_config(
+    run: OpenRun, config: RunConfig, teacher_files: dict[str, str], data: DataDigests, accept_changes: bool
+) -> None:
+    """Compares the config and the data with those on record; other paths to the same content are only noted."""
+    wanted, before = config.model_dump(mode="json"), run.config.model_dump(mode="json")
+    same_teacher = os.path.isdir(config.teacher) and not changed_files(run, teacher_files)
+    same_paths = before | {"output": wanted["output"]} == wanted
+    before = with_places_of(before, wanted, run.data, data, same_teacher=same_teacher)
+    differences = changed_data(config, run.data, data) | _differences(before, wanted)
+    folder = str(absolute(config.output))
     if not differences:
+        if not same_paths:
+            run.record(Moved(config=config, folder=folder))
         return
     fixed = [name for name in differences if name.split(".")[0] in FIXED]
     if fixed or not accept_changes:
@@ -97,18 +116,8 @@ def _check_config(run: OpenRun, config: RunConfig, accept_changes: bool) -> None
             f"output: {run.folder} holds another run: {'; '.join(list(differences.values())[:3])}",
             hint=f"name a new output folder, or undo the change to go on with that run{accept}",
         )
-    run.record(Changed(to=len(run.rounds), config=config, changes=list(differences.values())))
-
-
-def _check_teacher(run: OpenRun, teacher_files: dict[str, str]) -> None:
-    assert run.start
-    before = run.start.teacher_files
-    changed = sorted(name for name in {**before, **teacher_files} if before.get(name) != teacher_files.get(name))
-    if changed:
-        raise InputError(
-            f"teacher: {run.config.teacher} is another than when the run began ({', '.join(changed[:3])})",
-            hint="bring the old files back, or name a new output folder (--set output=...)",
-        )
+    changes = list(differences.values())
+    run.record(Changed(to=len(run.rounds), config=config, changes=changes, data=data, folder=folder))
 
 
 def _check_files(run: OpenRun) -> None:

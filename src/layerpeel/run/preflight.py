@@ -13,10 +13,11 @@ import torch
 from transformers import PretrainedConfig
 
 from layerpeel.config.distill import DistillConfig
+from layerpeel.config.fields import TextConfig
 from layerpeel.config.run import RunConfig
 from layerpeel.data.documents import read_documents
 from layerpeel.errors import InputError, reason_of
-from layerpeel.importance.metrics import check_metrics
+from layerpeel.importance.metrics import check_metrics, reads_text
 from layerpeel.losses.loss_sum import LossSum
 from layerpeel.model.checkpoint import least_parameters
 from layerpeel.model.config_fields import context_length, text_config
@@ -25,6 +26,7 @@ from layerpeel.model.loading import load_config_of
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.run.folder import Run
 from layerpeel.storage.files import remove_folder
+from layerpeel.storage.outputs import absolute, try_folder, windows_hint
 from layerpeel.tasks.base import Task
 from layerpeel.tasks.registry import make_tasks
 from layerpeel.training.recipe import TrainingRecipe
@@ -39,23 +41,66 @@ def check(config: RunConfig) -> list[Task]:
     Raises:
         InputError: it says what will not do.
     """
-    teacher = load_config_of(config.teacher, trust_remote_code=config.trust_remote_code)
-    total = text_config(teacher).num_hidden_layers
-    if not isinstance(total, int) or total < 2:
-        raise InputError(f"{config.teacher}: a model of {total} layers has none to spare", hint="name a deeper one")
+    tasks = check_plan(config)
+    check_output(config.output, config.teacher)
+    _check_text([*config.distill.text, *(config.score.text or [])])
+    return tasks
+
+
+def check_plan(config: RunConfig) -> list[Task]:
+    """As `check`, but for the training text, which need not be here, and the output, which need not be writable."""
+    teacher, total = _teacher_of(config)
     _check_sizes(config, teacher)
     _check_target(config, total)
-    check_output(config.output, config.teacher)
-    tasks = make_tasks(config.tasks)
+    tasks = check_tasks(config)
     check_metrics(config.score, has_text=bool(config.score.text or config.distill.text), has_tasks=bool(tasks))
     LossSum(config.distill.losses)
     if config.distill.tokens_per_round or config.distill.last_pass:
         TrainingRecipe(config.distill).check(pick_device(config.device))
+    return tasks
+
+
+def check_tasks(config: RunConfig) -> list[Task]:
+    """Checks the data of a config's tasks; gives the tasks.
+
+    Raises:
+        InputError: it says what will not do.
+    """
+    tasks = make_tasks(config.tasks)
     for task in tasks:
         task.check()
-    for source in [*config.distill.text, *(config.score.text or [])]:
-        next(read_documents(source), None)
     return tasks
+
+
+def check_score(config: RunConfig) -> list[Task]:
+    """Checks what scoring once needs: nothing that is to be trained, and no target; gives the tasks.
+
+    Raises:
+        InputError: it says what will not do.
+    """
+    teacher, total = _teacher_of(config)
+    _check_sizes(config, teacher, training=False)
+    _check_protected(config, total)
+    tasks = check_tasks(config)
+    text = config.score.text or config.distill.text
+    check_metrics(config.score, has_text=bool(text), has_tasks=bool(tasks))
+    if reads_text(config.score):
+        _check_text(text)
+    return tasks
+
+
+def _teacher_of(config: RunConfig) -> tuple[PretrainedConfig, int]:
+    """The config of the teacher, and how many layers it has."""
+    teacher = load_config_of(config.teacher, trust_remote_code=config.trust_remote_code)
+    total = text_config(teacher).num_hidden_layers
+    if not isinstance(total, int) or total < 2:
+        raise InputError(f"{config.teacher}: a model of {total} layers has none to spare", hint="name a deeper one")
+    return teacher, total
+
+
+def _check_text(sources: Iterable[TextConfig]) -> None:
+    for source in sources:
+        next(read_documents(source), None)
 
 
 def check_training_dtype(config: RunConfig) -> None:
@@ -85,7 +130,11 @@ def check_run(config: RunConfig) -> list[Task]:
     for name in config.trackers:
         if not find_spec(name):
             raise InputError(f"trackers: {name} is not installed", hint=f"pip install {name}")
-    return check(config)
+    tasks = check(config)
+    for folder in (config.output / name for name in ("rounds", "student", "report", "cache")):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"output: {folder} is a file, where a folder of the run has to be", hint="move it away")
+    return tasks
 
 
 def check_output(folder: Path, model: str) -> None:
@@ -95,8 +144,10 @@ def check_output(folder: Path, model: str) -> None:
         InputError: there is a file in its place or above it, it is in the folder of the model, or may not be written.
     """
     another = "name another folder"
+    if hint := windows_hint(folder):
+        raise InputError(f"output: {folder} cannot be a folder", hint=hint)
     try:
-        resolved = folder.resolve()
+        resolved = absolute(folder).resolve()
         above = next(each for each in (resolved, *resolved.parents) if each.exists())
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"output: {folder} cannot be a folder ({reason_of(error)})", hint=another) from None
@@ -106,6 +157,7 @@ def check_output(folder: Path, model: str) -> None:
         raise InputError(f"output: {folder} is in the folder of the model, {model}", hint=another)
     if not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"output: you may not write in {above}", hint=another)
+    try_folder(folder)
 
 
 @contextmanager
@@ -139,8 +191,12 @@ def removable(kept_layers: KeptLayers, config: RunConfig, fixed: Iterable[int] =
     return kept_layers.removable(protect.first, protect.last, [*protect.layers, *fixed]) if len(kept_layers) > 1 else ()
 
 
-def _check_sizes(config: RunConfig, teacher: PretrainedConfig) -> None:
-    """Refuses what surely takes more memory than there is: far too large numbers, before they are allocated."""
+def _check_sizes(config: RunConfig, teacher: PretrainedConfig, *, training: bool = True) -> None:
+    """Refuses what surely takes more memory than there is: far too large numbers, before they are allocated.
+
+    Args:
+        training: whether anything will train; else only what scoring takes is looked at.
+    """
     distill, text = config.distill, text_config(teacher)
     row = distill.sequence_length * distill.batch_size
     hidden = 2 * 2 * row * getattr(text, "hidden_size", 0) if distill.text else 0  # in 16 bits, of two models
@@ -156,6 +212,9 @@ def _check_sizes(config: RunConfig, teacher: PretrainedConfig) -> None:
         "score.tokens": BYTES_PER_TOKEN * config.score.tokens,
         "score.memory": config.score.memory or 0,
     }
+    if not training:
+        needs = {name: size for name, size in needs.items() if name == "teacher" or name.startswith("score.")}
+        needs["teacher"] = in_memory
     limit = config.memory_limit or machine_memory()
     for name, size in needs.items():
         if size > limit:
@@ -178,18 +237,28 @@ def machine_memory() -> int:
     return int(psutil.virtual_memory().total + psutil.swap_memory().total + sum(gpus))
 
 
-def _check_target(config: RunConfig, total: int) -> None:
+def _check_protected(config: RunConfig, total: int) -> int:
+    """How many of a teacher's layers may go.
+
+    Raises:
+        InputError: none may, or a layer is named that is not there.
+    """
     beyond = [layer for layer in config.score.protect.layers if not 0 <= layer < total]
     if beyond:
         raise InputError(
             f"score.protect.layers: there is no layer {beyond[0]}; the teacher's are 0 to {total - 1}",
             hint="layers are counted from 0",
         )
-    free, target = len(removable(KeptLayers.full(total), config)), config.stop.target_layers
+    free = len(removable(KeptLayers.full(total), config))
     if not free:
         raise InputError(
             f"score.protect: all {total} layers are protected, so none can go", hint="protect fewer layers"
         )
+    return free
+
+
+def _check_target(config: RunConfig, total: int) -> None:
+    free, target = _check_protected(config, total), config.stop.target_layers
     if target is not None and target >= total:
         raise InputError(
             f"stop.target_layers: {target} is not below the teacher's depth of {total} layers",

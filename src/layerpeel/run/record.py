@@ -13,9 +13,11 @@ from layerpeel.run.events import (
     AnyEvent,
     Back,
     Changed,
+    DataDigests,
     Event,
     Finding,
     Finish,
+    Moved,
     RoundEnd,
     Scored,
     Start,
@@ -118,10 +120,17 @@ class RunRecord:
         Raises:
             InputError: the run has not begun.
         """
-        event = next((event for event in reversed(self.events) if isinstance(event, Start | Changed)), None)
-        if event is None:
-            raise InputError(f"{self.name}: the run has not begun", hint="run it again: `layerpeel run`")
-        return event.config
+        return self._settings.config
+
+    @property
+    def recorded_folder(self) -> str:
+        """Where the run's folder was when its config was recorded; empty if that was not."""
+        return self._settings.folder
+
+    @property
+    def data(self) -> DataDigests:
+        """What its data are."""
+        return next(event.data for event in reversed(self.events) if isinstance(event, Start | Changed))
 
     @property
     def teacher(self) -> TeacherRecord | None:
@@ -168,6 +177,13 @@ class RunRecord:
     def removed_layers(self, number: int) -> list[int]:
         """The teacher layers that were gone after a round, ascending."""
         return sorted(each.removed for each in self.rounds[:number])
+
+    @property
+    def _settings(self) -> Start | Changed | Moved:
+        event = next((event for event in reversed(self.events) if isinstance(event, Start | Changed | Moved)), None)
+        if event is None:
+            raise InputError(f"{self.name}: the run has not begun", hint="run it again: `layerpeel run`")
+        return event
 
     def _last(self, kind: type[E]) -> E | None:
         return next((event for event in reversed(self.live) if isinstance(event, kind)), None)

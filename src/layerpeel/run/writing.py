@@ -105,6 +105,7 @@ class OpenRun(Run):
     def training_state(self) -> TrainingState:
         """Where the running training saves how far it is: that of a removal, or the one after the last."""
         since = next((event.checksum for event in reversed(self.live) if hasattr(event, "round")), "")
+        since += "".join(sorted(self.data.text.values()))  # a changed text is accepted as a changed config is
         return TrainingState(self.folder / "rounds" / ".training.safetensors", since, self.config.distill.save_every)
 
     def _write_round(self, folder: Path, student: Student, training: TrainingResult) -> None:

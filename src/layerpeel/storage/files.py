@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -14,6 +13,9 @@ from typing import Any
 
 from layerpeel.errors import InputError, RunError
 from layerpeel.processes.distributed import is_main_process
+from layerpeel.storage.outputs import absolute, disk_is_full, is_empty
+
+BLOCK, BLOCKS = 2**16, 256  # of a file, those that are hashed for its digest: bytes of each, and about how many
 
 
 def write_whole(path: Path, content: bytes | str, *, each_process: bool = False) -> None:
@@ -43,10 +45,32 @@ def whole_file(path: Path) -> Iterator[Path]:
     _sync(path.parent)
 
 
+def partial_of(folder: Path) -> Path:
+    """Where to write a folder that `replace_folder` will put in its place.
+
+    That is in an empty folder itself, if it is there: it may be the working folder or a mounted disk, which cannot be
+    replaced; else it is beside it.
+    """
+    folder = absolute(folder)
+    return folder / ".new.partial" if is_empty(folder) else folder.with_name(f".{folder.name}.partial")
+
+
 def replace_folder(new: Path, folder: Path) -> None:
-    """Puts a finished folder in the place of another, or of none; each process that calls this does."""
+    """Puts a finished folder in the place of another, or of none; each process that calls this does.
+
+    Args:
+        new: as `partial_of` named it. If that is in `folder`, its files go there one by one, config.json last, without
+            which nothing is taken for a checkpoint.
+    """
     for path in (*new.rglob("*"), new):
         _sync(path)
+    folder = absolute(folder)
+    if new.parent == folder:
+        for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, folder / path.name)
+        new.rmdir()
+        _sync(folder)
+        return
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -63,7 +87,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         write: fills the empty folder that it is given.
     """
     if is_main_process():
-        partial = folder.with_name(f".{folder.name}.partial")
+        partial = partial_of(folder)
         partial.mkdir(parents=True)
         write(partial)
         replace_folder(partial, folder)
@@ -72,6 +96,17 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a file to be read by people, too, into a folder that is not yet in its place."""
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def sampled_digest(file: Path) -> str:
+    """A hash of a file's size and of evenly spaced blocks: of all of it, up to 16 MiB."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        for start in range(0, size, max(BLOCK, size // BLOCKS)):
+            opened.seek(start)
+            digest.update(opened.read(BLOCK))
+    return digest.hexdigest()[:16]
 
 
 def make_folder(folder: Path, name: str) -> None:
@@ -164,12 +199,6 @@ def full_disk_named(folder: Path) -> Iterator[None]:
             hint=f"free some space ({folder / 'cache'} may go, if it is there), then run the same command again: "
             "it goes on from where it was",
         ) from None
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Whether an error says so; the safetensors library has no number for it, only words."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left on device" in str(error)
 
 
 def _sync(path: Path) -> None:

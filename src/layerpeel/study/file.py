@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from layerpeel.config.fields import Section
+from layerpeel.config.fields import Folder, Section
 from layerpeel.config.reading import describe, load_config, override, parse_config, read_file, resolve_paths
 from layerpeel.config.run import RunConfig, StopConfig
 from layerpeel.demo.preparing import prepare_demo
@@ -27,7 +27,7 @@ class StudyConfig(Section):
 
     base: str | dict[str, Any] = "demo"
     """The config that all runs start from: a path, the config itself, or `demo`, that of the bundled teacher."""
-    output: Path
+    output: Folder
     """The study's folder; running again goes on with it."""
     set: dict[str, Any] = {}
     """Fields of the base, as `distill.learning_rate`, with other values."""

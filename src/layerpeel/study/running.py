@@ -143,7 +143,7 @@ def _spawn(job: Job, processes: int) -> int:
             stdout=log,
             stderr=log,
             check=False,
-            env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            env=os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         )
     code = 0 if process.returncode == 3 else process.returncode  # 3: stopped by the quality floor
     console.print(f"{job.variant}, seed {job.config.seed}: {'failed' if code else 'done'}", markup=False)

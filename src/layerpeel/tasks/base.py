@@ -13,7 +13,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
+from layerpeel.config.fields import AS_COUNT
 from layerpeel.data.cells import TableRow
+from layerpeel.data.digests import digest_of_rows
 from layerpeel.data.reading import expand, read_rows
 from layerpeel.errors import InputError
 from layerpeel.inference.requests import Request
@@ -40,7 +42,7 @@ class Task(BaseModel, ABC):
 
     name: str
     kind: str
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1), AS_COUNT] | None = None
     """Take only the first rows (of each file, where several are named)."""
 
     @abstractmethod
@@ -67,6 +69,10 @@ class Task(BaseModel, ABC):
         Raises:
             InputError: it has not.
         """
+
+    def digest(self) -> str | None:
+        """Of the rows that the task reads, wherever they are; None if it cannot tell."""
+        return None
 
     def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[Request]:
         """The requests of all samples, one sample's after another's."""
@@ -98,6 +104,9 @@ class RowTask(Task):
             raise InputError(f"task {self.name}: {self.data} holds no rows", hint="give data with at least one row")
         return rows
 
+    def digest(self) -> str | None:
+        return digest_of_rows(self.rows)
+
     def _is_sample(self, row: TableRow) -> bool:
         return True
 
@@ -122,7 +131,7 @@ class RowTask(Task):
 class FewShot(RowTask):
     """A row task that can show solved rows before each sample; no row is both shown and a sample."""
 
-    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    num_fewshot: Annotated[int, Field(ge=0), AS_COUNT] = 0
     """How many solved rows to show."""
     fewshot_data: str | None = None
     """Where they are from: its first rows. `data` if not given."""
@@ -154,6 +163,9 @@ class FewShot(RowTask):
     def fewshot_prefix(self, solved: Callable[[TableRow], str]) -> str:
         """The rows shown, solved, each followed by the separator."""
         return "".join(solved(row) + self.fewshot_separator for row in self.shown)
+
+    def digest(self) -> str | None:
+        return digest_of_rows([*self.shown, None, *self.rows])
 
     def _is_sample(self, row: TableRow) -> bool:
         return row not in self.shown

@@ -10,6 +10,7 @@ from pydantic import Field
 from rapidfuzz.distance import LCSseq
 from transformers import PreTrainedTokenizerBase
 
+from layerpeel.config.fields import AS_COUNT
 from layerpeel.data.cells import TableRow
 from layerpeel.inference.requests import Generation
 from layerpeel.tasks.base import FewShot, Sample
@@ -27,7 +28,7 @@ class Generate(FewShot):
     metric: Literal["exact", "copy", "rouge1", "rouge2", "rougeL"] = "exact"
     """exact: the same text. copy: longest common subsequence of words, over the longer text's words. rouge*: F1 over
     words of any script."""
-    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1), AS_COUNT] | None = None
     """The longest target's tokens and eight more, if not given."""
     stop: list[Annotated[str, Field(min_length=1)]] = ["\n"]
     """Text ends before the first of these."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Annotated, Any
 
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
+from layerpeel.config.fields import AS_COUNT
+from layerpeel.data.digests import digest_of_rows
 from layerpeel.errors import InputError
 from layerpeel.inference.encoding import encode, encode_pair, start_token
 from layerpeel.inference.requests import Generation, Likelihood, LogLikelihood, Request
@@ -23,6 +26,7 @@ from layerpeel.tasks.scores import TaskScore
 
 OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
 MAX_NEW_TOKENS = 256  # the harness's own default
+PLACES = ("dataset_path", "dataset_kwargs", "metadata")  # in a definition: where its data are, and notes
 BOOTSTRAPS = 100  # for the few metrics that have no closed form
 
 
@@ -33,7 +37,7 @@ class Harness(Task):
     """A name that the harness knows, or the path of a task's YAML file."""
     include_path: str | None = None
     """A folder with more YAML files; that of the file, if `task` is one."""
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    num_fewshot: Annotated[int, Field(ge=0), AS_COUNT] | None = None
     """Solved examples to show; the task's own number if not given."""
     apply_chat_template: bool = False
     """Whether prompts are put into the tokenizer's chat template."""
@@ -59,6 +63,15 @@ class Harness(Task):
             if not len(leaf.eval_docs):
                 raise InputError(f"{self._where}: {name} has no documents to test on", hint="check its dataset")
             self._metric_of(leaf)
+
+    def digest(self) -> str | None:
+        """Of the documents, those to show included, and of what the tasks' definitions say."""
+        rows: list[Any] = []
+        for name, leaf in self._loaded.leaves.items():
+            shown = leaf.fewshot_docs() if leaf.get_config("num_fewshot") else None
+            definition = {key: value for key, value in leaf.dump_config().items() if key not in PLACES}
+            rows += [name, definition, *(shown or []), None, *islice(leaf.eval_docs, self.limit)]
+        return digest_of_rows(rows)
 
     def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         """One sample a document; its reference is its `_Document`."""

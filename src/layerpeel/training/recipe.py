@@ -66,9 +66,14 @@ class TrainingRecipe:
         return max(1, tokens // self.step_tokens) if tokens else 0
 
     @property
+    def step_rows(self) -> int:
+        """Rows in a step, over all processes."""
+        return self.config.batch_size * self.micro_batches
+
+    @property
     def rows(self) -> int:
         """Rows of text that a round trains on."""
-        return self.steps() * self.step_tokens // self.config.sequence_length
+        return self.steps() * self.step_rows
 
     def packs(self, teacher: LayerwiseModel) -> bool:
         """Whether rows hold several documents: where that is wanted, and the model can keep them apart."""

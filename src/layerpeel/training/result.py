@@ -20,6 +20,8 @@ class TrainingResult:
         parameters: how many numbers trained.
         steps: optimizer steps.
         tokens: real tokens seen, by all processes.
+        rows: of text, seen by all processes; those seen again count again.
+        row_length: their length in tokens; 0 if each holds one document, cut or padded.
         skipped: steps that were skipped, since their loss or gradient was not finite.
         restarts: how often the round began again with half the learning rate, after too many of them.
         halved: how often a micro-batch was halved, since memory had run out.
@@ -33,6 +35,8 @@ class TrainingResult:
     parameters: int = 0
     steps: int = 0
     tokens: int = 0
+    rows: int = 0
+    row_length: int = 0
     skipped: int = 0
     restarts: int = 0
     halved: int = 0
@@ -63,8 +67,8 @@ class TrainingSummary:
     """What a training did, without its curve.
 
     Attributes:
-        layers, parameters, steps, tokens, skipped, restarts, halved, cached, seconds, without_gradient: as in
-            `TrainingResult`.
+        layers, parameters, steps, tokens, rows, row_length, skipped, restarts, halved, cached, seconds,
+            without_gradient: as in `TrainingResult`.
         first_loss, last_loss: means over the first and the last tenth of the steps; None where there were none.
         losses: the two for each part of the loss, without its weight.
         gradient_norm: mean over all steps; None where there were none.
@@ -74,6 +78,8 @@ class TrainingSummary:
     parameters: int = 0
     steps: int = 0
     tokens: int = 0
+    rows: int = 0
+    row_length: int = 0
     skipped: int = 0
     restarts: int = 0
     halved: int = 0

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config.distill import DistillConfig
 from layerpeel.config.run import RunConfig
-from layerpeel.data.batches import load_rows
-from layerpeel.data.rows import Rows
 from layerpeel.errors import InputError
 from layerpeel.model.origin import StoredDtypes
 from layerpeel.processes.distributed import processes_of
-from layerpeel.processes.progress import console
 from layerpeel.training.recipe import TrainingRecipe
-from layerpeel.training.result import Log, TrainingResult
+from layerpeel.training.result import Log, TrainingResult, TrainingSummary
 from layerpeel.training.state import TrainingState
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache
+from layerpeel.training.text import TrainingText
 from layerpeel.training.trainer import Trainer
 
 
@@ -31,6 +29,7 @@ def train_student(
     *,
     seed: int = 0,
     round_number: int = 1,
+    before: Sequence[TrainingSummary] = (),
     storage: torch.dtype | StoredDtypes = torch.float32,
     cache: TeacherCache | None = None,
     state: TrainingState | None = None,
@@ -44,10 +43,9 @@ def train_student(
 
     Args:
         seed: of the text and its order.
-        round_number: counted from 1; later rounds go on in the text, or shuffle it anew.
-        cache: where teacher states are kept.
-        state: where training saves how far it is, and goes on from; on a CPU the result is the same to the last bit.
-        log: called with each step's point of the curve, and first with those of the steps that were done before.
+        round_number: counted from 1; later rounds shuffle their rows differently.
+        before: the trainings that the student has been through; this one goes on in the text where they stopped.
+        cache, state, log, description: as for `Trainer`; on a CPU a resumed training gives the same to the last bit.
 
     Raises:
         InputError: nothing to train, or no text.
@@ -60,44 +58,35 @@ def train_student(
         raise InputError("dtype: float16 gradients would underflow", hint="train with dtype: bfloat16 or float32")
     started = time.monotonic()
     names = recipe.parameters(student)
-    rows = _rows(student, tokenizer, recipe, seed, round_number)
+    text = TrainingText.after(before, recipe, student)
+    state = state and state.for_training(text.settings(seed, round_number))
+    rows = text.load(tokenizer, seed)
     trainer = Trainer(student, names, recipe, cache=cache, state=state, log=log, description=description)
     result = trainer.train(rows, seed + round_number)
     stored = storage if isinstance(storage, StoredDtypes) else StoredDtypes(storage)
     student.load_trained({n: value.to(stored.of(n)) for n, value in student.trained_state().items() if n in names})
     result.seconds += time.monotonic() - started
+    result.rows, result.row_length = recipe.rows, text.row_length
     return result
-
-
-def _rows(
-    student: Student, tokenizer: PreTrainedTokenizerBase, recipe: TrainingRecipe, seed: int, round_number: int
-) -> Rows:
-    """The text of a round."""
-    config, packing = recipe.config, recipe.packs(student.teacher)
-    if packing != config.packing:
-        console.print("distill.packing: this model cannot keep documents of a row apart; one document a row")
-    return load_rows(
-        config.text,
-        tokenizer,
-        sequence_length=config.sequence_length,
-        packing=packing,
-        max_tokens=recipe.steps() * recipe.step_tokens,
-        seed=seed,
-        skip_rows=(round_number - 1) * recipe.rows if config.fresh_text else 0,
-    )
 
 
 def train_last(
     student: Student,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
+    before: Sequence[TrainingSummary] = (),
     *,
     storage: torch.dtype | StoredDtypes,
     cache: TeacherCache | None,
     state: TrainingState | None,
     log: Log | None,
 ) -> TrainingResult:
-    """The training after the last removal, as `distill.last_pass` or `distill.when` says."""
+    """The training after the last removal, as `distill.last_pass` or `distill.when` says.
+
+    Args:
+        before: the trainings of the rounds that the student has been through.
+        storage, cache, state, log: as for `train_student`.
+    """
     last_pass = config.distill.at_end(len(student.kept_layers.removed))
     assert last_pass
     distill = config.distill.model_copy(
@@ -114,6 +103,7 @@ def train_last(
         distill,
         seed=config.seed,
         round_number=number,
+        before=before,
         storage=storage,
         cache=cache,
         state=state,

@@ -79,6 +79,10 @@ class TrainingState:
         self.path, self.of, self.every = path, of, every
         self._saved, self._took = time.monotonic(), 0.0
 
+    def for_training(self, settings: str) -> TrainingState:
+        """The same place, for a training whose settings have this hash: no other goes on from what it saves."""
+        return TrainingState(self.path, f"{self.of} {settings}", self.every)
+
     @property
     def is_due(self) -> bool:
         return time.monotonic() - self._saved >= max(self.every, PATIENCE * self._took * bool(self.every))

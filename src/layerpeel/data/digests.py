@@ -1,0 +1,65 @@
+"""Digests of rows and of texts: whether data are what they were, wherever they are now."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from layerpeel.config.fields import TextConfig
+from layerpeel.data.reading import expand
+from layerpeel.storage.files import sampled_digest
+
+HIDDEN = (".", "_")  # first characters of names of files that hold no data
+
+
+def digest_of_rows(rows: Iterable[Any]) -> str:
+    """A hash of rows, and of their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=_plain).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _plain(value: Any) -> str:
+    """A value that JSON does not know, as text without its address in memory."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))
+
+
+def digest_of_text(source: TextConfig) -> str | None:
+    """A hash of a source's files, in their order, whatever they are called; the commit of a hub dataset.
+
+    Of a large file only a sample of blocks is read.
+
+    Returns:
+        None for a hub dataset whose commit is not known, as without a network.
+    """
+    if not os.path.exists(source.path) and not glob.has_magic(source.path):
+        return _commit_of(source.path)
+    digest = hashlib.sha256()
+    for path in map(Path, expand(source.path)):
+        for file in _files_in(path) if path.is_dir() else [path]:
+            digest.update(sampled_digest(file).encode())
+    return digest.hexdigest()[:16]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """A folder's files; of a saved dataset, those of all its splits."""
+    saved = (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
+    files = folder.rglob("*.arrow") if saved else folder.iterdir()
+    return sorted(file for file in files if file.is_file() and not file.name.startswith(HIDDEN))
+
+
+def _commit_of(name: str) -> str | None:
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name, timeout=10).sha
+    except Exception:  # no such name, no network, or no access: whoever reads it will say so
+        return None

@@ -1,0 +1,80 @@
+"""The rows of text of a training: each goes on where the one before stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from layerpeel.data.batches import load_rows
+from layerpeel.data.rows import Rows
+from layerpeel.processes.progress import console
+from layerpeel.training.recipe import TrainingRecipe
+from layerpeel.training.result import TrainingSummary
+from layerpeel.training.student import Student
+
+WITHOUT_EFFECT = {"save_every", "teacher_cache_size", "when", "last_pass"}  # on the steps of a training
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """Which rows of the text a training reads.
+
+    Attributes:
+        recipe: of the training.
+        packing: whether rows hold several documents.
+        skip: how many rows, as this training has them, others have read before.
+    """
+
+    recipe: TrainingRecipe
+    packing: bool
+    skip: int
+
+    @classmethod
+    def after(cls, before: Iterable[TrainingSummary], recipe: TrainingRecipe, student: Student) -> TrainingText:
+        """Goes on after other trainings of a student, or begins again, as `distill.fresh_text` says."""
+        packing = recipe.packs(student.teacher)
+        if packing != recipe.config.packing:
+            console.print("distill.packing: this model cannot keep documents of a row apart; one document a row")
+        return cls(recipe, packing, rows_before(before, recipe, packing) if recipe.config.fresh_text else 0)
+
+    @property
+    def row_length(self) -> int:
+        """In tokens; 0 where a row is a document, however long."""
+        return self.recipe.config.sequence_length if self.packing else 0
+
+    def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> Rows:
+        """Reads and tokenises the rows.
+
+        Raises:
+            InputError: there is no text.
+        """
+        return load_rows(
+            self.recipe.config.text,
+            tokenizer,
+            sequence_length=self.recipe.config.sequence_length,
+            packing=self.packing,
+            max_tokens=self.recipe.steps() * self.recipe.step_tokens,
+            seed=seed,
+            skip_rows=self.skip,
+        )
+
+    def settings(self, seed: int, round_number: int) -> str:
+        """A hash of what the steps of the training depend on, but for the weights and the content of the text."""
+        fields = self.recipe.config.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+        for source in fields["text"]:
+            del source["path"]
+        values = [fields, self.recipe.processes, seed, round_number, self.skip]
+        return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def rows_before(before: Iterable[TrainingSummary], recipe: TrainingRecipe, packing: bool) -> int:
+    """How many rows of text, as a training has them, earlier ones have read, whatever their sizes were."""
+    length, total = recipe.config.sequence_length, 0
+    for training in before:
+        rows = training.rows or training.steps * recipe.step_rows
+        total += -(-rows * training.row_length // length) if packing and training.row_length else rows
+    return total
