@@ -60,9 +60,8 @@ def train_student(
     names = recipe.parameters(student)
     text = TrainingText.after(before, recipe, student)
     state = state and state.for_training(text.settings(seed, round_number))
-    rows = text.load(tokenizer, seed)
     trainer = Trainer(student, names, recipe, cache=cache, state=state, log=log, description=description)
-    result = trainer.train(rows, seed + round_number)
+    result = trainer.train(text.load(tokenizer, seed), seed + round_number)
     stored = storage if isinstance(storage, StoredDtypes) else StoredDtypes(storage)
     student.load_trained({n: value.to(stored.of(n)) for n, value in student.trained_state().items() if n in names})
     result.seconds += time.monotonic() - started
