@@ -77,6 +77,10 @@ class RunConfig(Section):
     """Of the frozen weights; auto: float32 on a CPU, else that of the checkpoint."""
     trust_remote_code: bool = False
     """Whether code that comes with the checkpoint may run."""
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    """Of a teacher on the hub: a branch, tag or commit. The commit that was read is on record either way."""
+    merge_adapter: bool = False
+    """Whether the adapter (LoRA) in the teacher's folder is merged into its weights, by peft; else it is refused."""
     memory_limit: Annotated[int, Field(ge=1), AS_BYTES] | None = None
     """A config that surely needs more bytes than this is refused; what the machine has in all, if not given."""
 

@@ -27,6 +27,8 @@ class ProtectConfig(Section):
     """This many of the last."""
     layers: list[int] = []
     """And these."""
+    pattern: bool = False
+    """And those without which a cycle of layer kinds, which some runtimes take as fixed, would break."""
 
 
 class RaceConfig(Section):

@@ -37,7 +37,7 @@ class Harness(Task):
     """A name that the harness knows, or the path of a task's YAML file."""
     include_path: str | None = None
     """A folder with more YAML files; that of the file, if `task` is one."""
-    num_fewshot: Annotated[int, AS_COUNT, Field(ge=0)] | None = None
+    num_fewshot: Annotated[int, Field(ge=0), AS_COUNT] | None = None
     """Solved examples to show; the task's own number if not given."""
     apply_chat_template: bool = False
     """Whether prompts are put into the tokenizer's chat template."""

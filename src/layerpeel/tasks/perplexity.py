@@ -25,7 +25,7 @@ class Perplexity(RowTask):
     split: str = "train"
     column: str = "text"
     """The column that holds the text."""
-    sequence_length: Annotated[int, AS_COUNT, Field(ge=2)] = 256
+    sequence_length: Annotated[int, Field(ge=2), AS_COUNT] = 256
     """Tokens in a window; each window starts afresh from the beginning-of-text token."""
 
     def check(self) -> None:
