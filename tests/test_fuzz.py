@@ -1,4 +1,4 @@
-"""Whatever a config or a data file holds: it is read, or refused by an `InputError`.
+"""Whatever a config, a data file or a checkpoint holds: it is read right, or refused by an `InputError`.
 
 `make fuzz` runs this for ten minutes (FUZZ_SECONDS, for each test its share), from another seed each time.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -25,20 +26,24 @@ from layerpeel.config.reading import load_config
 from layerpeel.config.run import RunConfig, TaskConfig
 from layerpeel.config.score import ScoreConfig
 from layerpeel.data.documents import read_documents
+from layerpeel.data.reading import read_rows
 from layerpeel.errors import InputError
+from layerpeel.model.loading import load_model
 from layerpeel.run.preflight import check_run
 from layerpeel.tasks.registry import make_tasks
+from layerpeel.tasks.templates import fill as fill_template
 from tests.cli.test_cli import fill
-from tests.families import tiny_tokenizer
+from tests.families import tiny_ids, tiny_model, tiny_tokenizer
+from tests.odd_inputs import CONTENTS, Table, changes_of_checkpoints, tables, tiny_checkpoint
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "0")) / 3
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "0")) / 6
 QUICK = 40  # examples of each, in the suite
 
 
-def fuzz(inputs: SearchStrategy[Any], check: Callable[[Any], None]) -> None:
+def fuzz(inputs: SearchStrategy[Any], check: Callable[[Any], None], quick: int = QUICK) -> None:
     """Runs a check on inputs, and goes on while there is time."""
     phases = [Phase.generate, Phase.shrink]
-    options = settings(max_examples=QUICK, phases=phases, suppress_health_check=list(HealthCheck), deadline=None)
+    options = settings(max_examples=quick, phases=phases, suppress_health_check=list(HealthCheck), deadline=None)
     options(given(inputs)(check))()
     end, start = time.monotonic() + SECONDS, time.time_ns()
     while time.monotonic() < end:
@@ -257,6 +262,68 @@ def test_rows_of_any_kind(tmp_path: Path) -> None:
                 assert str(error) and error.hint
 
     fuzz(st.lists(written | broken | st.binary(max_size=12), max_size=4), check)
+
+
+def test_cells_of_any_file_are_text_as_written_or_refused(tmp_path: Path) -> None:
+    def check(table: Table) -> None:
+        path = tmp_path / table.name
+        path.write_bytes(table.content)
+        try:
+            rows = list(read_rows(str(path), split="test"))
+        except InputError as error:
+            assert str(error) and error.hint
+            return
+        assert len(rows) == len(table.cells)
+        for row, cell in zip(rows, table.cells, strict=True):
+            try:
+                text = fill_template("{target}", row, "here")
+            except InputError as error:
+                assert str(error) and error.hint
+            else:
+                assert text == cell
+
+    fuzz(tables(), check)
+
+
+def test_chats_of_any_form_are_their_text_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    roles = st.sampled_from(["user", "assistant", "system", "tool", None, 3])
+
+    def check(messages: list[tuple[Any, tuple[Any, str | None]]]) -> None:
+        chat = [{"role": role, "content": content} for role, (content, _) in messages]
+        path.write_text(json.dumps({"messages": chat}) + "\n")
+        try:
+            documents = list(read_documents(TextConfig(path=str(path), messages="messages")))
+        except InputError as error:
+            assert str(error) and error.hint
+        else:
+            assert documents == [[{"role": role, "content": text} for role, (_, text) in messages]]
+
+    fuzz(st.lists(st.tuples(roles, CONTENTS), min_size=1, max_size=3), check)
+
+
+def test_checkpoints_of_any_form_load_right_or_are_refused(tmp_path: Path) -> None:
+    base, folder, ids = tiny_checkpoint(tmp_path / "teacher"), tmp_path / "teacher", tiny_ids()
+
+    def check(changes: list[tuple[Callable[..., None], int]]) -> None:
+        checkpoint = copy.deepcopy(base)
+        for change, pick in changes:
+            change(checkpoint, pick)
+        checkpoint.write(folder)
+        try:
+            model, _ = load_model(folder, device="cpu")
+        except InputError as error:
+            assert str(error) and error.hint
+            assert checkpoint.refused in (True, None), f"refused: {error}"
+            return
+        assert checkpoint.refused is not True, "loaded, and had to be refused"
+        expected = tiny_model("llama").eval()
+        expected.load_state_dict({name: tensor.float() for name, tensor in checkpoint.tensors.items()})
+        with torch.no_grad():
+            logits, right = model(ids).logits, expected(ids).logits
+        torch.testing.assert_close(logits, right, atol=1e-4, rtol=1e-4, equal_nan=True)
+
+    fuzz(changes_of_checkpoints, check, quick=25)
 
 
 def _dumped(row: Any) -> bytes:

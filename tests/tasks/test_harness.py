@@ -185,7 +185,8 @@ def test_what_is_said_of_harness_tasks(folder: Path) -> None:
     )
     assert (
         of(task=str(folder / "drawn.yaml"))[0]
-        == f"task t: {folder / 'drawn.yaml'}: drawn draws samples; answers here are greedy"
+        == f"task t: {folder / 'drawn.yaml'}: drawn draws samples (do_sample: True, temperature: 1.0); "
+        "answers here are greedy"
     )
 
 

@@ -5,7 +5,7 @@ The model's own `generate` decodes all rows in one loop, `STEP` tokens at a time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -29,14 +29,26 @@ class Decoder:
     Args:
         stops: text ends before the first of these.
         limit: new tokens, at most.
+        options: of `generate`, that change the text.
+        plain: whether an end of text of the model's generation_config is no part of the text, as the tokenizer's own
+            is; if not, it is one unless the tokenizer has it as a special token.
     """
 
     def __init__(
-        self, layerwise: LayerwiseModel, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], limit: int
+        self,
+        layerwise: LayerwiseModel,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[str],
+        limit: int,
+        options: Mapping[str, Any] | None = None,
+        *,
+        plain: bool = True,
     ) -> None:
         self.layerwise, self.tokenizer, self.stops, self.limit = layerwise, tokenizer, stops, limit
-        self.text_ends = text_end_tokens(layerwise.model, tokenizer)
-        self.end_tokens = _end_tokens(tokenizer, stops, self.text_ends)
+        self.options = dict(options or {})
+        ends = text_end_tokens(layerwise.model, tokenizer)
+        self.end_tokens = _end_tokens(tokenizer, stops, ends)
+        self.text_ends = ends if plain else tuple(end for end in ends if end == tokenizer.eos_token_id)
         accepted = signature(layerwise.model.forward).parameters
         self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in accepted), "past_key_values")
 
@@ -65,7 +77,7 @@ class Decoder:
         if not rows:
             return written
         sequences = [[*prompts[row], *written[row]] for row in rows]
-        input_ids, mask = _left_padded(sequences)
+        input_ids, mask = _left_padded(sequences, repeat_first=bool(self.options))
         cache = cache_of(rows, [len(sequence) for sequence in sequences])
         while rows:
             count = min(STEP, max(self.limit - len(written[row]) for row in rows))
@@ -114,6 +126,7 @@ class Decoder:
             pad_token_id=ends[0],
             use_cache=True,
             return_dict_in_generate=True,
+            **self.options,
         )
         with skipping_by_row(self.layerwise, skipped), plain_generation(self.layerwise.model):
             return self.layerwise.model.generate(
@@ -125,11 +138,17 @@ class Decoder:
             )
 
 
-def _left_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, [B, T] each."""
+def _left_padded(sequences: Sequence[Sequence[int]], repeat_first: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, [B, T] each.
+
+    Args:
+        repeat_first: pad with each sequence's first token, so that options that count its tokens see no other.
+    """
     width = max(map(len, sequences))
-    input_ids = torch.tensor([[0] * (width - len(tokens)) + list(tokens) for tokens in sequences])
-    return input_ids, torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in sequences])
+    padding = [sequence[0] if repeat_first else 0 for sequence in sequences]
+    input_ids = [[pad] * (width - len(tokens)) + list(tokens) for pad, tokens in zip(padding, sequences, strict=True)]
+    mask = [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in sequences]
+    return torch.tensor(input_ids), torch.tensor(mask)
 
 
 def _selected(cache: Cache | None, rows: Tensor) -> Cache | None:

@@ -18,6 +18,7 @@ from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.budget import Budget
 from layerpeel.inference.decoding import Decoder
 from layerpeel.inference.finite import NotFiniteError, first_not_finite
+from layerpeel.inference.generation_options import check_room, followed_options, generation_limit
 from layerpeel.inference.kv_cache import PrefillCache, supports_prefill
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.likelihoods import log_likelihoods, window_length
@@ -74,7 +75,9 @@ class Engine:
         Raises:
             RunError: memory does not suffice for a single row.
             NotFiniteError: an answer is NaN or infinity; its `request` is the index of the request.
+            InputError: a request cannot be answered with this model.
         """
+        self._check_generations([r for r in requests if isinstance(r, Generation)], description)
         windows = [_windows(fitted(request, self.window), self.window) for request in requests]
         owners = [index for index, parts in enumerate(windows) for _ in parts]
         try:
@@ -87,6 +90,11 @@ class Engine:
             rest = iter(answers)
             by_branch.append([_joined([next(rest) for _ in parts]) for parts in windows])
         return by_branch
+
+    def _check_generations(self, requests: Sequence[Generation], description: str) -> None:
+        for request in {_kind(request): request for request in requests}.values():
+            check_room(request, self.window, description)
+            followed_options(request, self.layerwise.model.generation_config, description)
 
     def _answer(self, requests: Sequence[Request], description: str) -> list[list[Answer]]:
         state = processes_of(self.layerwise.device) if self.share_work else None
@@ -164,7 +172,12 @@ class Engine:
         greedy decoding gives the same there, it is the candidate's text too. From the first token that differs, all
         candidates decode in one loop.
         """
-        decoder = Decoder(self.layerwise, self.tokenizer, requests[0].stop, requests[0].max_new_tokens)
+        config = self.layerwise.model.generation_config
+        options = followed_options(requests[0], config, "")
+        limit = generation_limit(requests[0], config)
+        decoder = Decoder(
+            self.layerwise, self.tokenizer, requests[0].stop, limit, options, plain=requests[0].options is None
+        )
         prompts = [request.prompt for request in requests]
         texts = {(index, 0): tokens for index, tokens in enumerate(decoder.decode(prompts, [None] * len(prompts)))}
         if self.candidates:
@@ -180,23 +193,32 @@ class Engine:
         Args:
             drafts: of each prompt, the tokens that the untouched model decodes.
         """
+        rows = [(index, branch) for index in range(len(prompts)) for branch in range(1, self.branches)]
+        if decoder.options:  # the draft's tokens are not those of the highest logits
+            return self._generate_rows(decoder, prompts, rows)
         requests = [LogLikelihood(prompt, tuple(draft)) for prompt, draft in zip(prompts, drafts, strict=True)]
         config = self.layerwise.model.config
         prefill = PrefillCache(self.candidates) if supports_prefill(config, len(self.layerwise.layers)) else None
         agreed = log_likelihoods(self.layerwise, self.candidates, requests, self.budget, prefill)[1].T.tolist()
-        rows = [(index, branch) for index in range(len(prompts)) for branch in range(1, self.branches)]
 
         def cache_of(chosen: Sequence[int], lengths: Sequence[int]) -> Cache | None:
             indices, branches = zip(*(rows[row] for row in chosen), strict=True)
             return prefill.cache_of(indices, branches, lengths, config) if prefill else None
 
+        agreed_drafts = [drafts[index][: agreed[index][branch]] for index, branch in rows]
+        return self._generate_rows(decoder, prompts, rows, agreed_drafts, cache_of)
+
+    def _generate_rows(
+        self, decoder: Decoder, prompts: Sequence[tuple[int, ...]], rows: Sequence[tuple[int, int]], *decoded: Any
+    ) -> dict[tuple[int, int], list[int]]:
+        """The tokens of some rows, each a prompt's index and a branch.
+
+        Args:
+            decoded: the `drafts` and `cache_of` of `Decoder.decode`.
+        """
+        skipped = [self.candidates[branch - 1] for _, branch in rows]
         try:
-            written = decoder.decode(
-                [prompts[index] for index, _ in rows],
-                [self.candidates[branch - 1] for _, branch in rows],
-                [drafts[index][: agreed[index][branch]] for index, branch in rows],
-                cache_of,
-            )
+            written = decoder.decode([prompts[index] for index, _ in rows], skipped, *decoded)
         except NotFiniteError as error:
             error.request = None if error.request is None else rows[error.request][0]
             raise
@@ -255,5 +277,5 @@ def _joined(answers: Sequence[Answer]) -> Answer:
 
 def _kind(request: Request) -> tuple[Any, ...]:
     if isinstance(request, Generation):
-        return (1, request.stop, -request.max_new_tokens)
-    return (0, (), 0)
+        return (1, request.stop, -request.max_new_tokens, repr(request.options))
+    return (0, (), 0, "")

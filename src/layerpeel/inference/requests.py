@@ -22,12 +22,15 @@ class Generation:
         needed: new tokens without which the answer could not be right. Where the context is too short for the prompt
             and `max_new_tokens`, fewer new tokens are given up to that number, before the prompt is cut; None: the
             prompt is cut at once, as lm-evaluation-harness does.
+        options: names and values for transformers' `generate`, which takes all others from the model's
+            generation_config, as lm-evaluation-harness has it; None for plain greedy decoding, whatever that holds.
     """
 
     prompt: tuple[int, ...]
     max_new_tokens: int
     stop: tuple[str, ...]
     needed: int | None = None
+    options: tuple[tuple[str, float], ...] | None = None
 
 
 Request = LogLikelihood | Generation

@@ -6,6 +6,7 @@ once. The harness runs functions that a task's YAML names: name only tasks that 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,14 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from layerpeel.config.fields import AS_COUNT
 from layerpeel.data.digests import digest_of_rows
 from layerpeel.errors import InputError
-from layerpeel.inference.encoding import encode, encode_pair, start_token
-from layerpeel.inference.requests import Generation, Likelihood, LogLikelihood, Request
+from layerpeel.inference.requests import Likelihood
 from layerpeel.tasks.base import Sample, Task
-from layerpeel.tasks.harness_loading import HarnessTasks, load_harness, quiet
+from layerpeel.tasks.harness_chat import chat_renderer
+from layerpeel.tasks.harness_loading import HarnessTasks, build_instances, load_harness, quiet, refusing
+from layerpeel.tasks.harness_requests import generation_options, request_of
 from layerpeel.tasks.scores import TaskScore
 
 OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
-MAX_NEW_TOKENS = 256  # the harness's own default
 PLACES = ("dataset_path", "dataset_kwargs", "metadata")  # in a definition: where its data are, and notes
 BOOTSTRAPS = 100  # for the few metrics that have no closed form
 
@@ -39,8 +40,12 @@ class Harness(Task):
     """A folder with more YAML files; that of the file, if `task` is one."""
     num_fewshot: Annotated[int, Field(ge=0), AS_COUNT] | None = None
     """Solved examples to show; the task's own number if not given."""
-    apply_chat_template: bool = False
-    """Whether prompts are put into the tokenizer's chat template."""
+    apply_chat_template: bool | str = False
+    """Whether prompts are put into the tokenizer's chat template; or that template's name, where it has several."""
+    fewshot_as_multiturn: bool = True
+    """Whether each solved example is a turn of its own in a chat template, or all are part of the user's turn."""
+    system_instruction: str | None = None
+    """Text before each prompt; the system's turn in a chat template."""
     metric: str | None = None
     """Which of its metrics; the first if not given."""
     filter: str | None = None
@@ -58,11 +63,13 @@ class Harness(Task):
                     f"{self._where}: {name} runs generated code, or asks about pictures or sound",
                     hint="leave it out",
                 )
-            if (leaf.get_config("generation_kwargs") or {}).get("do_sample"):
-                raise InputError(f"{self._where}: {name} draws samples; answers here are greedy", hint="leave it out")
+            if leaf.OUTPUT_TYPE == "generate_until":
+                generation_options(leaf.get_config("generation_kwargs"), f"{self._where}: {name}")
             if not len(leaf.eval_docs):
                 raise InputError(f"{self._where}: {name} has no documents to test on", hint="check its dataset")
             self._metric_of(leaf)
+            # One document's prompt, without the tokenizer: most of what cannot be built shows before any long work.
+            self._build(leaf, lambda history, add_generation_prompt=True: history[-1]["content"], limit=1)
 
     def digest(self) -> str | None:
         """Of the documents, those to show included, and of what the tasks' definitions say."""
@@ -75,15 +82,24 @@ class Harness(Task):
 
     def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         """One sample a document; its reference is its `_Document`."""
-        return [sample for leaf in self._loaded.leaves.values() for sample in self._samples_of(leaf, tokenizer)]
+        render = chat_renderer(tokenizer, self.apply_chat_template, self._where) if self.apply_chat_template else None
+        return [sample for leaf in self._loaded.leaves.values() for sample in self._samples_of(leaf, tokenizer, render)]
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Sequence[Any]]) -> TaskScore:
         documents: list[_Document] = [sample.reference for sample in samples]
         values: dict[str, list[Any]] = {name: [] for name in self._loaded.leaves}
+        counts: dict[str, Counter[str]] = {name: Counter() for name in self._loaded.leaves}
         for document, document_answers in zip(documents, answers, strict=True):
+            name = document.leaf.task_name
             metric, chosen = self._metric_of(document.leaf)
-            values[document.leaf.task_name].append(document.measure(document_answers, chosen)[metric])
-        score = self._aggregate({name: leaf_values for name, leaf_values in values.items() if leaf_values})
+            with refusing(f"{self._where}: {name}, document {document.instances[0].doc_id}: its answer has no score"):
+                measured = document.measure(document_answers, chosen)
+            counts[name].update(list(measured))  # of a dict, a Counter adds the values
+            if metric in measured:
+                values[name].append(measured[metric])
+        self._check_measured(values, counts)
+        sizes = {name: max(counter.values()) for name, counter in counts.items() if counter}
+        score = self._aggregate({name: leaf_values for name, leaf_values in values.items() if leaf_values}, sizes)
         return replace(score, chance=self._chance(documents))
 
     def _chance(self, documents: Sequence[_Document]) -> float | None:
@@ -97,6 +113,14 @@ class Harness(Task):
             return None
         return sum(1 / len(document.instances) for document in documents) / len(documents)
 
+    def _check_measured(self, values: dict[str, list[Any]], counts: dict[str, Counter[str]]) -> None:
+        for name, leaf_values in values.items():
+            if counts[name] and not leaf_values:
+                raise InputError(
+                    f"{self._where}: {name} gives its answers no '{self._metric_of(self._loaded.leaves[name])[0]}'",
+                    hint=f"metric: one of {', '.join(sorted(counts[name]))}, if its metric_list names it",
+                )
+
     @property
     def _where(self) -> str:
         return f"task {self.name}: {self.task}"
@@ -105,33 +129,34 @@ class Harness(Task):
     def _loaded(self) -> HarnessTasks:
         return load_harness(self.task, self.include_path, self.num_fewshot, self._where)
 
-    def _samples_of(self, leaf: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sample]:
+    def _build(self, leaf: Any, render: Callable[..., str] | None, limit: int | None) -> list[list[Any]]:
+        """The instances of one of the harness's tasks, by document."""
+        return build_instances(
+            leaf,
+            self._where,
+            limit=limit,
+            system_instruction=self.system_instruction,
+            apply_chat_template=bool(self.apply_chat_template),
+            fewshot_as_multiturn=self.fewshot_as_multiturn,
+            chat_template=render if self.apply_chat_template else None,
+        )
+
+    def _samples_of(
+        self, leaf: Any, tokenizer: PreTrainedTokenizerBase, render: Callable[..., str] | None
+    ) -> Iterator[Sample]:
         """The samples of one of the harness's tasks."""
-
-        def chat(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return tokenizer.apply_chat_template(
-                history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-
-        options: dict[str, Any] = {}
-        if self.apply_chat_template:
-            options = {"apply_chat_template": True, "chat_template": chat, "tokenizer_name": tokenizer.name_or_path}
-        with quiet():
-            leaf.build_all_requests(limit=self.limit, rank=0, world_size=1, **options)
-        by_document: dict[int, list[Any]] = {}
-        for instance in leaf.instances:
-            by_document.setdefault(instance.doc_id, []).append(instance)
-        for instances in by_document.values():
-            instances.sort(key=lambda instance: instance.idx)
-            yield Sample([_request_of(instance, tokenizer) for instance in instances], _Document(leaf, instances))
+        for instances in self._build(leaf, render, self.limit):
+            where = f"{self._where}: {leaf.task_name}, document {instances[0].doc_id}"
+            with refusing(f"{where}: its prompt cannot be encoded"):
+                requests = [request_of(instance, tokenizer, where) for instance in instances]
+            yield Sample(requests, _Document(leaf, instances), f"{leaf.task_name}, document {instances[0].doc_id}")
 
     def _metric_of(self, leaf: Any) -> tuple[str, str]:
         """The metric and the filter by which a task is scored."""
         metrics, filters = list(leaf.aggregation()), [ensemble.name for ensemble in leaf._filters]
-        metric, chosen = self.metric or self._group_metric or metrics[0], self.filter or filters[0]
+        metric = self.metric or (self._group_aggregation.metric if self._group_aggregation else metrics[0])
+        named = self._group_aggregation.filter_list if self._group_aggregation and not self.metric else None
+        chosen = self.filter or next(iter(named or filters))
         if metric not in metrics or chosen not in filters:
             kind, name, names = ("metric", metric, metrics) if metric not in metrics else ("filter", chosen, filters)
             raise InputError(
@@ -147,49 +172,62 @@ class Harness(Task):
         return group if group is not None and group.has_aggregation else None
 
     @property
-    def _group_metric(self) -> str | None:
-        return self._group.aggregate_metric_list[0].metric if self._group else None
+    def _group_aggregation(self) -> Any:
+        """The metric, the filters and the weights that the group names first; None where there is no such group."""
+        return self._group.aggregate_metric_list[0] if self._group else None
 
-    def _aggregate(self, values: dict[str, list[Any]]) -> TaskScore:
+    def _aggregate(self, values: dict[str, list[Any]], sizes: dict[str, int]) -> TaskScore:
         """The harness's own aggregation, of each task and of the group (by size, where a group does not say).
 
         Args:
-            values: by task, its metric on each document.
+            values: by task, its metric on each document that has it.
+            sizes: by task, its documents: what the harness weighs by.
         """
         from lm_eval.api import metrics
 
-        weighted = self._group is None or self._group.aggregate_metric_list[0].weight_by_size
+        weighted = self._group is None or self._group_weights
         scores = [self._leaf_score(name, leaf_values) for name, leaf_values in values.items()]
-        means, errors, sizes = (list(column) for column in zip(*scores, strict=True))
-        value = metrics.aggregate_subtask_metrics(means, sizes, weighted) if len(scores) > 1 else means[0]
-        pooled = metrics.pooled_sample_stderr if weighted else lambda errors, _: metrics.unweighted_mean_stderr(errors)
+        means, errors = (list(column) for column in zip(*scores, strict=True))
+        leaf_sizes = [sizes[name] for name in values]
+        value = metrics.aggregate_subtask_metrics(means, leaf_sizes, weighted) if len(scores) > 1 else means[0]
         first = self._loaded.leaves[next(iter(values))]
         return TaskScore(
             value,
-            pooled(errors, sizes) if len(scores) > 1 else errors[0],
-            sum(sizes),
+            _pooled(errors, leaf_sizes, weighted),
+            sum(map(len, values.values())),
             lower_is_better=not first.higher_is_better().get(self._metric_of(first)[0], True),
-            influences=self._influences(values, weighted),
+            influences=self._influences(values, sizes if weighted else None),
         )
 
-    def _leaf_score(self, name: str, values: list[Any]) -> tuple[float, float, int]:
-        """A task's score, its standard error, and the number of its documents."""
+    @property
+    def _group_weights(self) -> bool:
+        """Whether the group weighs by size the metric that is asked for."""
+        metric = self.metric or self._group_aggregation.metric
+        entries = [entry for entry in self._group.aggregate_metric_list if entry.metric == metric]
+        return bool((entries or [self._group_aggregation])[0].weight_by_size)
+
+    def _leaf_score(self, name: str, values: list[Any]) -> tuple[float, float | None]:
+        """A task's score and its standard error, where the harness has one."""
         from lm_eval.api import metrics
 
         function = self._aggregation(name)
         error = metrics.stderr_for_metric(function, BOOTSTRAPS)
-        with quiet():
-            stderr = error(values) if error and len(values) > 1 else 0.0
-        return float(function(values)), float(stderr), len(values)
+        with quiet(), refusing(f"{self._where}: {name} has no score"):
+            stderr = float(error(values)) if error and len(values) > 1 else None
+            return float(function(values)), stderr
 
-    def _influences(self, values: dict[str, list[Any]], weighted: bool) -> tuple[float, ...] | None:
+    def _influences(self, values: dict[str, list[Any]], sizes: dict[str, int] | None) -> tuple[float, ...] | None:
         """What each document adds to the score; None unless every task's score is a mean over its documents."""
         from lm_eval.api import metrics
 
         if any(self._aggregation(name) is not metrics.mean for name in values):
             return None
         samples = [float(value) for leaf_values in values.values() for value in leaf_values]
-        weights = [1.0 if weighted else 1 / len(leaf_values) for leaf_values in values.values() for _ in leaf_values]
+        weights = [
+            (sizes[name] if sizes else 1.0) / len(leaf_values)
+            for name, leaf_values in values.items()
+            for _ in leaf_values
+        ]
         return TaskScore.of_mean(samples, weights).influences
 
     def _aggregation(self, name: str) -> Callable[[list[Any]], float]:
@@ -220,15 +258,10 @@ class _Document:
         return metrics
 
 
-def _request_of(instance: Any, tokenizer: PreTrainedTokenizerBase) -> Request:
-    """The request that the harness's own model class for transformers (HFLM) would run for an instance."""
-    if instance.request_type == "generate_until":
-        from lm_eval.models.utils import normalize_gen_kwargs
+def _pooled(errors: Sequence[float | None], sizes: Sequence[int], weighted: bool) -> float:
+    """The standard error of a group, from those of its tasks; 0 where the harness has none for one of them."""
+    from lm_eval.api import metrics
 
-        prompt, options = instance.args
-        options = normalize_gen_kwargs(options, MAX_NEW_TOKENS)
-        stops = tuple(stop for stop in (*options["until"], tokenizer.eos_token) if stop)
-        return Generation(tuple(encode(tokenizer, prompt)), options["max_gen_toks"], stops)
-    if instance.request_type == "loglikelihood_rolling":
-        return LogLikelihood((start_token(tokenizer),), tuple(encode(tokenizer, instance.args[0])))
-    return LogLikelihood(*encode_pair(tokenizer, *instance.args))
+    if None in errors or len(errors) == 1:
+        return errors[0] or 0.0 if len(errors) == 1 else 0.0
+    return float(metrics.pooled_sample_stderr(errors, sizes) if weighted else metrics.unweighted_mean_stderr(errors))

@@ -6,15 +6,19 @@ import difflib
 import importlib.util
 import io
 import logging
+import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from layerpeel.errors import InputError
+import numpy
 
-FEWSHOT_SEED = 1234  # the harness's own default
+from layerpeel.errors import InputError, reason_of
+
+# The harness's own defaults: of examples, and of what a task's functions draw while it is loaded.
+FEWSHOT_SEED, NUMPY_SEED, RANDOM_SEED = 1234, 1234, 0
 
 
 class HarnessTasks(NamedTuple):
@@ -41,12 +45,12 @@ def load_harness(name: str, include_path: str | None, num_fewshot: int | None, w
     with quiet():
         manager = _manager_of(name, include_path, where)
         try:
-            loaded = manager.load(name)
+            with _seeded():
+                loaded = manager.load(name)
             for leaf in loaded["tasks"].values():
                 _cache_templates(leaf)
                 if num_fewshot is not None and leaf.get_config("num_fewshot") != 0:  # as the harness does
                     leaf.set_config(key="num_fewshot", value=num_fewshot)
-                leaf.set_fewshot_seed(seed=FEWSHOT_SEED)
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(
@@ -55,6 +59,24 @@ def load_harness(name: str, include_path: str | None, num_fewshot: int | None, w
                 "loaded by `datasets`",
             ) from None
     return HarnessTasks(loaded["tasks"], loaded["groups"])
+
+
+def build_instances(leaf: Any, where: str, **options: Any) -> list[list[Any]]:
+    """A task's instances (the harness's requests), by document: as the harness builds them in a first call.
+
+    Args:
+        options: of the harness's `build_all_requests`.
+
+    Raises:
+        InputError: they cannot be built, say because there are too few examples.
+    """
+    leaf.set_fewshot_seed(seed=FEWSHOT_SEED)
+    with quiet(), _seeded(), refusing(f"{where}: {leaf.task_name}: its prompts cannot be built"):
+        leaf.build_all_requests(rank=0, world_size=1, **options)
+    by_document: dict[int, list[Any]] = {}
+    for instance in leaf.instances:
+        by_document.setdefault(instance.doc_id, []).append(instance)
+    return [sorted(instances, key=lambda instance: instance.idx) for instances in by_document.values()]
 
 
 def _manager_of(name: str, include_path: str | None, where: str) -> Any:
@@ -93,7 +115,7 @@ def _cached_by_document(render: Callable[..., Any]) -> Callable[..., Any]:
     results: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # holds the document too, so that no other can get its id
 
     def cached(doc: Any, *args: Any, **options: Any) -> Any:
-        key = (id(doc), args, tuple(options.items()))
+        key = (id(doc), repr(args), repr(options))  # a template may be a list or a dict
         if key not in results:
             results[key] = (doc, render(doc, *args, **options))
         return results[key][1]
@@ -102,13 +124,40 @@ def _cached_by_document(render: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turns whatever the harness, or a function that a task's YAML names, raises into an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{what} ({type(error).__name__}: {reason_of(error)})",
+            hint="lm-evaluation-harness fails with this too: mend the task's YAML, its functions or its data",
+        ) from None
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Python's and numpy's global generators as the harness seeds them; as they were, afterwards."""
+    state, numpy_state = random.getstate(), numpy.random.get_state()
+    random.seed(RANDOM_SEED)
+    numpy.random.seed(NUMPY_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        numpy.random.set_state(numpy_state)
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
-    """Silences the harness's log and progress bars."""
+    """Silences the harness's log, progress bars and prints."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)
