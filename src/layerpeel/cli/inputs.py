@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import typer
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +14,7 @@ from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.model.config_fields import text_config
-from layerpeel.model.loading import load_config_of, load_teacher
+from layerpeel.model.loading import TeacherOptions, load_config_of, load_teacher
 from layerpeel.model.streaming import load_streamed
 from layerpeel.run.preflight import check_output
 from layerpeel.storage.outputs import check_space, is_empty
@@ -56,6 +56,11 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let Python code that comes with the model run.")
 ]
 
+Revision = Annotated[str | None, typer.Option("--revision", help="Of a model on the hub: a branch, tag or commit.")]
+MergeAdapter = Annotated[
+    bool, typer.Option("--merge-adapter", help="Merge the adapter (LoRA) in the model's folder into it, by peft.")
+]
+
 
 def parse_layers(text: str) -> list[int]:
     """The layer indices that `--layers` lists, such as 5,7 or 5-8.
@@ -86,14 +91,14 @@ def check_new_folder(folder: Path, model: str) -> None:
         raise InputError(f"--output: {folder} is not empty", hint="name a new or an empty folder")
 
 
-def check_room(folder: Path, model: str, removed: int) -> None:
+def check_room(folder: Path, model: str, removed: int, **options: Unpack[TeacherOptions]) -> None:
     """Checks that the disk has room for a model without so many of its layers, as far as that can be told.
 
     Raises:
         InputError: it has not.
     """
     size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) if os.path.isdir(model) else 0
-    depth = text_config(load_config_of(model)).num_hidden_layers if size else 0
+    depth = text_config(load_config_of(model, **options)).num_hidden_layers if size else 0
     if depth:  # of embeddings and head nothing goes, so this is too little
         check_space(folder, size * max(depth - removed, 0) // depth, "the student")
 
@@ -119,11 +124,17 @@ def find_model(model: str) -> str:
 def load_layerwise(settings: RunConfig) -> tuple[LayerwiseModel, PreTrainedTokenizerBase]:
     """Loads a config's teacher to be scored, with its layers in memory or read as they run (`score.weights`)."""
     if settings.score.weights == "stream":
+        if settings.merge_adapter:
+            raise InputError(
+                "merge_adapter: an adapter cannot be merged into layers that are read one at a time",
+                hint="use score.weights: memory, or merge it with peft and save the result",
+            )
         streamed, tokenizer = load_streamed(
             settings.teacher,
             device=settings.device,
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
+            revision=settings.revision,
         )
         return LayerwiseModel(streamed.model, streamed.weights_loaded), tokenizer
     model, tokenizer = load_teacher(settings)

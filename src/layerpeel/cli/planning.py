@@ -6,11 +6,11 @@ import torch
 
 from layerpeel.config.run import RunConfig
 from layerpeel.model.devices import pick_device, wanted_dtype
-from layerpeel.model.loading import load_config_of, load_tokenizer
 from layerpeel.plan.planning import Plan, plan_run
 from layerpeel.plan.shape import Shape
 from layerpeel.plan.speed import Speed
 from layerpeel.run.preflight import check_plan
+from layerpeel.run.teacher_checks import read_for_plan
 
 
 def make_plan(settings: RunConfig, *, gpus: int, fsdp: bool, flops: float | None, bandwidth: float) -> Plan:
@@ -26,8 +26,7 @@ def make_plan(settings: RunConfig, *, gpus: int, fsdp: bool, flops: float | None
         InputError: the config, the model or the tasks will not do.
     """
     tasks = check_plan(settings)
-    teacher = load_config_of(settings.teacher, trust_remote_code=settings.trust_remote_code)
-    tokenizer = load_tokenizer(settings.teacher, trust_remote_code=settings.trust_remote_code)
+    teacher, tokenizer = read_for_plan(settings)
     device = torch.device("cuda") if flops else pick_device(settings.device)
     dtype = wanted_dtype(teacher, device, settings.dtype)
 

@@ -22,6 +22,8 @@ def removal_lines(removal: Removal, folder: Path) -> list[str]:
     lines += [f"         {shown(name)}" for name in removal.carried]
     lines += [f"changed  {shown(name)}: {_change(*change)}" for name, change in removal.changed.items()]
     lines += [f"left     {shown(name)}{_reason(name)}" for name in removal.left]
+    if removal.broken_cycle:
+        lines.append(f"note     {shown(removal.broken_cycle)}")
     return lines
 
 

@@ -15,7 +15,9 @@ from layerpeel.cli.inputs import (
     ConfigFile,
     Folder,
     Layers,
+    MergeAdapter,
     Overrides,
+    Revision,
     ScoreFolder,
     Teacher,
     TrustRemoteCode,
@@ -42,7 +44,8 @@ from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.model.architecture import count_parameters, find_architecture
 from layerpeel.model.digests import fingerprint
 from layerpeel.model.family_table import OTHERS, ROUND_TRIP, TESTED, families_json, families_markdown
-from layerpeel.model.loading import load_teacher
+from layerpeel.model.layer_cycles import broken_cycle
+from layerpeel.model.loading import TeacherOptions, load_teacher, teacher_options
 from layerpeel.model.origin import stored_dtypes, teacher_origin
 from layerpeel.model.removal import remove_from_files
 from layerpeel.model.saving import save_model
@@ -88,7 +91,8 @@ def score(
     folder = output_ or beside(settings.output, "-score")
     check_score_folder(folder, settings.teacher)
     layerwise, tokenizer = load_layerwise(settings)
-    answer_cache = AnswerCache(folder / f"answers.{RANK}.jsonl", fingerprint(settings.teacher, layerwise.model.dtype))
+    key = fingerprint(settings.teacher, layerwise.model.dtype, settings.revision)
+    answer_cache = AnswerCache(folder / f"answers.{RANK}.jsonl", key)
     scores = score_layers(
         layerwise,
         tokenizer,
@@ -109,13 +113,17 @@ def remove(
     layers: Layers,
     output_: Folder,
     trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    merge_adapter: MergeAdapter = False,
 ) -> None:
     """Remove layers, without training, and write the shallower model. Tensors are copied from file to file."""
     chosen, model = parse_layers(layers), find_model(model)
     check_new_folder(output_, model)
-    check_room(output_, model, len(chosen))
-    removal = remove_from_files(model, chosen, output_, trust_remote_code=trust_remote_code)
-    write_removal_card(output_, model, removal.layers, removal.parameters, removal.teacher_parameters)
+    options = TeacherOptions(trust_remote_code=trust_remote_code, revision=revision, merge_adapter=merge_adapter)
+    check_room(output_, model, len(chosen), **options)
+    removal = remove_from_files(model, chosen, output_, **options)
+    sizes = removal.parameters, removal.teacher_parameters
+    write_removal_card(output_, model, removal.layers, *sizes, cycle=removal.broken_cycle)
     for line in removal_lines(removal, output_):
         stdout.print(line, soft_wrap=True)
 
@@ -128,7 +136,7 @@ def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Override
     if not settings.distill.tokens_per_round:
         raise InputError("distill.tokens_per_round: 0, so there is nothing to do", hint="set it, or use `remove`")
     check_new_folder(output_, settings.teacher)
-    check_room(output_, settings.teacher, len(chosen))
+    check_room(output_, settings.teacher, len(chosen), **teacher_options(settings))
     teacher, tokenizer = load_teacher(settings)
     kept = KeptLayers.full(len(find_architecture(teacher).layers)).without(chosen)
     origin = teacher_origin(settings).with_layers(kept.kept)
@@ -136,7 +144,10 @@ def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Override
     student, result = distill(teacher, tokenizer, chosen, settings.distill, seed=settings.seed, storage=storage)
     save_model(student, tokenizer, output_, storage.main, origin)
     sizes = count_parameters(student), count_parameters(teacher)
-    write_removal_card(output_, settings.teacher, kept, *sizes, TrainingFacts.of(settings, result))
+    cycle = broken_cycle(teacher.config, kept.kept)
+    write_removal_card(output_, settings.teacher, kept, *sizes, TrainingFacts.of(settings, result), cycle)
+    if cycle:
+        stdout.print(f"note     {shown(cycle)}", soft_wrap=True)
     ends = result.summary()
     stdout.print(
         f"{len(find_architecture(student).layers)} layers, loss {ends.first_loss:.4f} -> {ends.last_loss:.4f} "
@@ -149,11 +160,13 @@ def eval_(
     model: Annotated[str, typer.Argument(help="A model folder or a hub name.")],
     config: ConfigFile,
     set_: Overrides = [],  # noqa: B006
+    revision: Revision = None,
+    merge_adapter: MergeAdapter = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on the tasks of a config."""
     settings = load_config(config, set_)
-    settings.teacher = find_model(model)
+    settings.teacher, settings.revision, settings.merge_adapter = find_model(model), revision, merge_adapter
     tasks = check_tasks(settings)
     loaded, tokenizer = load_teacher(settings)
     evaluation = evaluate(loaded, tokenizer, tasks)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from layerpeel.config.fields import Bytes, Count, Section, Texts
+from layerpeel.config.fields import AS_BYTES, AS_COUNT, Section, Texts
 
 
 def _as_switch(value: Any) -> Any:
@@ -27,7 +27,7 @@ class LossConfig(BaseModel):
 class LastPassConfig(Section):
     """A last training, after the last removal."""
 
-    tokens: Annotated[Count, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=1), AS_COUNT]
     """How many to train on."""
     train: str = "everything"
     """Which parameters, as in `distill.train`."""
@@ -40,15 +40,15 @@ class DistillConfig(Section):
 
     text: Texts = []
     """What to train on; sources are mixed document by document."""
-    tokens_per_round: Annotated[Count, Field(ge=0)] = 400_000
+    tokens_per_round: Annotated[int, Field(ge=0), AS_COUNT] = 400_000
     """Tokens to train on in each round; 0 for no training."""
     when: Literal["each_round", "end"] = "each_round"
     """end: do not train between removals, but once after the last, on tokens_per_round for each layer that went."""
-    sequence_length: Annotated[Count, Field(ge=2)] = 256
+    sequence_length: Annotated[int, Field(ge=2), AS_COUNT] = 256
     """Tokens in a row."""
-    batch_size: Annotated[Count, Field(ge=1)] = 16
+    batch_size: Annotated[int, Field(ge=1), AS_COUNT] = 16
     """Rows in a micro-batch."""
-    accumulation: Annotated[Count, Field(ge=1)] = 1
+    accumulation: Annotated[int, Field(ge=1), AS_COUNT] = 1
     """Micro-batches in an optimizer step."""
     packing: bool = True
     """Several documents in a row, each whole where it fits and none seeing another; else one document a row,
@@ -81,11 +81,11 @@ class DistillConfig(Section):
     """Its peak; a cosine brings it to 0 within each round."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Of optimizers that take one."""
-    warmup_steps: Annotated[Count, Field(ge=0)] = 8
+    warmup_steps: Annotated[int, Field(ge=0), AS_COUNT] = 8
     """Optimizer steps to the peak; at most half of a round."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 0.3
     """Gradients are clipped to this norm."""
-    max_skipped_steps: Annotated[Count, Field(ge=0)] = 10
+    max_skipped_steps: Annotated[int, Field(ge=0), AS_COUNT] = 10
     """Steps whose loss or gradient is not finite are skipped; after more than so many, the round starts again with
     half the learning rate."""
     activation_checkpointing: bool = False
@@ -96,7 +96,7 @@ class DistillConfig(Section):
     teacher_cache: Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)] = "auto"
     """Keep the teacher's hidden states on disk, in bfloat16, for text that comes again; auto: where every round trains
     on the same text and they fit into teacher_cache_size and half of the free disk."""
-    teacher_cache_size: Annotated[Bytes, Field(ge=0)] = 20 * 2**30
+    teacher_cache_size: Annotated[int, Field(ge=0), AS_BYTES] = 20 * 2**30
     """Bytes that they may take, as 20GB."""
 
     @model_validator(mode="after")

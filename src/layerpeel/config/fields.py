@@ -46,10 +46,10 @@ def _expand_home(path: Path) -> Path:
         raise ValueError(f"{path}: {error}") from None
 
 
-Count = Annotated[int, BeforeValidator(_parse_count)]
-"""A whole number of tokens, rows, steps or the like; 2M, 40k, 1.5B and 1e6 are understood."""
-Bytes = Annotated[int, BeforeValidator(_parse_bytes)]
-"""Bytes; 8GB is understood."""
+AS_COUNT = BeforeValidator(_parse_count)
+"""Of a field for a number of tokens, rows, steps or the like; 2M, 40k, 1.5B and 1e6 are understood."""
+AS_BYTES = BeforeValidator(_parse_bytes)
+"""Of a field for a number of bytes; 8GB is understood."""
 Folder = Annotated[Path, AfterValidator(_expand_home)]
 """A folder, with ~ expanded."""
 
@@ -79,7 +79,7 @@ class TextConfig(Section):
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """How often the next document is from this source, against the weights of the others. A source that ends is drawn
     from no more: the others go on, by their weights, until all have ended. Then the text begins again."""
-    shuffle: Annotated[Count, Field(ge=0)] = 2048
+    shuffle: Annotated[int, Field(ge=0), AS_COUNT] = 2048
     """Documents that are held in memory, of which the next is drawn at random, so that a sorted file gives no one-sided
     beginning; 0: in order. Lower it where documents are books."""
 

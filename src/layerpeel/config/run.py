@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from layerpeel.config.distill import DistillConfig
-from layerpeel.config.fields import Bytes, Count, Folder, Section
+from layerpeel.config.fields import AS_BYTES, AS_COUNT, Folder, Section
 from layerpeel.config.score import ScoreConfig
 
 
@@ -18,7 +18,7 @@ class StopConfig(Section):
     """The depth to reach."""
     min_quality: Annotated[float, Field(gt=0, le=1)] | None = None
     """A floor: the share of the teacher's aggregate to keep. The last student above it is the result."""
-    max_params: Annotated[Count, Field(ge=1)] | None = None
+    max_params: Annotated[int, Field(ge=1), AS_COUNT] | None = None
     """The size to reach, in parameters; 2.5B and 300M are understood."""
 
     @model_validator(mode="after")
@@ -77,7 +77,11 @@ class RunConfig(Section):
     """Of the frozen weights; auto: float32 on a CPU, else that of the checkpoint."""
     trust_remote_code: bool = False
     """Whether code that comes with the checkpoint may run."""
-    memory_limit: Annotated[Bytes, Field(ge=1)] | None = None
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    """Of a teacher on the hub: a branch, tag or commit. The commit that was read is on record either way."""
+    merge_adapter: bool = False
+    """Whether the adapter (LoRA) in the teacher's folder is merged into its weights, by peft; else it is refused."""
+    memory_limit: Annotated[int, Field(ge=1), AS_BYTES] | None = None
     """A config that surely needs more bytes than this is refused; what the machine has in all, if not given."""
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from layerpeel.config.fields import Bytes, Count, Section, Texts
+from layerpeel.config.fields import AS_BYTES, AS_COUNT, Section, Texts
 
 
 class ShortlistConfig(Section):
@@ -27,6 +27,8 @@ class ProtectConfig(Section):
     """This many of the last."""
     layers: list[int] = []
     """And these."""
+    pattern: bool = False
+    """And those without which a cycle of layer kinds, which some runtimes take as fixed, would break."""
 
 
 class RaceConfig(Section):
@@ -43,7 +45,7 @@ class HealConfig(Section):
 
     keep: Annotated[int, Field(ge=2)] = 2
     """How many."""
-    steps: Annotated[Count, Field(ge=1)] = 20
+    steps: Annotated[int, Field(ge=1), AS_COUNT] = 20
     """Optimizer steps for each, as `distill` says, but for their number."""
 
 
@@ -61,13 +63,13 @@ class ScoreConfig(Section):
     that is used up, as that of a shortlist may be, is made anew."""
     text: Texts | None = None
     """Text for the metrics that read it; that of `distill` if not given."""
-    tokens: Annotated[Count, Field(ge=1)] = 16_384
+    tokens: Annotated[int, Field(ge=1), AS_COUNT] = 16_384
     """How many tokens of it."""
     race: RaceConfig | None = None
     """Stop early on candidates that are surely worse; for metrics that run tasks."""
     heal: HealConfig | None = None
     """In a run: before the choice, distil the gap of the best few for a moment, and choose by what tasks say then."""
-    memory: Annotated[Bytes, Field(ge=2**20)] | None = None
+    memory: Annotated[int, Field(ge=2**20), AS_BYTES] | None = None
     """Bytes for the branches of all candidates, as 8GB; 1GB on a CPU, half of what is free on a GPU, if not given."""
     weights: Literal["memory", "stream"] = "memory"
     """stream: layers are read from the checkpoint one at a time while the model is scored (`score` only), so that a

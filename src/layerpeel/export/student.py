@@ -45,7 +45,7 @@ def export_student(run: Run, folder: Path, round_: int | None = None) -> int:
     teacher, tokenizer = load_run_teacher(run)
     student = run.student_of(teacher, round_)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    origin = teacher_origin(run.config).with_layers(student.kept_layers.kept)
+    origin = teacher_origin(run.pinned_config).with_layers(student.kept_layers.kept)
     save_model(student.model, tokenizer, folder, origin.dtype, origin)
     write_card(run, folder, round_)
     return round_

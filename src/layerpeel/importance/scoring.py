@@ -22,6 +22,7 @@ from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.requests import Generation
 from layerpeel.model.config_check import unremovable_layers
+from layerpeel.model.layer_cycles import cycle_breakers
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.processes.progress import print_once
 from layerpeel.tasks.base import Task
@@ -85,7 +86,8 @@ def score_layers(
     """
     layerwise = model if isinstance(model, LayerwiseModel) else LayerwiseModel(model)
     depth = KeptLayers.full(len(layerwise.layers))
-    protected = [*config.protect.layers, *unremovable_teacher_layers(layerwise.model, depth)]
+    fixed = unremovable_teacher_layers(layerwise.model, depth, pattern=config.protect.pattern)
+    protected = [*config.protect.layers, *fixed]
     candidates = depth.removable(config.protect.first, config.protect.last, protected)
     if not candidates:
         raise InputError("no layer may be removed: all are protected", hint="protect fewer (score.protect)")
@@ -99,9 +101,14 @@ def score_layers(
     return score_candidates(inputs, depth)
 
 
-def unremovable_teacher_layers(model: PreTrainedModel, depth: KeptLayers) -> tuple[int, ...]:
-    """The teacher layers without which the model could not be saved, as no config describes it; prints why, once."""
-    reasons = {depth.kept[position]: reason for position, reason in unremovable_layers(model).items()}
+def unremovable_teacher_layers(model: PreTrainedModel, depth: KeptLayers, *, pattern: bool = False) -> tuple[int, ...]:
+    """The teacher layers without which the model could not be saved, as no config describes it; prints why, once.
+
+    Args:
+        pattern: whether those count, too, without which the cycle of the model's layers would break.
+    """
+    by_position = (cycle_breakers(model.config) if pattern else {}) | unremovable_layers(model)
+    reasons = {depth.kept[position]: reason for position, reason in sorted(by_position.items())}
     if reasons:
         print_once(f"layers {', '.join(map(str, reasons))} stay: without one, {next(iter(reasons.values()))}")
     return tuple(reasons)

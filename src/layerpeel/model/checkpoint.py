@@ -33,14 +33,15 @@ def check_weights(config: PretrainedConfig, path: str | Path) -> None:
     folder = Path(path)
     if not folder.is_dir():
         return
-    for name in sorted(_indexed_files(folder)):
+    indexed = _indexed_files(folder)
+    for name in sorted(indexed):
         if Path(name).name != name or not (folder / name).is_file():
             raise InputError(
                 f"{folder}: the index of its weights names {name}, and there is no such file in the folder",
                 hint="fetch a complete checkpoint",
             )
     size = 0
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(_read_files(folder, indexed)):
         try:
             with safe_open(file, framework="pt") as opened:
                 opened.keys()
@@ -57,6 +58,12 @@ def check_weights(config: PretrainedConfig, path: str | Path) -> None:
         )
 
 
+def _read_files(folder: Path, indexed: set[str]) -> list[Path]:
+    """The weight files that are read: `model.safetensors`, or else those that the index names."""
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else [folder / name for name in indexed]
+
+
 def _indexed_files(folder: Path) -> set[str]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
@@ -67,6 +74,24 @@ def _indexed_files(folder: Path) -> set[str]:
         raise InputError(
             f"{index}: no index of weights ({reason_of(error)})", hint="fetch a complete checkpoint"
         ) from None
+
+
+def hint_for_weights(config: PretrainedConfig, path: str | Path) -> str:
+    """What to do about weights that transformers cannot load."""
+    folder = Path(path)
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    if getattr(config, "quantization_config", None) or getattr(text_config(config), "quantization_config", None):
+        return "they are quantised: take the unquantised checkpoint (bf16 or fp16) of the same model"
+    if any(name.endswith(".safetensors") for name in names):
+        return "take config.json and weights from the same checkpoint"
+    if any(name.endswith(".gguf") for name in names):
+        return "GGUF files are not read: take the model that they were made from, in safetensors"
+    if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
+        return (
+            "pickled weights are not read, for they can run code: load them with transformers where you trust them, "
+            "and write them as safetensors with save_pretrained"
+        )
+    return "only safetensors are read; fetch them, or convert other formats with save_pretrained"
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:

@@ -28,6 +28,7 @@ from layerpeel.model.config_fields import (
     shortened_fields,
     text_config,
 )
+from layerpeel.model.forward_switches import SWITCHES
 from layerpeel.model.layer_inputs import LayerInputRecorder, LayerInputs, leaves
 
 # Attributes that hold a layer's index, are derived from the config's lists, or do not change what a module computes.
@@ -38,6 +39,7 @@ NOT_COMPARED = {
     "name_or_path",
     "warnings_issued",
     "all_tied_weights_keys",
+    *SWITCHES,
 }
 
 

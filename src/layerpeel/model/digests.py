@@ -7,26 +7,51 @@ from pathlib import Path
 
 import torch
 
-from layerpeel.model.loading import load_config_of
+from layerpeel.model.adapters import find_adapter
+from layerpeel.model.commits import commit_of
 from layerpeel.storage.files import sampled_digest
 
 
-def fingerprint(path: str | Path, dtype: torch.dtype) -> str:
-    """A hash of the path, the dtype, and the names, sizes and modification times of a folder's files."""
+def fingerprint(path: str | Path, dtype: torch.dtype, revision: str | None = None) -> str:
+    """A hash of the path, the dtype, and the names, sizes and modification times of a folder's files.
+
+    Of a hub name, the commit is in their place; the base of an adapter counts, too.
+    """
+    adapter = find_adapter(path, revision)
+    base = (adapter.base, _stats(adapter.base, adapter.base_revision)) if adapter and adapter.is_alone else ()
+    return hashlib.sha256(repr((str(path), _stats(path, revision), dtype, *base)).encode()).hexdigest()
+
+
+def _stats(path: str | Path, revision: str | None) -> list[tuple[str, int, int]] | str:
     folder = Path(path)
-    files = sorted(folder.glob("*")) if folder.is_dir() else []
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr((str(path), stats, dtype)).encode()).hexdigest()
+    if not folder.is_dir():
+        return commit_of(path, revision)
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*"))]
 
 
-def digests(path: str | Path, *, trust_remote_code: bool = False) -> dict[str, str]:
+def digests(path: str | Path, revision: str | None = None) -> dict[str, str]:
     """For each file of a checkpoint folder, a hash of its size and of evenly spaced blocks; for a hub name, its commit.
 
     Training changes nearly every number, so a sample of blocks tells checkpoints apart as a full hash would.
+    The files of an adapter's base count, too.
+
+    Args:
+        path: a folder or a hub name.
+        revision: of a model on the hub; its default branch, if None.
+
+    Raises:
+        InputError: there is no such model.
     """
+    adapter = find_adapter(path, revision)
+    if adapter and adapter.is_alone:
+        base = _digests(adapter.base, adapter.base_revision)
+        return _digests(path, revision) | {f"base {name}": digest for name, digest in base.items()}
+    return _digests(path, revision)
+
+
+def _digests(path: str | Path, revision: str | None) -> dict[str, str]:
     folder = Path(path)
     if not folder.is_dir():
-        config = load_config_of(path, trust_remote_code=trust_remote_code)
-        return {"commit": str(getattr(config, "_commit_hash", None))}
+        return {"commit": commit_of(path, revision)}
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json", ".model")]
     return {file.name: sampled_digest(file) for file in files}

@@ -107,7 +107,7 @@ class LayerInputRecorder:
                 raise _UnsupportedForwardError(
                     f"its hidden states have shape {tuple(hidden.shape)} for {batch} x 5 tokens"
                 )
-            if order and not torch.equal(hidden, last):
+            if order and not _equal(hidden, last):
                 raise _UnsupportedForwardError(
                     f"it changes the hidden states between layers {order[-1]} and {position}"
                 )
@@ -119,7 +119,7 @@ class LayerInputRecorder:
             return self.form(last, OTHER_OUTPUT)
 
         def norm(hidden: Tensor) -> Tensor:
-            if hidden.shape != last.shape or not torch.equal(hidden, last):
+            if hidden.shape != last.shape or not _equal(hidden, last):
                 raise _UnsupportedForwardError("it changes the hidden states between the last layer and the final norm")
             return hidden
 
@@ -131,9 +131,14 @@ class LayerInputRecorder:
             out = architecture.base(input_ids=ids.to(architecture.device), use_cache=False)[0]
         if order != list(range(len(architecture.layers))):
             raise _UnsupportedForwardError(f"it runs its layers in the order {', '.join(map(str, order[:12]))}")
-        if out.shape != last.shape or not torch.equal(out, last):
+        if out.shape != last.shape or not _equal(out, last):
             raise _UnsupportedForwardError("it changes the hidden states after the final norm")
         return arguments
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same; NaN, which a token's embedding may be, is like NaN."""
+    return torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def take_rows(value: Any, rows: Tensor, batch: int, per_row: dict[tuple[Any, ...], int], path: tuple[Any, ...]) -> Any:

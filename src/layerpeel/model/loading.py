@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from transformers import (
@@ -18,17 +19,43 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError, reason_of
-from layerpeel.model.checkpoint import check_weights
+from layerpeel.model.adapters import base_folder, checked_adapter
+from layerpeel.model.adapters import merge_adapter as merge
+from layerpeel.model.checkpoint import check_weights, hint_for_weights
+from layerpeel.model.checkpoint_keys import check_keys, check_not_quantised
+from layerpeel.model.commits import check_revision
 from layerpeel.model.devices import pick_device, wanted_dtype
+from layerpeel.model.forward_switches import runnable_config
+from layerpeel.model.vocabulary import check_vocabulary
 from layerpeel.storage.outputs import windows_hint
 
 
-def load_config_of(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+class TeacherOptions(TypedDict, total=False):
+    """How a model's files are read; see `load_model`."""
+
+    trust_remote_code: bool
+    revision: str | None
+    merge_adapter: bool
+
+
+def load_config_of(
+    path: str | Path, *, trust_remote_code: bool = False, revision: str | None = None, merge_adapter: bool = False
+) -> PretrainedConfig:
     """Loads the config of a causal language model, without its weights.
 
+    Args:
+        path: a folder or a hub name.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        revision: of a model on the hub; its default branch, if None.
+        merge_adapter: whether the model is the base of an adapter, which will be merged into it.
+
     Raises:
-        InputError: there is no such model, or it is no causal language model.
+        InputError: there is no such model, it is no causal language model, or has an adapter that is not to be merged.
     """
+    check_revision(path, revision)
+    adapter = checked_adapter(path, revision, merge=merge_adapter)
+    if adapter and adapter.is_alone:
+        path, revision = adapter.base, adapter.base_revision
     folder = Path(path)
     if os.path.isdir(path) and not (folder / "config.json").is_file():
         raise InputError(
@@ -36,62 +63,89 @@ def load_config_of(path: str | Path, *, trust_remote_code: bool = False) -> Pret
             hint="give a folder that save_pretrained wrote, or a hub name",
         )
     try:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, revision=revision)
     except Exception as error:
         if os.path.isdir(path):
             raise InputError(
                 f"{folder / 'config.json'}: no config of a model that transformers knows ({reason_of(error)})",
                 hint="take it from the model's publisher, or write it anew with save_pretrained; code that comes with "
-                "a model runs only with trust_remote_code: true",
+                "a model runs only if it may (trust_remote_code: true in a config, --trust-remote-code)",
             ) from None
+        at = f" at revision {revision}" if revision else ""
         raise InputError(
-            f"no such model: {path} is neither a folder here nor a model that can be loaded from the hub "
+            f"no such model: {path}{at} is neither a folder here nor a model that can be loaded from the hub "
             f"({reason_of(error)})",
             hint=windows_hint(path)
-            or "check the path; for a hub model, check its name, the network and your access to it",
+            or "check the path; for a hub model, check its name and revision, the network and your access to it",
         ) from None
     _check_causal(config, path)
     return config
 
 
 def load_model(
-    path: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    merge_adapter: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal language model and its tokenizer, and checks that they fit each other.
+
+    Switches of the config that change what a forward returns (`output_attentions`, ...) are off in the model.
 
     Args:
         path: a folder or a hub name.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: float32 on a CPU, else that of the checkpoint.
         trust_remote_code: whether code that comes with the checkpoint may run.
+        revision: of a model on the hub; its default branch, if None.
+        merge_adapter: whether to merge the adapter that is in the folder into the weights.
 
     Raises:
-        InputError: no such model, no causal language model, weights missing or not in safetensors, or a tokenizer
-            with more entries than the model's vocabulary.
+        InputError: no such model, no causal language model; weights that are missing, without a place in the model,
+            quantised or not in safetensors; an adapter that is not merged; or a tokenizer with more entries than the
+            model's vocabulary.
     """
-    config = load_config_of(path, trust_remote_code=trust_remote_code)
+    config = load_config_of(path, trust_remote_code=trust_remote_code, revision=revision, merge_adapter=merge_adapter)
     target = pick_device(device)
-    check_weights(config, path)
-    model = _load_weights(path, wanted_dtype(config, target, dtype), trust_remote_code)
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    wanted = wanted_dtype(config, target, dtype)
+    adapter = checked_adapter(path, revision, merge=merge_adapter)
+    if adapter:
+        base_revision = adapter.base_revision if adapter.is_alone else revision
+        with base_folder(adapter) as base:
+            model = _load_weights(base, config, wanted, trust_remote_code, base_revision)
+        model = merge(model, adapter, revision)
+        model.config._name_or_path = model.name_or_path = str(path)
+    else:
+        model = _load_weights(path, config, wanted, trust_remote_code, revision)
+    tokenizer = load_tokenizer(
+        path, trust_remote_code=trust_remote_code, revision=revision, merge_adapter=merge_adapter
+    )
     check_vocabulary(model, tokenizer, path)
     model = model.to(target).eval()
     _check_finite(model, path)
     return model, tokenizer
 
 
-def _load_weights(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _load_weights(
+    path: str | Path, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool, revision: str | None
+) -> PreTrainedModel:
     """Loads a model with all of its weights, on the CPU.
 
     Raises:
-        InputError: they are not in safetensors, do not fit the config, or are incomplete.
+        InputError: they are not in safetensors, do not fit the config, are incomplete, or stay quantised.
     """
+    check_weights(config, path)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path),
+            config=runnable_config(config, announce=True),
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            revision=revision,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
@@ -99,57 +153,88 @@ def _load_weights(path: str | Path, dtype: torch.dtype, trust_remote_code: bool)
         raise
     except Exception as error:  # transformers and remote code raise many types
         raise InputError(
-            f"{path}: the weights cannot be loaded ({reason_of(error)})",
-            hint="only safetensors that fit config.json are read; convert other formats with save_pretrained",
+            f"{path}: the weights cannot be loaded ({reason_of(error)})", hint=hint_for_weights(config, path)
         ) from None
-    for name, stored, expected in sorted(info["mismatched_keys"]):
-        raise InputError(
-            f"{path}: the weights do not fit config.json: {name} is of shape {list(stored)}, expected {list(expected)}",
-            hint="take config.json and weights from the same checkpoint",
+    check_keys(info, config, path)
+    check_not_quantised(model, path)
+    return model
+
+
+def load_without_bytes(
+    folder: Path,
+    config: PretrainedConfig,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """What transformers makes of a checkpoint, on the meta device; refuses what `load_model` would, by the headers.
+
+    Args:
+        folder: with the checkpoint.
+        config: from `load_config_of`.
+        path: what messages call it.
+
+    Raises:
+        InputError: the weights do not fit the config, or are incomplete.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=runnable_config(config),
+            dtype=dtype,
+            device_map="meta",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    if info["missing_keys"]:
+    except Exception as error:  # transformers and remote code raise many types
         raise InputError(
-            f"{path}: the checkpoint lacks weights of its model: {', '.join(sorted(info['missing_keys'])[:3])}",
-            hint="the model would run on random values; fetch a complete checkpoint",
-        )
+            f"{path}: the weights cannot be loaded ({reason_of(error)})", hint=hint_for_weights(config, path)
+        ) from None
+    check_keys(info, config, path)
     return model
 
 
 def load_teacher(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads the teacher of a run's config; see `load_model`."""
-    return load_model(
-        config.teacher, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    return load_model(config.teacher, device=config.device, dtype=config.dtype, **teacher_options(config))
+
+
+def teacher_options(config: RunConfig) -> TeacherOptions:
+    """What a run's config says of how its teacher is read, as keyword arguments of the functions here."""
+    return TeacherOptions(
+        trust_remote_code=config.trust_remote_code, revision=config.revision, merge_adapter=config.merge_adapter
     )
 
 
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a folder or the hub.
+def load_teacher_config(config: RunConfig) -> PretrainedConfig:
+    """Loads the config of a run's teacher; see `load_config_of`."""
+    return load_config_of(config.teacher, **teacher_options(config))
+
+
+def load_tokenizer(
+    path: str | Path, *, trust_remote_code: bool = False, revision: str | None = None, merge_adapter: bool = False
+) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer from a folder or the hub; that of the base, where an adapter comes without one.
 
     Raises:
         InputError: there is none.
     """
-    try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise InputError(
-            f"{path}: no tokenizer can be loaded ({reason_of(error)})", hint="save the tokenizer beside the model"
-        ) from None
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Checks that every token id has an embedding; more embeddings than tokens are padding.
-
-    Raises:
-        InputError: the tokenizer's ids go beyond the model's vocabulary.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise InputError(
-            f"{path}: tokenizer and model have different vocabularies: the tokenizer's ids go up to {largest}, "
-            f"the model embeds {rows} tokens (0 to {rows - 1})",
-            hint="use the tokenizer that the model was trained with",
-        )
+    places = [(str(path), revision)]
+    if merge_adapter and (adapter := checked_adapter(path, revision, merge=True)) and adapter.is_alone:
+        places.append((adapter.base, adapter.base_revision))
+    error: Exception | None = None
+    for place, at in places:
+        try:
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, revision=at)
+        except Exception as failure:
+            error = error or failure
+    raise InputError(
+        f"{path}: no tokenizer can be loaded ({reason_of(error or Exception())})",
+        hint="save the tokenizer beside the model",
+    )
 
 
 @torch.no_grad()

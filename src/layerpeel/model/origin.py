@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError, reason_of
+from layerpeel.model.adapters import checked_adapter
 from layerpeel.model.architecture import Architecture, find_architecture
 from layerpeel.model.checkpoint import stored_dtype
 from layerpeel.model.layer_names import LayerNames, find_layer_names
@@ -33,11 +34,13 @@ class Origin:
         folder: with its files.
         kept: indices of the layers that are left, ascending; all of them, if None.
         code: whether its own code may run.
+        merges_adapter: whether an adapter that lies beside these files is merged into the model.
     """
 
     folder: Path
     kept: tuple[int, ...] | None = None
     code: bool = False
+    merges_adapter: bool = False
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -67,18 +70,29 @@ class Origin:
         return find_layer_names(self.tensors, architecture, total)
 
 
-def origin_of(path: str | Path, *, trust_remote_code: bool = False) -> Origin:
-    """The origin of students of a teacher, by its folder or hub name.
+def origin_of(
+    path: str | Path, *, trust_remote_code: bool = False, revision: str | None = None, merge_adapter: bool = False
+) -> Origin:
+    """The origin of students of a teacher, by its folder or hub name; of an adapter that is merged, its base.
 
     Raises:
         InputError: the hub has no such model, or cannot be reached.
     """
-    return Origin(local_folder(path), None, trust_remote_code)
+    adapter = checked_adapter(path, revision, merge=merge_adapter)
+    if adapter and adapter.is_alone:
+        path, revision = adapter.base, adapter.base_revision
+    beside = adapter is not None and not adapter.is_alone
+    return Origin(local_folder(path, revision), None, trust_remote_code, beside)
 
 
 def teacher_origin(config: RunConfig) -> Origin:
     """The origin of students of a config's teacher; see `origin_of`."""
-    return origin_of(config.teacher, trust_remote_code=config.trust_remote_code)
+    return origin_of(
+        config.teacher,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+        merge_adapter=config.merge_adapter,
+    )
 
 
 def local_folder(path: str | Path, revision: str | None = None) -> Path:

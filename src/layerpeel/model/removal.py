@@ -5,24 +5,26 @@ Whether the config can say the removal is checked on the meta device, where tens
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from layerpeel.errors import InputError, RunError, reason_of
+from layerpeel.errors import RunError, reason_of
 from layerpeel.model.architecture import count_parameters, find_architecture
 from layerpeel.model.checkpoint import check_weights, stored_dtype
+from layerpeel.model.checkpoint_keys import predicts_further
 from layerpeel.model.config_check import check_config, first_difference
+from layerpeel.model.forward_switches import runnable_config
+from layerpeel.model.layer_cycles import broken_cycle
 from layerpeel.model.layer_names import LayerNames
-from layerpeel.model.loading import load_config_of, load_model
+from layerpeel.model.loading import TeacherOptions, load_config_of, load_model, load_without_bytes
 from layerpeel.model.origin import Origin, origin_of
 from layerpeel.model.saved_config import SavedConfig, student_config, write_fields
 from layerpeel.model.saving import save_model
@@ -48,6 +50,7 @@ class Removal:
         changed: by the field of config.json, what was and what is.
         carried: names of the files that were copied beside the weights.
         left: names of files of the teacher that do not hold of the student.
+        broken_cycle: what the removal means for other runtimes, if it breaks a cycle of layers.
     """
 
     layers: KeptLayers
@@ -58,6 +61,7 @@ class Removal:
     changed: dict[str, tuple[Any, Any]]
     carried: list[str]
     left: list[str]
+    broken_cycle: str | None
 
 
 def remove_from_files(
@@ -65,8 +69,8 @@ def remove_from_files(
     layers: Iterable[int],
     folder: Path,
     *,
-    trust_remote_code: bool = False,
     shard_size: int = SHARD_SIZE,
+    **options: Unpack[TeacherOptions],
 ) -> Removal:
     """Writes a checkpoint without some of a model's layers, whole or not at all.
 
@@ -74,37 +78,30 @@ def remove_from_files(
         path: a folder or a hub name.
         layers: to remove, counted from 0.
         folder: where to write; nothing may be there.
-        trust_remote_code: whether code that comes with the checkpoint may run.
         shard_size: bytes of a file, beyond which the next one begins.
+        options: how the model is read; see `load_model`.
 
     Raises:
         InputError: no such model, no such layer, or the removal cannot be said by the model's config.
         RunError: what was written is not what was meant.
     """
-    config = load_config_of(path, trust_remote_code=trust_remote_code)
+    code = options.get("trust_remote_code", False)
+    config = load_config_of(path, **options)
     check_weights(config, path)
-    origin = origin_of(path, trust_remote_code=trust_remote_code)
-    teacher = outline(config, trust_remote_code)
+    teacher = outline(config, code)
     kept = KeptLayers.full(len(find_architecture(teacher).layers)).without(layers)
-    origin = origin.with_layers(kept.kept)
+    origin = origin_of(path, **options).with_layers(kept.kept)
     names = origin.names(find_architecture(teacher), kept.total)
-    if origin.is_quantised or names is None:  # its tensors are not those of the files
-        return _remove_in_memory(path, origin, kept, folder)
+    if origin.is_quantised or names is None or options.get("merge_adapter"):  # not the files' tensors
+        return _remove_in_memory(path, origin, kept, folder, options)
     student = check_config(teacher, list(kept.kept))
-    _check_complete(origin, path)
+    load_without_bytes(origin.folder, config, path, trust_remote_code=code)
     tensors, dropped = _plan(origin, names, kept, teacher)
+    sizes = count_parameters(student), count_parameters(teacher)
     saved = student_config(origin.fields, config, kept.kept, origin.dtype)
     carried = _write(origin, tensors, saved, student, folder, shard_size)
-    return Removal(
-        kept,
-        count_parameters(student),
-        count_parameters(teacher),
-        len(tensors),
-        dropped,
-        saved.changed,
-        carried,
-        left_files(origin.folder, code=trust_remote_code),
-    )
+    left, cycle = left_files(origin.folder, code=code), broken_cycle(config, kept.kept)
+    return Removal(kept, *sizes, len(tensors), dropped, saved.changed, carried, left, cycle)
 
 
 def outline(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -113,7 +110,7 @@ def outline(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTra
     All other parameters are a single zero each, seen as a whole tensor, so that they take no memory.
     """
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code).eval()
+        model = AutoModelForCausalLM.from_config(runnable_config(config), trust_remote_code=trust_remote_code).eval()
     in_layers = {id(parameter) for parameter in find_architecture(model).layers.parameters()}
     stand_ins: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -124,31 +121,12 @@ def outline(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTra
     return model
 
 
-def _check_complete(origin: Origin, path: str | Path) -> None:
-    """Checks that transformers would load the teacher's files: every tensor has its place, and every place a tensor."""
-    try:
-        info = _loaded_on_meta(origin.folder, origin)[1]
-    except Exception as error:  # whatever transformers, or the family's code, finds wrong with it
-        raise InputError(
-            f"{path}: the weights cannot be loaded ({reason_of(error)})",
-            hint="only safetensors that fit config.json are read; convert other formats with save_pretrained",
-        ) from None
-    for name, stored, expected in sorted(info["mismatched_keys"]):
-        raise InputError(
-            f"{path}: the weights do not fit config.json: {name} is of shape {list(stored)}, expected {list(expected)}",
-            hint="take config.json and weights from the same checkpoint",
-        )
-    if info["missing_keys"]:
-        raise InputError(
-            f"{path}: the checkpoint lacks weights of its model: {', '.join(sorted(info['missing_keys'])[:3])}",
-            hint="the model would run on random values; fetch a complete checkpoint",
-        )
-
-
 def _loaded_on_meta(folder: Path, origin: Origin) -> tuple[PreTrainedModel, dict[str, Any]]:
     """What transformers makes of a folder, without its bytes."""
+    config = load_config_of(folder, trust_remote_code=origin.code)
     model, info = AutoModelForCausalLM.from_pretrained(
         str(folder),
+        config=runnable_config(config),
         device_map="meta",
         use_safetensors=True,
         trust_remote_code=origin.code,
@@ -169,7 +147,7 @@ def _plan(
         layer = names.layer_of(name)
         if layer is not None and layer < kept.total and layer not in kept.kept:
             reason = "layers that were removed"
-        elif (layer is not None and layer >= kept.total) or _predicts_further(name):
+        elif (layer is not None and layer >= kept.total) or predicts_further(name):
             reason = "modules that predict further tokens"
         elif name in twice:
             reason = "copies of a tied tensor"
@@ -179,11 +157,6 @@ def _plan(
             continue
         dropped[reason] = dropped.get(reason, 0) + 1
     return tensors, dropped
-
-
-def _predicts_further(name: str) -> bool:
-    """Whether a tensor is of a module for multi-token prediction, which has layers of its own."""
-    return any(part == "mtp" or part.startswith(("mtp_", "nextn_")) for part in name.split(".")[:3])
 
 
 def _twice(origin: Origin, model: PreTrainedModel) -> set[str]:
@@ -249,12 +222,14 @@ def _check_loads(folder: Path, origin: Origin, student: PreTrainedModel) -> None
         )
 
 
-def _remove_in_memory(path: str | Path, origin: Origin, kept: KeptLayers, folder: Path) -> Removal:
+def _remove_in_memory(
+    path: str | Path, origin: Origin, kept: KeptLayers, folder: Path, options: TeacherOptions
+) -> Removal:
     """As `remove_from_files`, by loading the model: where its tensors have to be converted."""
-    model, tokenizer = load_model(path, device="cpu", trust_remote_code=origin.code)
+    model, tokenizer = load_model(path, device="cpu", **options)
     before = count_parameters(model)
+    cycle = broken_cycle(model.config, kept.kept)
     remove_layers(model, kept.removed)
-    save_model(model, tokenizer, folder, stored_dtype(path), origin)
-    return Removal(
-        kept, count_parameters(model), before, len(model.state_dict()), {}, {}, [], left_files(origin.folder)
-    )
+    save_model(model, tokenizer, folder, stored_dtype(origin.folder), origin)
+    after, tensors = count_parameters(model), len(model.state_dict())
+    return Removal(kept, after, before, tensors, {}, {}, [], left_files(origin.folder), cycle)

@@ -23,6 +23,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from layerpeel.errors import RunError
 from layerpeel.model.architecture import find_architecture
 from layerpeel.model.config_check import first_difference
+from layerpeel.model.forward_switches import runnable_config
 from layerpeel.model.layer_names import find_layer_names
 from layerpeel.model.loading import load_config_of
 from layerpeel.model.origin import Origin
@@ -72,7 +73,7 @@ def save_model(
     written = main_dtype(stored_tensors(unfinished)) or dtype
     if origin:
         carry_files(origin.folder, unfinished, code=origin.code)
-        teacher = load_config_of(origin.folder, trust_remote_code=origin.code)
+        teacher = load_config_of(origin.folder, trust_remote_code=origin.code, merge_adapter=origin.merges_adapter)
         kept = origin.kept or range(len(find_architecture(model).layers))
         fields = student_config(origin.fields, teacher, kept, written).fields
         drop_absent_code(fields, unfinished)
@@ -169,7 +170,10 @@ def check_saved(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Non
     """
     loader = type(model) if getattr(model.config, "auto_map", None) else AutoModelForCausalLM
     try:
-        loaded, info = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        config = runnable_config(type(model.config).from_pretrained(folder))
+        loaded, info = loader.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
         unmatched = sorted({*info["missing_keys"], *info["unexpected_keys"]})
         difference = f"other tensors ({', '.join(unmatched[:3])})" if unmatched else first_difference(loaded, model)
         difference = difference or _first_unequal_tensor(loaded, model)

@@ -12,16 +12,20 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.errors import InputError
 from layerpeel.model.architecture import find_architecture
 from layerpeel.model.checkpoint import check_weights
+from layerpeel.model.checkpoint_keys import quantised_with
 from layerpeel.model.devices import pick_device, wanted_dtype
-from layerpeel.model.loading import check_vocabulary, load_config_of, load_tokenizer
+from layerpeel.model.forward_switches import runnable_config
+from layerpeel.model.loading import load_config_of, load_tokenizer, load_without_bytes
+from layerpeel.model.origin import local_folder
+from layerpeel.model.tensor_files import stored_tensors
+from layerpeel.model.vocabulary import check_vocabulary
 
 M_MMAP_THRESHOLD = -3  # parameter of glibc's mallopt: larger blocks are mapped, and unmapped when freed
 
@@ -35,18 +39,25 @@ class StreamedLayers:
         model: loaded but for its layers, whose weights are on the meta device between runs.
     """
 
-    def __init__(self, model: PreTrainedModel, files: Mapping[str, Path], path: str | Path) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        files: Mapping[str, Path],
+        dtypes: Mapping[str, torch.dtype],
+        path: str | Path,
+    ) -> None:
         """Checks that the files have every tensor of every layer.
 
         Args:
             model: with its layers on the meta device.
             files: the file of each tensor in the checkpoint, by the tensor's name.
+            dtypes: to load tensors in, by name.
             path: the checkpoint, for messages.
 
         Raises:
             InputError: the checkpoint stores layers under other names than the model has.
         """
-        self.model, self._files = model, files
+        self.model, self._files, self._dtypes = model, files, dtypes
         self._architecture = find_architecture(model)
         for position in range(len(self._architecture.layers)):
             absent = [name for name in self._names(position).values() if name not in files]
@@ -81,42 +92,64 @@ class StreamedLayers:
     def _read(self, position: int) -> dict[str, Tensor]:
         names = self._names(position)
         tensors = _read_tensors(
-            {stored: self._files[stored] for stored in names.values()}, self.model.device, self.model.dtype
+            {stored: self._files[stored] for stored in names.values()}, self.model.device, self._dtypes
         )
         return {name: tensors[stored] for name, stored in names.items()}
 
 
 def load_streamed(
-    path: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> tuple[StreamedLayers, PreTrainedTokenizerBase]:
     """Loads a causal language model but for its layers, which are read as they run.
 
+    What is read, and what is refused, is the same as with `load_model`.
+
     Args, errors: as `load_model`.
     """
-    config = load_config_of(path, trust_remote_code=trust_remote_code)
+    config = load_config_of(path, trust_remote_code=trust_remote_code, revision=revision)
+    _check_not_quantised(config, path)
     _return_freed_memory()
     target, wanted = pick_device(device), wanted_dtype(config, pick_device(device), dtype)
     check_weights(config, path)
+    folder = local_folder(path, revision)
+    outline = load_without_bytes(folder, config, path, dtype=wanted, trust_remote_code=trust_remote_code)
+    dtypes = {name: tensor.dtype for name, tensor in outline.state_dict().items()}
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
-    files = _tensor_files(path)
+        model = AutoModelForCausalLM.from_config(
+            runnable_config(config, announce=True), dtype=wanted, trust_remote_code=trust_remote_code
+        )
+    files = {name: tensor.file for name, tensor in stored_tensors(folder).items()}
     layers = f"{find_architecture(model).layer_prefix()}."
     outside = {n for n, _ in model.named_parameters(remove_duplicate=False) if not n.startswith(layers)}
-    tensors = _read_tensors({name: files[name] for name in outside if name in files}, target, wanted)
+    tensors = _read_tensors({name: files[name] for name in outside if name in files}, target, dtypes)
     for name, tensor in tensors.items():
         set_module_tensor_to_device(model, name, target, value=tensor)
     missing = outside - set(tensors)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)  # removes tied weights from `missing`
     if missing:
         raise InputError(
-            f"{path}: the checkpoint lacks weights of its model: {', '.join(sorted(missing)[:3])}",
-            hint="the model would run on random values; fetch a complete checkpoint",
+            f"{path}: its parts cannot be read on their own: the files have no tensor {min(missing)}",
+            hint="use score.weights: memory",
         )
     for name, buffer in model.named_buffers():
         set_module_tensor_to_device(model, name, target, value=buffer)
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code, revision=revision)
     check_vocabulary(model, tokenizer, path)
-    return StreamedLayers(model.eval().requires_grad_(False), files, path), tokenizer
+    return StreamedLayers(model.eval().requires_grad_(False), files, dtypes, path), tokenizer
+
+
+def _check_not_quantised(config: PretrainedConfig, path: str | Path) -> None:
+    method = quantised_with(config)
+    if method:
+        raise InputError(
+            f"{path}: the weights are quantised ({method}), and layers that are read one at a time stay as they are",
+            hint="use score.weights: memory, which undoes it where transformers can",
+        )
 
 
 def _return_freed_memory() -> None:
@@ -128,31 +161,15 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
-def _tensor_files(path: str | Path) -> dict[str, Path]:
-    """The file of each tensor in a checkpoint, by the tensor's name.
-
-    Raises:
-        InputError: the checkpoint has no safetensors files.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
-    files = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            files.update(dict.fromkeys(opened.keys(), file))
-    if not files:
-        raise InputError(f"{path}: there are no safetensors files", hint="convert other formats with save_pretrained")
-    return files
-
-
-def _read_tensors(files: Mapping[str, Path], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Reads tensors, by name, from their safetensors files; floating-point ones are cast to `dtype`."""
+def _read_tensors(
+    files: Mapping[str, Path], device: torch.device, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Tensor]:
+    """Reads tensors, by name, from their safetensors files, in the dtypes given."""
     tensors = {}
     for path in sorted(set(files.values())):
         with safe_open(path, framework="pt") as file:
             for name in (name for name, holder in files.items() if holder == path):
                 value = file.get_tensor(name)
                 # A copy, so that the file can be unmapped.
-                tensors[name] = value.to(device, dtype if value.is_floating_point() else None, copy=True)
+                tensors[name] = value.to(device, dtypes.get(name), copy=True)
     return tensors

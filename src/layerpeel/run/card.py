@@ -11,6 +11,8 @@ from jinja2 import Environment, StrictUndefined
 
 from layerpeel.config.fields import TextConfig
 from layerpeel.config.run import RunConfig
+from layerpeel.model.layer_cycles import out_of_cycle
+from layerpeel.model.loading import load_config_of
 from layerpeel.processes.text import count, number, one_line, percent
 from layerpeel.run.events import StudentRecord
 from layerpeel.run.folder import Run
@@ -34,11 +36,18 @@ def write_card(run: Run, folder: Path, round_number: int, last_pass: StudentReco
     template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     template.filters |= {"md": markdown, "number": number, "percent": percent, "count": count}
     body = template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        card_facts(run, round_number, metadata, last_pass)
+        card_facts(run, round_number, metadata, last_pass) | {"cycle": _cycle(run, folder)}
     )
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
     write_whole(path, str(card))
     return path
+
+
+def _cycle(run: Run, folder: Path) -> str | None:
+    """What other runtimes make of the student in a folder, if its layers are out of a cycle that they count on."""
+    if not (folder / "config.json").is_file():
+        return None
+    return out_of_cycle(load_config_of(folder, trust_remote_code=run.config.trust_remote_code))
 
 
 def card_metadata(config: RunConfig) -> ModelCardData:

@@ -29,7 +29,7 @@ from layerpeel.tasks.base import Task
 from layerpeel.tasks.registry import make_tasks
 
 # What the rounds of a run were measured with and by: other values need another folder, `--accept-changes` or not.
-FIXED = ("teacher", "dtype", "tasks", "aggregate")
+FIXED = ("teacher", "revision", "merge_adapter", "dtype", "tasks", "aggregate")
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def open_run(
 
 def _begin(run: OpenRun, config: RunConfig, tasks: Sequence[Task], accept_changes: bool) -> None:
     """Starts a run, or finds out what of it still holds."""
-    teacher_files = digests(config.teacher, trust_remote_code=config.trust_remote_code)
+    teacher_files = digests(config.teacher, config.revision)
     data = data_digests(config, tasks)
     if not run.events:
         run.record(_start(config, teacher_files, data))
@@ -103,6 +103,8 @@ def _check_config(
     same_teacher = os.path.isdir(config.teacher) and not changed_files(run, teacher_files)
     same_paths = before | {"output": wanted["output"]} == wanted
     before = with_places_of(before, wanted, run.data, data, same_teacher=same_teacher)
+    if not changed_files(run, teacher_files):
+        before["revision"] = wanted["revision"]  # another name of the same commit
     differences = changed_data(config, run.data, data) | _differences(before, wanted)
     folder = str(absolute(config.output))
     if not differences:

@@ -54,10 +54,11 @@ class Peeling:
         self.cache: TeacherCache | None = None
         self.free: tuple[int, ...] = ()
         with leaving_nothing(run):
-            self.teacher, self.tokenizer = load_teacher(config)
+            pinned = config.model_copy(update={"revision": run.pinned_config.revision})
+            self.teacher, self.tokenizer = load_teacher(pinned)
             self.student = Student(self.teacher)
             check_trained(self.student, config.distill)
-            self.origin = teacher_origin(config)
+            self.origin = teacher_origin(pinned)
             self.storage = stored_dtypes(self.origin, self.teacher)
             self.text = scoring_text(config, self.tokenizer)
 
@@ -72,7 +73,9 @@ class Peeling:
     def stop_reason(self) -> str | None:
         """Why the run is over: the name of the stop that holds, or `no_candidates`; None to go on."""
         student, stop = self.student, self.run.config.stop
-        fixed = unremovable_teacher_layers(student.model, student.kept_layers)
+        fixed = unremovable_teacher_layers(
+            student.model, student.kept_layers, pattern=self.config.score.protect.pattern
+        )
         self.free = removable(student.kept_layers, self.config, fixed)
         rounds = self.run.rounds
         if rounds and stop.min_quality is not None and rounds[-1].kept_quality < stop.min_quality:

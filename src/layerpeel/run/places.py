@@ -103,12 +103,12 @@ def load_run_teacher(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     Raises:
         InputError: it is gone, or another than when the run began.
     """
-    config = run.config
+    config = run.pinned_config
     if os.path.isabs(config.teacher) and not os.path.isdir(config.teacher):
         raise InputError(
             f"teacher: {config.teacher} is gone", hint="bring it back, or say where it is now: --set teacher=PATH"
         )
-    check_teacher(run, digests(config.teacher, trust_remote_code=config.trust_remote_code), config.teacher)
+    check_teacher(run, digests(config.teacher, config.revision), config.teacher)
     return load_teacher(config)
 
 
@@ -127,9 +127,15 @@ def check_teacher(run: Run, teacher_files: dict[str, str], path: str) -> None:
     if changed:
         raise InputError(
             f"teacher: {path} is another than when the run began ({', '.join(changed[:3])})",
-            hint="bring the old files back, say where they are now (--set teacher=PATH), or name a new output folder "
-            "(--set output=...)",
+            hint=f"{_same_teacher(run.start.teacher_files)}, or name a new output folder (--set output=...)",
         )
+
+
+def _same_teacher(teacher_files: dict[str, str]) -> str:
+    """How to go on with the teacher that a run began with."""
+    commit = teacher_files.get("commit")
+    back = "bring the old files back, say where they are now (--set teacher=PATH)"
+    return f"go on with --set revision={commit}" if commit else back
 
 
 def changed_files(run: Run, teacher_files: dict[str, str]) -> list[str]:

@@ -22,9 +22,10 @@ from layerpeel.losses.loss_sum import LossSum
 from layerpeel.model.checkpoint import least_parameters
 from layerpeel.model.config_fields import context_length, text_config
 from layerpeel.model.devices import pick_device, wanted_dtype
-from layerpeel.model.loading import load_config_of
+from layerpeel.model.loading import load_teacher_config
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.run.folder import Run
+from layerpeel.run.teacher_checks import check_pattern, note_cycle
 from layerpeel.storage.files import remove_folder
 from layerpeel.storage.outputs import absolute, try_folder, windows_hint
 from layerpeel.tasks.base import Task
@@ -52,6 +53,7 @@ def check_plan(config: RunConfig) -> list[Task]:
     teacher, total = _teacher_of(config)
     _check_sizes(config, teacher)
     _check_target(config, total)
+    check_pattern(config, teacher, removable(KeptLayers.full(total), config))
     tasks = check_tasks(config)
     check_metrics(config.score, has_text=bool(config.score.text or config.distill.text), has_tasks=bool(tasks))
     LossSum(config.distill.losses)
@@ -81,6 +83,7 @@ def check_score(config: RunConfig) -> list[Task]:
     teacher, total = _teacher_of(config)
     _check_sizes(config, teacher, training=False)
     _check_protected(config, total)
+    check_pattern(config, teacher, removable(KeptLayers.full(total), config))
     tasks = check_tasks(config)
     text = config.score.text or config.distill.text
     check_metrics(config.score, has_text=bool(text), has_tasks=bool(tasks))
@@ -91,7 +94,7 @@ def check_score(config: RunConfig) -> list[Task]:
 
 def _teacher_of(config: RunConfig) -> tuple[PretrainedConfig, int]:
     """The config of the teacher, and how many layers it has."""
-    teacher = load_config_of(config.teacher, trust_remote_code=config.trust_remote_code)
+    teacher = load_teacher_config(config)
     total = text_config(teacher).num_hidden_layers
     if not isinstance(total, int) or total < 2:
         raise InputError(f"{config.teacher}: a model of {total} layers has none to spare", hint="name a deeper one")
@@ -109,7 +112,7 @@ def check_training_dtype(config: RunConfig) -> None:
     Raises:
         InputError: it is wanted, by the config or by the checkpoint.
     """
-    teacher = load_config_of(config.teacher, trust_remote_code=config.trust_remote_code)
+    teacher = load_teacher_config(config)
     dtype = wanted_dtype(teacher, pick_device(config.device), config.dtype)
     if config.distill.tokens_per_round and dtype is torch.float16:
         raise InputError("dtype: float16 gradients would underflow", hint="train with dtype: bfloat16 or float32")
@@ -134,6 +137,7 @@ def check_run(config: RunConfig) -> list[Task]:
     for folder in (config.output / name for name in ("rounds", "student", "report", "cache")):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"output: {folder} is a file, where a folder of the run has to be", hint="move it away")
+    note_cycle(config, load_teacher_config(config))
     return tasks
 
 

@@ -133,6 +133,12 @@ class RunRecord:
         return next(event.data for event in reversed(self.events) if isinstance(event, Start | Changed))
 
     @property
+    def pinned_config(self) -> RunConfig:
+        """The config that holds now, with the commit of the teacher that was read, if it is on the hub."""
+        commit = self.start.teacher_files.get("commit") if self.start else None
+        return self.config.model_copy(update={"revision": commit}) if commit else self.config
+
+    @property
     def teacher(self) -> TeacherRecord | None:
         """What was measured of the teacher, once it was."""
         return self._last(TeacherRecord)

@@ -40,6 +40,7 @@ def write_removal_card(
     parameters: int,
     teacher_parameters: int,
     training: TrainingFacts | None = None,
+    cycle: str | None = None,
 ) -> Path:
     """Writes the README.md of a student into its folder; the main process does.
 
@@ -47,6 +48,7 @@ def write_removal_card(
         teacher: its folder or hub name.
         layers: which of the teacher's the student has.
         training: what was done after the removal, if anything.
+        cycle: what the removal means for other runtimes, if it breaks a cycle of layers (`broken_cycle`).
     """
     path = folder / "README.md"
     metadata = _metadata(teacher, bool(training))
@@ -60,6 +62,7 @@ def write_removal_card(
         parameters=parameters,
         teacher_parameters=teacher_parameters,
         training=training,
+        cycle=cycle,
         versions={name: version(name) for name in ("layerpeel", "torch", "transformers")},
     )
     write_whole(path, str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")))

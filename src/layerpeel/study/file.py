@@ -19,7 +19,7 @@ from layerpeel.config.run import RunConfig, StopConfig
 from layerpeel.demo.preparing import prepare_demo
 from layerpeel.errors import InputError
 from layerpeel.model.config_fields import text_config
-from layerpeel.model.loading import load_config_of
+from layerpeel.model.loading import load_teacher_config
 
 
 class StudyConfig(Section):
@@ -142,7 +142,7 @@ def _config(
 
 def _target(config: RunConfig, remove: int | float) -> int:
     """How many layers are left; at least one is removed."""
-    teacher = load_config_of(config.teacher, trust_remote_code=config.trust_remote_code)
+    teacher = load_teacher_config(config)
     total = int(text_config(teacher).num_hidden_layers)
     removed = remove if isinstance(remove, int) else max(1, round(remove * total))
     if removed >= total:

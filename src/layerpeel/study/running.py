@@ -31,6 +31,8 @@ SHARED = (
     "device",
     "dtype",
     "trust_remote_code",
+    "revision",
+    "merge_adapter",
 )  # fields that a teacher's scores depend on
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.config.fields import Count
+from layerpeel.config.fields import AS_COUNT
 from layerpeel.data.cells import TableRow
 from layerpeel.data.digests import digest_of_rows
 from layerpeel.data.reading import expand, read_rows
@@ -44,7 +44,7 @@ class Task(BaseModel, ABC):
 
     name: str
     kind: str
-    limit: Annotated[Count, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1), AS_COUNT] | None = None
     """Take only the first rows (of each file, where several are named)."""
 
     @abstractmethod
@@ -133,7 +133,7 @@ class RowTask(Task):
 class FewShot(RowTask):
     """A row task that can show solved rows before each sample; no row is both shown and a sample."""
 
-    num_fewshot: Annotated[Count, Field(ge=0)] = 0
+    num_fewshot: Annotated[int, Field(ge=0), AS_COUNT] = 0
     """How many solved rows to show."""
     fewshot_data: str | None = None
     """Where they are from: its first rows. `data` if not given."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from rapidfuzz.distance import LCSseq
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.config.fields import Count
+from layerpeel.config.fields import AS_COUNT
 from layerpeel.data.cells import TableRow, located
 from layerpeel.errors import InputError
 from layerpeel.inference.encoding import encode
@@ -33,7 +33,7 @@ class Generate(FewShot):
     metric: Literal["exact", "copy", "rouge1", "rouge2", "rougeL"] = "exact"
     """exact: the same text. copy: longest common subsequence of words, over the longer text's words. rouge*: F1 over
     words. Of scripts without spaces between words, such as Chinese and Thai, characters are counted as words."""
-    max_new_tokens: Annotated[Count, Field(ge=1)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1), AS_COUNT] | None = None
     """The longest target's tokens and eight more, if not given. Prompts are cut at their beginning where the model's
     context has no room for them and for so many new tokens; if this is not given, for the row's own target."""
     stop: list[Annotated[str, Field(min_length=1)]] = ["\n"]

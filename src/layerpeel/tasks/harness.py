@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.config.fields import Count
+from layerpeel.config.fields import AS_COUNT
 from layerpeel.data.digests import digest_of_rows
 from layerpeel.errors import InputError
 from layerpeel.inference.requests import Likelihood
@@ -38,7 +38,7 @@ class Harness(Task):
     """A name that the harness knows, or the path of a task's YAML file."""
     include_path: str | None = None
     """A folder with more YAML files; that of the file, if `task` is one."""
-    num_fewshot: Annotated[Count, Field(ge=0)] | None = None
+    num_fewshot: Annotated[int, Field(ge=0), AS_COUNT] | None = None
     """Solved examples to show; the task's own number if not given."""
     apply_chat_template: bool | str = False
     """Whether prompts are put into the tokenizer's chat template; or that template's name, where it has several."""

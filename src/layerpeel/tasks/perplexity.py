@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.config.fields import Count
+from layerpeel.config.fields import AS_COUNT
 from layerpeel.data.cells import located, text_of
 from layerpeel.errors import InputError
 from layerpeel.inference.encoding import start_token
@@ -25,7 +25,7 @@ class Perplexity(RowTask):
     split: str = "train"
     column: str = "text"
     """The column that holds the text."""
-    sequence_length: Annotated[Count, Field(ge=2)] = 256
+    sequence_length: Annotated[int, Field(ge=2), AS_COUNT] = 256
     """Tokens in a window; each window starts afresh from the beginning-of-text token."""
 
     def check(self) -> None:

@@ -114,4 +114,5 @@ def cache_for(config: RunConfig, teacher: PreTrainedModel, folder: Path) -> Teac
     fits = size <= min(distill.teacher_cache_size, shutil.disk_usage(folder).free // 2)
     if distill.teacher_cache == "auto" and (distill.fresh_text or not fits):
         return None
-    return TeacherCache(folder / "cache", fingerprint(config.teacher, teacher.dtype), distill.teacher_cache_size)
+    key = fingerprint(config.teacher, teacher.dtype, config.revision)
+    return TeacherCache(folder / "cache", key, distill.teacher_cache_size)
