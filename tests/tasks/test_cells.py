@@ -60,4 +60,4 @@ def test_choices_of_numbers_and_an_index(make: MakeTask, tokenizer: PreTrainedTo
 
 def test_a_bad_label_names_its_row(make: MakeTask) -> None:
     rows = [{"context": "?", "choices": ["a", "b"], "answer": answer} for answer in ("A", "B", "4")]
-    assert "rows.jsonl, line 3: column 'answer' holds 4, expected which" in input_error(make("choice", rows).check)[0]
+    assert "rows.jsonl, line 3: column 'answer' holds '4', expected which" in input_error(make("choice", rows).check)[0]
