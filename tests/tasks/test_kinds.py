@@ -111,7 +111,7 @@ def test_what_is_said_of_pairs(make: MakeTask, tmp_path: Path) -> None:
 def test_generate_asks_for_room_enough(make: MakeTask, tokenizer: Bytes) -> None:
     rows = [{"prompt": "Say: hi", "target": " hi"}, {"prompt": "Say: hello", "target": " hello"}]
     first = make("generate", rows).requests(tokenizer)[0]
-    assert first == Generation(tuple(tokenizer.encode("Say: hi")), len(" hello") + 8, ("\n",))
+    assert first == Generation(tuple(tokenizer.encode("Say: hi")), len(" hello") + 8, ("\n",), needed=len(" hi") + 8)
     assert make("generate", rows, max_new_tokens=3, stop=["\n", "."]).requests(tokenizer)[1] == Generation(
         tuple(tokenizer.encode("Say: hello")), 3, ("\n", ".")
     )
