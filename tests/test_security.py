@@ -88,6 +88,6 @@ def test_a_limit_of_memory_can_be_set(
 ) -> None:
     fill(tmp_path)
     monkeypatch.chdir(tmp_path)
-    arguments = ["eval", "teacher", "run.yaml", "--set", f"memory_limit={limit}", "--set", "score.tokens=9000"]
+    arguments = ["score", "run.yaml", "--set", f"memory_limit={limit}", "--set", "score.tokens=9000"]
     got, _, err = call(monkeypatch, capsys, *arguments)
     assert got == code and message in err
