@@ -70,7 +70,6 @@ OPTIMIZERS: list[dict[str, Any]] = [
     {},
     {"optimizer_options": {"fused": True}},
     {"optimizer": "Muon"},
-    {"optimizer": "Adafactor"},
 ]
 
 
