@@ -16,8 +16,9 @@ from tests.report.conftest import HOSTILE
 def test_without_the_teacher_it_says_so(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run.config.teacher += "/gone"
     text = write_report(run).read_text(encoding="utf-8")
-    assert "were not measured, because the students cannot be rebuilt: no such model" in text
-    assert "nothing measured: no such model" in capsys.readouterr().err
+    assert "were not measured, because the students cannot be rebuilt: teacher: " in text and "/gone is gone; " in text
+    said = " ".join(capsys.readouterr().err.split())
+    assert "nothing measured: teacher: " in said and "/gone is gone" in said
     assert not (run.folder / "report/measurements.json").exists()
 
 
