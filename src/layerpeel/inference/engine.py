@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.budget import Budget
 from layerpeel.inference.decoding import Decoder
-from layerpeel.inference.finite import NotFiniteError, first_not_finite
+from layerpeel.inference.finite import NotFiniteError, dtype_name, first_not_finite
 from layerpeel.inference.generation_options import check_room, followed_options, generation_limit
 from layerpeel.inference.kv_cache import PrefillCache, supports_prefill
 from layerpeel.inference.layerwise import LayerwiseModel
@@ -152,16 +152,19 @@ class Engine:
         if torch.isfinite(sums).all():
             return
         branch, index = (~torch.isfinite(sums)).nonzero()[0].tolist()
-        request = requests[index]
         if branch:
             raise NotFiniteError(
                 f"a log-probability is {sums[branch, index]:g} with the layer at position "
                 f"{self.candidates[branch - 1]} skipped",
                 request=index,
             )
-        place = first_not_finite(self.layerwise, (request.context + request.continuation)[: self.window])
+        spoiled = (~torch.isfinite(sums[0])).nonzero()[:, 0].tolist()  # also by a neighbour in the same row
+        texts = ((each, requests[each].context + requests[each].continuation) for each in spoiled)
+        places = ((each, first_not_finite(self.layerwise, ids[: self.window])) for each, ids in texts)
+        index, place = next((pair for pair in places if pair[1]), (index, None))
+        place = place or f"the logits, in {dtype_name(self.layerwise)}"
         raise NotFiniteError(
-            f"a log-probability is {sums[branch, index]:g}; the model first gives NaN or infinity in {place}",
+            f"a log-probability is {sums[0, index]:g}; the model first gives NaN or infinity in {place}",
             request=index,
         )
 

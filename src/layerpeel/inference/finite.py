@@ -40,8 +40,8 @@ def refuse_nan(input_ids: Tensor, scores: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def first_not_finite(layerwise: LayerwiseModel, input_ids: Sequence[int]) -> str:
-    """Where the model, as it is, first gives NaN or infinity for a text.
+def first_not_finite(layerwise: LayerwiseModel, input_ids: Sequence[int]) -> str | None:
+    """Where the model, as it is, first gives NaN or infinity in the hidden states of a text; None if nowhere.
 
     Args:
         input_ids: at least one token.
@@ -54,4 +54,9 @@ def first_not_finite(layerwise: LayerwiseModel, input_ids: Sequence[int]) -> str
                 places.append(name)
 
     layerwise.forward_with_skips(torch.tensor([list(input_ids)]), hook=hook)
-    return f"{places[0] if places else 'the logits'}, in {str(layerwise.model.dtype).removeprefix('torch.')}"
+    return f"{places[0]}, in {dtype_name(layerwise)}" if places else None
+
+
+def dtype_name(layerwise: LayerwiseModel) -> str:
+    """Of the weights, as in `bfloat16`."""
+    return str(layerwise.model.dtype).removeprefix("torch.")
