@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests run file by file on as many processes as there are cores, four at the most, each on one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .PHONY: help demo quick test docs faults lint check fuzz format clean
@@ -22,10 +24,10 @@ demo: .venv/.installed
 	$(BIN)/layerpeel demo
 
 quick: .venv/.installed lint
-	$(BIN)/python -m pytest -x -m "not slow and not browser"
+	$(PYTEST) -x -m "not slow and not browser"
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 docs: .venv/.installed
 	$(BIN)/python scripts/make_reference.py
@@ -35,7 +37,7 @@ faults: .venv/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -m tests.faults --kills 100 --disks 10 --flips 50
 
 check: .venv/.installed lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
