@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass, field
 
 NO_LOSS = ("learning_rate", "gradient_norm", "tokens", "skipped")  # of what a point of the curve holds
 
-
 Log = Callable[[dict[str, float]], None]
 
 
 @dataclass
-class TrainingResult:
-    """What one round of training did.
+class TrainingCounts:
+    """How much one round of training did.
 
     Attributes:
         layers: teacher indices of the trained layers.
@@ -28,7 +27,6 @@ class TrainingResult:
         cached: the share of the rows whose teacher states were found on disk.
         seconds: wall-clock time.
         without_gradient: losses that do not depend on the student's weights.
-        curve: a dict a step: `loss`, each part without its weight, `learning_rate`, `gradient_norm`, `tokens` so far.
     """
 
     layers: list[int]
@@ -43,6 +41,16 @@ class TrainingResult:
     cached: float = 0.0
     seconds: float = 0.0
     without_gradient: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainingResult(TrainingCounts):
+    """What one round of training did.
+
+    Attributes:
+        curve: a dict a step: `loss`, each part without its weight, `learning_rate`, `gradient_norm`, `tokens` so far.
+    """
+
     curve: list[dict[str, float]] = field(default_factory=list)
 
     def summary(self) -> TrainingSummary:
@@ -62,30 +70,16 @@ class TrainingResult:
         return TrainingSummary(**fields, first_loss=first, last_loss=last, losses=ends, gradient_norm=norm)
 
 
-@dataclass(frozen=True)
-class TrainingSummary:
-    """What a training did, without its curve.
+@dataclass
+class TrainingSummary(TrainingCounts):
+    """What one round of training did, without its curve.
 
     Attributes:
-        layers, parameters, steps, tokens, rows, row_length, skipped, restarts, halved, cached, seconds,
-            without_gradient: as in `TrainingResult`.
         first_loss, last_loss: means over the first and the last tenth of the steps; None where there were none.
         losses: the two for each part of the loss, without its weight.
         gradient_norm: mean over all steps; None where there were none.
     """
 
-    layers: list[int]
-    parameters: int = 0
-    steps: int = 0
-    tokens: int = 0
-    rows: int = 0
-    row_length: int = 0
-    skipped: int = 0
-    restarts: int = 0
-    halved: int = 0
-    cached: float = 0.0
-    seconds: float = 0.0
-    without_gradient: list[str] = field(default_factory=list)
     first_loss: float | None = None
     last_loss: float | None = None
     losses: dict[str, tuple[float, float]] = field(default_factory=dict)
