@@ -164,6 +164,21 @@ def test_a_task_at_chance_is_seen_from_the_start(value: float, n: int, silent: b
     assert found(run) == ([] if silent else [("at_chance", "warning", None)])
 
 
+@pytest.mark.parametrize("aggregate", ["mean", "relative"])
+@pytest.mark.parametrize(("pick", "severity"), [(0.6, "warning"), (0.0, "error")])
+def test_a_teacher_that_scores_zero_is_said(pick: float, severity: str, aggregate: str, tmp_path: Path) -> None:
+    run = journal(tmp_path)
+    assert run.teacher
+    scores = run.teacher.evaluation.scores
+    scores["pick"], scores["copy"] = TaskScore(**score(pick)), TaskScore(**score(0.0))
+    value = run.reference.aggregate(run.reference, aggregate)
+    run.events[1] = run.teacher.model_copy(update={"aggregate": value})
+    (finding,) = findings(run)
+    assert (finding.check, finding.severity, finding.round) == ("at_zero", severity, None)
+    said = "task copy: the teacher scores 0 on all 400 rows" if pick else "the teacher scores 0 on all tasks"
+    assert finding.message.startswith(said)
+
+
 def test_findings_are_recorded_and_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = journal(tmp_path, *FLAT, without_gradient=["[red]\x1b[31mkl"], skipped=2)
     note_findings(run)

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from layerpeel.inference.requests import Generation, LogLikelihood
 from layerpeel.tasks.generate import text_score
+from tests.families import tiny_tokenizer
 from tests.tasks.conftest import MakeTask, input_error, score_of, task_of
 
 Bytes = PreTrainedTokenizerFast
+LLAMA = "models/stories260K-hf"
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -80,6 +82,19 @@ def test_a_choice_without_a_token_is_refused(kit: Path, make: MakeTask) -> None:
     )
 
 
+def test_an_empty_choice_is_refused_with_any_tokenizer(kit: Path, make: MakeTask, tokenizer: Bytes) -> None:
+    task = make("choice", [row(choices=["blue", " "])])
+    for each in (tokenizer, *(AutoTokenizer.from_pretrained(kit / name) for name in ("tokenizers/tok_qwen2", LLAMA))):
+        message, hint = input_error(lambda each=each: task.requests(each))
+        assert message.endswith("line 1: choice ' ' has no token of its own after its prompt")
+        assert hint.startswith("leave empty choices out")
+
+
+def test_of_equal_choices_each_is_right(make: MakeTask, tokenizer: Bytes) -> None:
+    task = make("choice", [row(choices=["grey", "blue", "blue"], answer=2)])
+    assert score_of(task, tokenizer, [-2.0, -1.0, -1.0]).value == 1.0
+
+
 def test_pairs(make: MakeTask, tokenizer: Bytes) -> None:
     rows = [{"sentence_good": f"good {i}", "sentence_bad": f"bad {i}"} for i in range(3)]
     task = make("pairs", rows)
@@ -108,6 +123,16 @@ def test_what_is_said_of_pairs(make: MakeTask, tmp_path: Path) -> None:
     assert input_error(nothing.check)[0] == f"{where}, line 1: column 'sentence_good' holds NoneType, expected text"
 
 
+def test_a_sentence_without_a_token_is_refused(make: MakeTask, tokenizer: Bytes) -> None:
+    for text in ("", "<end>"):  # as probable as can be
+        task = make(
+            "pairs", [{"sentence_good": "a", "sentence_bad": "b"}, {"sentence_good": text, "sentence_bad": "b"}]
+        )
+        assert input_error(lambda task=task: task.requests(tokenizer))[0].endswith(
+            "line 2: column 'sentence_good' holds a sentence without a token, which is as probable as can be"
+        )
+
+
 def test_generate_asks_for_room_enough(make: MakeTask, tokenizer: Bytes) -> None:
     rows = [{"prompt": "Say: hi", "target": " hi"}, {"prompt": "Say: hello", "target": " hello"}]
     first = make("generate", rows).requests(tokenizer)[0]
@@ -126,6 +151,37 @@ def test_generate_shows_solved_rows(make: MakeTask, tokenizer: Bytes) -> None:
     rows = [{"prompt": f"Copy {i}:", "target": f" {i}"} for i in range(2)]
     (request,) = make("generate", rows, num_fewshot=1).requests(tokenizer)
     assert tokenizer.decode(request.prompt) == "Copy 1: 1\n\nCopy 0:"
+
+
+def test_an_empty_prompt_is_the_start_of_text(make: MakeTask, tokenizer: Bytes) -> None:
+    (request,) = make("generate", [{"prompt": "", "target": "a"}]).requests(tokenizer)
+    assert request.prompt == (tokenizer.eos_token_id,)
+
+
+def test_special_tokens_of_a_target_are_left_out_as_they_are_of_answers(make: MakeTask) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<sep>", special=True)])  # special, though no role is known of it
+    task = make("generate", [{"prompt": "w4", "target": "w5 w6</s>"}, {"prompt": "w4", "target": "<s>w5<sep> w6"}])
+    assert [sample.reference for sample in task.samples(tokenizer)] == ["w5 w6", "w5 w6"]
+    assert score_of(task, tokenizer, ["w5 w6", "w5 w6 w7"]).value == 0.5
+    nothing = make("generate", [{"prompt": "w4", "target": "w5"}, {"prompt": "w4", "target": "<s></s>"}])
+    message, hint = input_error(lambda: nothing.requests(tokenizer))
+    assert message.endswith(
+        "line 2: its target, '<s></s>', holds nothing but special tokens, which are left out of generated text"
+    )
+    assert hint == "leave such rows out, or give targets of text"
+
+
+def test_a_target_beyond_its_stop_is_refused_where_it_has_to_be_the_same(
+    make: MakeTask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "p", "target": " one\n"}, {"prompt": "p", "target": "one\ntwo"}]
+    message, hint = input_error(make("generate", rows).check)
+    assert "line 2: its target holds '\\n', and text ends before the first of those (stop), so no answer" in message
+    assert hint == "set stop to what ends an answer, or shorten the target"
+    make("generate", rows, stop=["###"]).check()
+    make("generate", rows, metric="rougeL").check()
+    assert "what comes after is not written" in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_empty_stop_is_refused(make: MakeTask) -> None:
@@ -171,6 +227,13 @@ def test_perplexity_by_hand(make: MakeTask, tokenizer: Bytes) -> None:
     spread = (9 - 1.5 * 7) ** 2 + (6 - 1.5 * 3) ** 2  # over n - 1 = 1
     assert score.stderr == pytest.approx(math.exp(1.5) * math.sqrt(spread / 2) / 5)
     assert score.lower_is_better and score.n == 2
+
+
+def test_texts_of_special_tokens_alone_have_no_perplexity(make: MakeTask, tokenizer: Bytes, tmp_path: Path) -> None:
+    task = make("perplexity", [{"text": "<end>"}])
+    assert input_error(lambda: task.requests(tokenizer))[0] == (
+        f"task t: {tmp_path / 'rows.jsonl'}: column 'text' holds no text but special tokens"
+    )
 
 
 def test_what_is_said_of_perplexity(make: MakeTask, tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def _totals(
                 place = first_not_finite(inputs.student, rows["input_ids"][0].tolist())
                 raise NotFiniteError(
                     f"scoring by {metric.name}: NaN or infinity in rows {first} to {first + len(batch_indices) - 1} of "
-                    f"the text; the model first gives it in {place or 'the logits'}"
+                    f"the text; the model first gives it in {place}"
                 )
             totals = totals + part if start else part
             start += len(batch_indices)

@@ -70,7 +70,7 @@ class Decoder:
                 without the last token of each; None to prefill them here.
 
         Raises:
-            NotFiniteError: logits are NaN; its `request` is the index of the prompt.
+            NotFiniteError: logits are NaN or infinite; its `request` is the index of the prompt.
         """
         written = [list(tokens) for tokens in drafts or [()] * len(prompts)]
         rows = [row for row, tokens in enumerate(written) if not self.has_ended(tokens)]
@@ -84,7 +84,9 @@ class Decoder:
             try:
                 output = self._generate(input_ids, mask, cache, [skipped[row] for row in rows], count)
             except NotFiniteError as error:
-                error.request = None if error.request is None else rows[error.request]
+                if error.request is not None:
+                    error.tokens = error.tokens[int((mask[error.request] == 0).sum()) :]  # padding is on the left
+                    error.request = rows[error.request]
                 raise
             for row, new in zip(rows, output.sequences[:, input_ids.shape[1] :].tolist(), strict=True):
                 written[row] = self._cut(written[row] + new)

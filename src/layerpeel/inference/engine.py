@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.budget import Budget
 from layerpeel.inference.decoding import Decoder
-from layerpeel.inference.finite import NotFiniteError, dtype_name, first_not_finite
+from layerpeel.inference.finite import NotFiniteError, first_not_finite
 from layerpeel.inference.generation_options import check_room, followed_options, generation_limit
 from layerpeel.inference.kv_cache import PrefillCache, supports_prefill
 from layerpeel.inference.layerwise import LayerwiseModel
@@ -149,24 +149,25 @@ class Engine:
         Raises:
             NotFiniteError: it names the first that is NaN or infinity, and where the model first gives such.
         """
-        if torch.isfinite(sums).all():
+        wrong = (~torch.isfinite(sums)).nonzero().tolist()
+        if not wrong:
             return
-        branch, index = (~torch.isfinite(sums)).nonzero()[0].tolist()
+        # NaN reaches other texts of the same prefix tree, so the text is looked for that has it alone.
+        branch, index = next(
+            (pair for pair in wrong if not self._is_finite_alone(requests[pair[1]], pair[0])), wrong[0]
+        )
+        request, value = requests[index], f"a log-probability is {sums[branch, index]:g}"
         if branch:
             raise NotFiniteError(
-                f"a log-probability is {sums[branch, index]:g} with the layer at position "
-                f"{self.candidates[branch - 1]} skipped",
-                request=index,
+                f"{value} with the layer at position {self.candidates[branch - 1]} skipped", request=index
             )
-        spoiled = (~torch.isfinite(sums[0])).nonzero()[:, 0].tolist()  # also by a neighbour in the same row
-        texts = ((each, requests[each].context + requests[each].continuation) for each in spoiled)
-        places = ((each, first_not_finite(self.layerwise, ids[: self.window])) for each, ids in texts)
-        index, place = next((pair for pair in places if pair[1]), (index, None))
-        place = place or f"the logits, in {dtype_name(self.layerwise)}"
-        raise NotFiniteError(
-            f"a log-probability is {sums[0, index]:g}; the model first gives NaN or infinity in {place}",
-            request=index,
-        )
+        place = first_not_finite(self.layerwise, (request.context + request.continuation)[: self.window])
+        raise NotFiniteError(f"{value}; the model first gives NaN or infinity in {place}", request=index)
+
+    def _is_finite_alone(self, request: LogLikelihood, branch: int) -> bool:
+        candidates = self.candidates[branch - 1 : branch] if branch else ()
+        sums, _ = log_likelihoods(self.layerwise, candidates, [request], self.budget)
+        return bool(torch.isfinite(sums[-1]).all())
 
     def _generate(self, requests: Sequence[Generation]) -> list[list[Answer]]:
         """Greedy text for each prompt, on all branches; all requests have the same stops and limit.
@@ -182,11 +183,19 @@ class Engine:
             self.layerwise, self.tokenizer, requests[0].stop, limit, options, plain=requests[0].options is None
         )
         prompts = [request.prompt for request in requests]
-        texts = {(index, 0): tokens for index, tokens in enumerate(decoder.decode(prompts, [None] * len(prompts)))}
+        texts = {(index, 0): tokens for index, tokens in enumerate(self._decode_untouched(decoder, prompts))}
         if self.candidates:
             texts |= self._generate_skipping(decoder, prompts, [texts[index, 0] for index in range(len(prompts))])
         branches = range(self.branches)
         return [[decoder.text(texts[index, branch]) for branch in branches] for index in range(len(prompts))]
+
+    def _decode_untouched(self, decoder: Decoder, prompts: Sequence[tuple[int, ...]]) -> list[list[int]]:
+        try:
+            return decoder.decode(prompts, [None] * len(prompts))
+        except NotFiniteError as error:
+            place = first_not_finite(self.layerwise, error.tokens)
+            what = f"{error}; the model first gives NaN or infinity in {place}"
+            raise NotFiniteError(what, request=error.request) from None
 
     def _generate_skipping(
         self, decoder: Decoder, prompts: Sequence[tuple[int, ...]], drafts: Sequence[Sequence[int]]
@@ -223,8 +232,10 @@ class Engine:
         try:
             written = decoder.decode([prompts[index] for index, _ in rows], skipped, *decoded)
         except NotFiniteError as error:
-            error.request = None if error.request is None else rows[error.request][0]
-            raise
+            if error.request is None:
+                raise
+            what = f"{error} with the layer at position {skipped[error.request]} skipped"
+            raise NotFiniteError(what, request=rows[error.request][0]) from None
         return dict(zip(rows, written, strict=True))
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:

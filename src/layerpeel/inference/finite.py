@@ -16,32 +16,35 @@ class NotFiniteError(RunError):
 
     Attributes:
         request: the index of the request, among those of the call; None if it is not known.
+        tokens: of the text after which a model that writes it gives them.
     """
 
-    def __init__(self, what: str, *, request: int | None = None) -> None:
+    def __init__(self, what: str, *, request: int | None = None, tokens: Sequence[int] = ()) -> None:
         super().__init__(
             what,
             hint="look for NaN or infinity in the weights, or for overflow (dtype: float32); if only the model without "
             "one layer does it, protect that layer (score.protect.layers)",
         )
-        self.request = request
+        self.request, self.tokens = request, tokens
 
 
 def refuse_nan(input_ids: Tensor, scores: Tensor) -> Tensor:
-    """A logits processor that lets logits pass, [B, V], unless one is NaN: greedy decoding would go on from token 0.
+    """A logits processor that lets logits pass, [B, V], unless one is NaN or plus infinity, which would be chosen.
 
     Raises:
-        NotFiniteError: one is; its `request` is the row of the batch.
+        NotFiniteError: one is; its `request` is the row of the batch, its `tokens` those of the row.
     """
-    if torch.isnan(scores).any():
-        row = int(torch.isnan(scores).any(-1).nonzero()[0])
-        raise NotFiniteError("logits are NaN while the model generates text", request=row)
+    bad = (torch.isnan(scores) | torch.isposinf(scores)).any(-1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        what = "logits are NaN or infinite while the model generates text"
+        raise NotFiniteError(what, request=row, tokens=input_ids[row].tolist())
     return scores
 
 
 @torch.no_grad()
-def first_not_finite(layerwise: LayerwiseModel, input_ids: Sequence[int]) -> str | None:
-    """Where the model, as it is, first gives NaN or infinity in the hidden states of a text; None if nowhere.
+def first_not_finite(layerwise: LayerwiseModel, input_ids: Sequence[int]) -> str:
+    """Where the model, as it is, first gives NaN or infinity for a text.
 
     Args:
         input_ids: at least one token.
@@ -54,9 +57,4 @@ def first_not_finite(layerwise: LayerwiseModel, input_ids: Sequence[int]) -> str
                 places.append(name)
 
     layerwise.forward_with_skips(torch.tensor([list(input_ids)]), hook=hook)
-    return f"{places[0]}, in {dtype_name(layerwise)}" if places else None
-
-
-def dtype_name(layerwise: LayerwiseModel) -> str:
-    """Of the weights, as in `bfloat16`."""
-    return str(layerwise.model.dtype).removeprefix("torch.")
+    return f"{places[0] if places else 'the logits'}, in {str(layerwise.model.dtype).removeprefix('torch.')}"

@@ -73,7 +73,8 @@ def is_cut(request: Request, window: int) -> bool:
     """Whether `fitted` leaves out tokens of the context or the prompt."""
     part = fitted(request, window)
     if isinstance(request, LogLikelihood) and isinstance(part, LogLikelihood):
-        return len(part.context) < len(request.context)
+        in_parts = len(request.continuation) > window  # after the context's last token
+        return len(part.context) < len(request.context) or (in_parts and len(request.context) > 1)
     return isinstance(request, Generation) and isinstance(part, Generation) and len(part.prompt) < len(request.prompt)
 
 

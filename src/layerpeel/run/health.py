@@ -54,15 +54,27 @@ def findings(run: RunRecord) -> list[Finding]:
 
 
 def at_zero(run: RunRecord) -> Iterator[Finding]:
-    """A teacher without any quality that a student could keep."""
+    """A teacher without any quality that a student could keep, on all tasks or on one."""
     assert run.teacher
-    if not run.teacher.aggregate:
+    qualities = run.reference.qualities(run.reference)
+    if run.teacher.aggregate and any(qualities.values()):
+        for name, score in run.reference.scores.items():
+            if not qualities[name] and score.chance is None:  # else `at_chance` says so
+                yield Finding(
+                    check="at_zero",
+                    severity="warning",
+                    round=None,
+                    message=f"task {name}: the teacher scores 0 on all {score.n} rows, so the task cannot show what a "
+                    "removal costs",
+                    hint="check its prompt, its target and its metric, or leave it out",
+                )
+    else:
         yield Finding(
             check="at_zero",
             severity="error",
             round=None,
-            message="the teacher's aggregate is 0: the tasks show nothing that a student could keep, and shares of it "
-            "are given as 0 %",
+            message="the teacher scores 0 on all tasks: they show nothing that a student could keep, and its share of "
+            "the teacher's quality says nothing",
             hint="check the prompts, the targets and the metric of the tasks, or take others",
         )
 

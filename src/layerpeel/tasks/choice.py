@@ -76,7 +76,8 @@ class Choice(FewShot):
             "bytes": [max(1, len(choice.encode())) for choice in choices],
             "tokens": [len(request.continuation) for request in requests],
         }
-        return Sample(requests, _Key(self._right(row), lengths[self.normalize]), located(row, self.data))
+        right = choices.index(choices[self._right(row)])  # of equal choices, `score` takes the first
+        return Sample(requests, _Key(right, lengths[self.normalize]), located(row, self.data))
 
     def _prefix(self) -> str:
         return self.fewshot_prefix(

@@ -74,7 +74,7 @@ def answer_samples(engine: Engine, samples: Sequence[Sample], description: str) 
 
 
 def _check_targets(engine: Engine, samples: Sequence[Sample], name: str) -> None:
-    """Refuses samples that cannot be answered rightly, and says how many are cut."""
+    """Refuses samples that cannot be answered rightly, and says how many are cut or of unknown tokens."""
     for sample in samples:
         for request in sample.requests:
             if isinstance(request, Generation) and (request.needed or 0) >= engine.window:
@@ -84,11 +84,26 @@ def _check_targets(engine: Engine, samples: Sequence[Sample], name: str) -> None
                     hint="leave such rows out, shorten their targets, or set max_new_tokens",
                 )
     if cut := _cut_samples(engine, samples):
-        first = f" ({cut[0].place} is the first)" if cut[0].place else ""
         print_once(
             f"task {name}: {len(cut)} of {len(samples)} prompts are longer than the model's context of "
-            f"{engine.window} tokens and are cut at their beginning{first}"
+            f"{engine.window} tokens and are cut at their beginning{_first(cut)}"
         )
+    if unknown := [sample for sample in samples if _is_unknown(sample, engine.tokenizer)]:
+        print_once(
+            f"task {name}: {len(unknown)} of {len(samples)} rows hold a text that the tokenizer does not know: "
+            f"at least half of its tokens are unknown ones{_first(unknown)}"
+        )
+
+
+def _first(samples: Sequence[Sample]) -> str:
+    return f" ({samples[0].place} is the first)" if samples[0].place else ""
+
+
+def _is_unknown(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether half of a prompt's or a continuation's tokens, or more, say only that the tokenizer has no other."""
+    unknown = tokenizer.unk_token_id
+    texts = [r.prompt if isinstance(r, Generation) else r.continuation for r in sample.requests]
+    return unknown is not None and any(text and 2 * text.count(unknown) >= len(text) for text in texts)
 
 
 def _cut_samples(engine: Engine, samples: Sequence[Sample]) -> list[Sample]:

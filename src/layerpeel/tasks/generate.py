@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from layerpeel.config.fields import AS_COUNT
 from layerpeel.data.cells import TableRow, located
 from layerpeel.errors import InputError
-from layerpeel.inference.encoding import encode
+from layerpeel.inference.encoding import encode, start_token
 from layerpeel.inference.requests import Generation
+from layerpeel.processes.progress import print_once
 from layerpeel.tasks.base import FewShot, Sample
 from layerpeel.tasks.scores import TaskScore
 from layerpeel.tasks.templates import fill
@@ -43,7 +44,8 @@ class Generate(FewShot):
         text_score(self.metric, "", "")  # a failing import shows before any long work
         self._prefix()
         for row in self.rows:
-            self._fill(row)
+            _, target = self._fill(row)
+            self._check_stops(target.strip(), row)
 
     def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         prefix, pairs = self._prefix(), [self._fill(row) for row in self.rows]
@@ -52,7 +54,8 @@ class Generate(FewShot):
         samples = []
         for row, (prompt, target), length in zip(self.rows, pairs, lengths, strict=True):
             needed = None if self.max_new_tokens else MARGIN + length
-            request = Generation(tuple(encode(tokenizer, prefix + prompt)), limit, tuple(self.stop), needed)
+            ids = encode(tokenizer, prefix + prompt) or [start_token(tokenizer)]
+            request = Generation(tuple(ids), limit, tuple(self.stop), needed)
             samples.append(Sample([request], self._reference(target, tokenizer, row), located(row, self.data)))
         return samples
 
@@ -71,7 +74,8 @@ class Generate(FewShot):
             InputError: nothing would be left.
         """
         text = target
-        for token in sorted(map(str, tokenizer.all_special_tokens), key=len, reverse=True):
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        for token in sorted({*map(str, tokenizer.all_special_tokens), *added}, key=len, reverse=True):
             text = text.replace(token, "")
         if target.strip() and not text.strip():
             raise InputError(
@@ -80,6 +84,23 @@ class Generate(FewShot):
                 hint="leave such rows out, or give targets of text",
             )
         return text.strip()
+
+    def _check_stops(self, target: str, row: TableRow) -> None:
+        """Checks that a text which ends before the first stop can be the target.
+
+        Raises:
+            InputError: it cannot, and only the same text counts.
+        """
+        stop = next((stop for stop in self.stop if stop in target), None)
+        if stop is None:
+            return
+        what = f"its target holds {stop!r}, and text ends before the first of those (stop)"
+        if self.metric == "exact":
+            raise InputError(
+                f"{located(row, self.where)}: {what}, so no answer can be right",
+                hint="set stop to what ends an answer, or shorten the target",
+            )
+        print_once(f"{self.where}: {what}: what comes after is not written ({located(row, self.data)} is the first)")
 
     def _prefix(self) -> str:
         return self.fewshot_prefix(lambda row: "".join(self._fill(row)))

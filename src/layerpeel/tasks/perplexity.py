@@ -14,7 +14,6 @@ from layerpeel.data.cells import located, text_of
 from layerpeel.errors import InputError
 from layerpeel.inference.encoding import start_token
 from layerpeel.inference.requests import LogLikelihood
-from layerpeel.processes.progress import print_once
 from layerpeel.tasks.base import RowTask, Sample
 from layerpeel.tasks.scores import TaskScore
 
@@ -42,8 +41,11 @@ class Perplexity(RowTask):
             ids = ids[1:] if ids[:1] == start else ids  # a chat template has set it
             windows = [LogLikelihood(start, ids[at : at + size]) for at in range(0, len(ids), size)]
             samples.append(Sample(windows, len(ids), located(row, self.data)))
-            if len(ids) > 1 and set(ids) == {tokenizer.unk_token_id}:
-                print_once(f"{located(row, self.where)}: the tokenizer knows nothing of this text")
+        if not any(sample.requests for sample in samples):
+            raise InputError(
+                f"{self.where}: column '{self.column}' holds no text but special tokens",
+                hint="give rows with text in them",
+            )
         return samples
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Sequence[Any]]) -> TaskScore:
