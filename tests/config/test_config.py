@@ -235,7 +235,7 @@ def test_sizes_are_exact(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("[no, yes]", "tasks.0.kind: input should be a valid string, found [False, True]"),
+        ("[no, yes]", "tasks.0.kind: input should be a valid string, found [False, True] (YAML reads yes, no, on, off"),
         ("no", "found False (YAML reads yes, no, on, off, true and false as booleans: put them in quotes)"),
         ("12", "found 12 (put a number that is text in quotes)"),
         ("010", "YAML reads 010 as an octal number: put it in quotes if it is text"),

@@ -216,6 +216,17 @@ def test_attention_that_is_not_installed_is_replaced_and_said(folder: Path, caps
     remove_from_files(folder, [2], folder.with_name("student"))
 
 
+@pytest.mark.parametrize("name", ["flash_attention_3", "flex_attention", "paged|sdpa", "kernels-community/x", "typo"])
+def test_attention_that_does_not_run_here_is_replaced_too(
+    folder: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_fields(folder, attn_implementation=name)
+    model, _ = load_model(folder, device="cpu")
+    model(tiny_ids()).logits.sum().backward()
+    assert f"asks for {name}, which is not installed or not for this use" in capsys.readouterr().err
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_an_image_token_without_an_embedding_is_said_and_refused_in_text(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

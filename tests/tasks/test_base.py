@@ -94,6 +94,9 @@ def test_what_is_said_of_tasks(make: MakeTask, tmp_path: Path) -> None:
     assert input_error(lambda: make("choice", [], promt="x"))[0].startswith(
         "task t: promt: unknown key; did you mean 'prompt'?"
     )
+    assert input_error(lambda: make("choice", [], choices=[False, True]))[0].endswith(
+        "found [False, True] (YAML reads yes, no, on, off, true and false as booleans: put them in quotes)"
+    )
     absent = make("choice", [], data=str(tmp_path / "absent.jsonl"))
     assert input_error(absent.check)[0] == f"task t: no such file: {tmp_path / 'absent.jsonl'}"
     assert input_error(make("pairs", [], data=str(tmp_path / "*.csv")).check)[0] == (

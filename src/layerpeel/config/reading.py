@@ -85,8 +85,9 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{field}: unknown key{nearest(str(first['loc'][-1]), section.model_fields)}"
     message = first["msg"].removeprefix("Value error, ")
     value = "" if first["type"] in ("missing", "value_error") else f", found {abbreviated(first['input'])}"
-    quotes = QUOTES.get(type(first["input"])) if first["type"] in ("string_type", "literal_error") else None
-    note = f" ({quotes})" if quotes else ""
+    values = first["input"] if isinstance(first["input"], list) else [first["input"]]
+    quotes = [QUOTES[type(value)] for value in values if type(value) in QUOTES]
+    note = f" ({quotes[0]})" if quotes and first["type"] in ("string_type", "literal_error") else ""
     return f"{field}: {message[:1].lower()}{message[1:]}{value}{note}".removeprefix(": ")
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 
 from transformers import PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 from layerpeel.model.config_fields import text_config
-from layerpeel.processes.progress import console
+from layerpeel.processes.progress import console, shown
 
 # What a forward has to return here: logits under their name, a KV cache on request, and nothing else.
 SWITCHES = {
@@ -24,7 +25,7 @@ SWITCHES = {
 def runnable_config(config: PretrainedConfig, *, announce: bool = False) -> PretrainedConfig:
     """A copy of a config to run its model with: without switches that change what a forward returns.
 
-    Where a config asks for a kernel of attention that is not installed, transformers' own choice is taken.
+    Where a config asks for a kernel of attention that does not run here, transformers' own choice is taken.
 
     Args:
         config: stays as it is, to be saved as its publisher wrote it.
@@ -43,8 +44,21 @@ def runnable_config(config: PretrainedConfig, *, announce: bool = False) -> Pret
 
 def _take_installed_attention(config: PretrainedConfig, announce: bool) -> None:
     wanted = getattr(config, "_attn_implementation", None)
-    if not isinstance(wanted, str) or not wanted.startswith("flash_attention") or is_flash_attn_2_available():
+    if not isinstance(wanted, str) or _runs_here(wanted):
         return
     config._attn_implementation = None
     if announce:
-        console.print(f"config.json asks for {wanted}, which is not installed: attention runs without it")
+        console.print(
+            f"config.json asks for {shown(wanted)}, which is not installed or not for this use: attention runs without "
+            "it",
+            soft_wrap=True,
+        )
+
+
+def _runs_here(attention: str) -> bool:
+    """Whether a kernel of attention is there, and runs with and without gradients on any device."""
+    if attention.startswith("flash_attention"):
+        return bool(is_flash_attn_2_available())
+    if attention.startswith(("flex_attention", "paged|")):  # no gradients on a CPU; a cache of its own
+        return False
+    return attention == "eager" or attention in ALL_ATTENTION_FUNCTIONS.valid_keys()
