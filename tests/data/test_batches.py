@@ -96,6 +96,16 @@ def test_documents_begin_once_as_the_tokenizer_begins_them(
     assert wrapped.decode(encode_text(wrapped, text)) == expected.removesuffix("<end>") + "<end>" * text.count("<end>")
 
 
+def test_text_that_the_tokenizer_does_not_know_is_said_once(
+    make_source: MakeSource, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = tiny_tokenizer()
+    known.unk_token = "w3"
+    load_rows([make_source(["w5 w6", "жила была w5", "кошка"])], known, sequence_length=16)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("the tokenizer does not know at least half of this text") == 1 and "line 2: " in said
+
+
 def test_unpacked_rows_are_documents(make_source: MakeSource, tokenizer: PreTrainedTokenizerFast) -> None:
     rows = load_rows([make_source(["ab", "a longer one"])], tokenizer, sequence_length=5, packing=False)
     end = tokenizer.eos_token_id

@@ -242,6 +242,15 @@ def test_a_model_without_an_origin_is_saved_whole(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in stored_tensors(tmp_path / "short").values()} == {"BF16"}
 
 
+def test_nan_in_an_embedding_that_no_text_uses_is_saved_as_it_is(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[12] = float("nan")
+    save_model(model, tiny_tokenizer(), tmp_path / "short", torch.float32)
+    stored = load_file(tmp_path / "short/model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(stored.isnan().all(1).nonzero(), torch.tensor([[12]]))
+
+
 def test_float32_parts_survive_a_run_its_resumption_and_an_export(tmp_path: Path) -> None:
     teacher = publish(tmp_path / "teacher", "glm4_moe")
     (tmp_path / "text.txt").write_text(" ".join(f"w{3 + 7 * word % 60}" for word in range(400)))

@@ -22,6 +22,7 @@ from layerpeel.data.documents import PlacedDocument, mix_documents
 from layerpeel.data.rows import Rows, TokenRow
 from layerpeel.data.tokenizing import start_tokens, with_start
 from layerpeel.errors import InputError
+from layerpeel.processes.progress import print_once
 
 DOCUMENTS_PER_CALL = 512
 # Rows that are filled at the same time: more of them leave less padding, and read further ahead.
@@ -74,10 +75,14 @@ def tokenize(documents: Iterator[PlacedDocument], tokenizer: PreTrainedTokenizer
     Texts that a template has rendered already have some of these tokens, and get no second ones.
     """
     start, end = start_tokens(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    unknown, all_known = tokenizer.unk_token_id, True
     while chunk := list(islice(documents, DOCUMENTS_PER_CALL)):
         texts = [text if isinstance(text, str) else write_chat(text, tokenizer, where) for where, text in chunk]
         token_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for (_, document), ids in zip(chunk, token_ids, strict=True):
+        for (where, document), ids in zip(chunk, token_ids, strict=True):
+            if all_known and unknown is not None and ids and 2 * ids.count(unknown) >= len(ids):
+                all_known = False
+                print_once(f"{where}: the tokenizer does not know at least half of this text (others are not named)")
             if isinstance(document, str):
                 ids = with_start(ids, start) + (end if ids[-1:] != end else [])
             yield torch.tensor(ids, dtype=torch.int32)

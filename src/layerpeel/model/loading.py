@@ -239,7 +239,10 @@ def load_tokenizer(
 
 @torch.no_grad()
 def _check_finite(model: PreTrainedModel, path: str | Path) -> None:
-    """Checks that the logits of one token are finite: any weight that is not makes all of them NaN."""
+    """Checks that the logits of one token are finite: most weights that are not make all of them NaN.
+
+    Others, such as the embedding of a token or an expert, are named where a text first meets them.
+    """
     logits = model(torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits
     if not torch.isfinite(logits).all():
         raise InputError(

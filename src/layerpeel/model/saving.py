@@ -200,9 +200,15 @@ def _first_unequal_tensor(loaded: PreTrainedModel, model: PreTrainedModel) -> st
 
 
 def _equal_as_rounded(tensor: Tensor, stored: Tensor) -> bool:
-    """Whether two tensors are equal in the narrower of their dtypes; files may hold more than a model in memory."""
+    """Whether two tensors are equal in the narrower of their dtypes, NaN being equal to NaN (unused rows may hold it).
+
+    Files may hold more than a model in memory.
+    """
     narrower = min((stored.dtype, tensor.dtype), key=lambda dtype: dtype.itemsize)
-    return torch.equal(tensor.to(narrower), stored.to(narrower))
+    one, other = tensor.to(narrower), stored.to(narrower)
+    return torch.equal(one, other) or (
+        one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    )
 
 
 def _follows(name: str, buffer: Tensor, model: PreTrainedModel) -> bool:
