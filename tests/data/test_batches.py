@@ -20,6 +20,7 @@ from layerpeel.data.batches import cycle_batches, load_rows
 from layerpeel.data.rows import Rows, labels_within, positions_of
 from layerpeel.data.tokenizing import encode_text
 from layerpeel.errors import InputError
+from tests.families import tiny_tokenizer
 
 MakeSource = Callable[..., TextConfig]
 
