@@ -61,6 +61,9 @@ def test_code_of_a_checkpoint_runs_only_by_the_flag(
     )
     code, _, err = call(monkeypatch, capsys, "run", "run.yaml")
     assert code == 2 and "trust_remote_code" in err and not (tmp_path / "ran").exists()
+    removal = ["remove", "teacher", "--layers", "2", "-o", "shorter"]
+    code, _, err = call(monkeypatch, capsys, *removal)
+    assert code == 2 and "--trust-remote-code" in err and not (tmp_path / "ran").exists()
     call(monkeypatch, capsys, "run", "run.yaml", "--set", "trust_remote_code=true")
     assert (tmp_path / "ran").exists()  # so that the above would have seen it
 
