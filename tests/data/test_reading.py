@@ -169,6 +169,7 @@ def test_saved_datasets(tmp_path: Path) -> None:
         ("a.txt.gz", gzip.compress(b"text")[:-9], "{path}: cannot be read (Compressed file ended"),
         ("a.json.gz", b"nothing", "{path}: cannot be read ("),
         ("a.jsonl.zst", b"nothing", "{path}: .zst files are not read"),
+        ("a.jsonl", gzip.compress(b"text"), "{path}: packed by gzip"),
         ("a.tar.gz", b"nothing", "{path}: .tar files are not read"),
     ],
 )

@@ -105,6 +105,13 @@ def test_a_config_that_says_quantised_of_plain_weights_is_refused(folder: Path) 
     assert "take quantization_config out of config.json" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+def test_integers_in_place_of_weights_are_refused(folder: Path, dtype: torch.dtype) -> None:
+    edit(folder, lambda tensors: tensors.update({f"{PROJECTION}.weight": torch.ones(48, 32).to(dtype)}))
+    said = every_refusal(folder)
+    assert f"{PROJECTION}.weight is stored as " in said and "quantised, and config.json does not say how" in said
+
+
 def test_adapter_tensors_in_the_file_are_refused(folder: Path) -> None:
     edit(folder, lambda tensors: tensors.update({f"{PROJECTION}.lora_A.weight": torch.ones(2, 32)}))
     said = every_refusal(folder)
@@ -134,6 +141,27 @@ def test_names_with_a_prefix_of_a_wrapper_are_explained(folder: Path, prefix: st
 def test_other_tensors_without_a_place_are_named(folder: Path) -> None:
     edit(folder, lambda tensors: tensors.update({"v_head.summary.weight": torch.ones(1, 32)}))
     assert "has no place for: v_head.summary.weight / " in every_refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("gpt_neo", "transformer.h.0.attn.attention.bias"),
+        ("gpt_neo", "transformer.h.0.attn.attention.masked_bias"),
+        ("gpt2", "transformer.h.0.attn.masked_bias"),
+        ("gpt_bigcode", "transformer.h.0.attn.bias"),
+        ("falcon", "transformer.h.0.self_attention.maybe_rotary.inv_freq"),
+        ("llama", "model.layers.0.self_attn.rotary_emb.cos_cached"),
+        ("xglm", "model.embed_positions.weights"),
+    ],
+)
+def test_masks_and_positions_that_older_checkpoints_hold_are_no_weights(family: str, name: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "teacher", family)
+    expected = load_model(folder, device="cpu")[0](tiny_ids()).logits
+    edit(folder, lambda tensors: tensors.update({name: torch.ones(1, 1, 64, 64)}))
+    assert torch.equal(load_model(folder, device="cpu")[0](tiny_ids()).logits, expected)
+    remove_from_files(folder, [2], tmp_path / "student")
+    load_model(tmp_path / "student", device="cpu")
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
@@ -264,3 +292,10 @@ def test_a_quantised_teacher_is_told_so_not_that_only_safetensors_are_read(folde
     with pytest.raises(InputError) as caught:
         load_model(folder, device="cpu")
     assert "take the unquantised checkpoint" in str(caught.value.hint)
+
+
+def test_a_generation_config_that_cannot_be_read_is_named(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"num_beams": 2, "num_return_sequences": 3}))
+    with pytest.raises(InputError, match="num_return_sequences") as caught:
+        load_model(folder, device="cpu")
+    assert "transformers cannot read generation_config.json: mend it, or take it away" in str(caught.value.hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import stat
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError
 from layerpeel.export.student import export_student
+from layerpeel.model.architecture import count_parameters
 from layerpeel.model.checkpoint import stored_dtype
 from layerpeel.model.loading import load_model
 from layerpeel.model.origin import origin_of, stored_dtypes
@@ -21,7 +23,7 @@ from layerpeel.model.removal import remove_from_files
 from layerpeel.model.rotary_fields import old_rotary_fields
 from layerpeel.model.saved_config import student_config
 from layerpeel.model.saving import save_model
-from layerpeel.model.side_files import is_carried
+from layerpeel.model.side_files import CARRIED, in_any_case, is_carried
 from layerpeel.model.surgery import remove_layers
 from layerpeel.model.tensor_files import stored_tensors
 from layerpeel.run.loop import peel
@@ -185,9 +187,29 @@ def test_files_that_hold_of_the_student_too() -> None:
     assert all(map(is_carried, ["LICENSE", "LICENCE.md", "NOTICE.txt", "tokenizer.model", "vocab.json", "merges.txt"]))
     assert all(map(is_carried, ["special_tokens_map.json", "chat_template.jinja", "added_tokens.json", "tekken.json"]))
     assert all(map(is_carried, ["preprocessor_config.json", "processor_config.json", "generation_config.json"]))
+    assert all(
+        map(is_carried, ["Acceptable_Use_Policy.md", "Terms_of_Use.txt", "Notice", "qwen.tiktoken", "CITATION.cff"])
+    )
     assert not any(map(is_carried, ["pytorch_model.bin", "model.gguf", "quantize_config.json", "README.md"]))
     assert not any(map(is_carried, ["model.safetensors.index.json", "params.json", "config.json"]))
     assert is_carried("modeling_own.py", code=True) and not is_carried("modeling_own.py")
+
+
+def test_a_licence_in_any_case_is_fetched_from_the_hub() -> None:
+    for name in ("LICENSE", "License.txt", "Notice", "use_policy.MD"):
+        assert any(fnmatch.fnmatchcase(name, in_any_case(pattern)) for pattern in CARRIED), name
+    assert not any(fnmatch.fnmatchcase("pytorch_model.bin", in_any_case(pattern)) for pattern in CARRIED)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_remove_counts_a_tied_head_once(family: str, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    model = tiny_model(family, tie_word_embeddings=True)
+    model.save_pretrained(teacher)
+    tiny_tokenizer().save_pretrained(teacher)
+    removal = remove_from_files(teacher, [2], tmp_path / "short")
+    short = AutoModelForCausalLM.from_pretrained(tmp_path / "short")
+    assert (removal.teacher_parameters, removal.parameters) == (count_parameters(model), count_parameters(short))
 
 
 def test_remove_writes_several_files_and_an_index_where_there_is_much(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from layerpeel.config.distill import DistillConfig
 from layerpeel.config.reading import parse_config
 from layerpeel.config.run import RunConfig
 from layerpeel.config.score import ScoreConfig
+from layerpeel.errors import InputError
 from layerpeel.importance.metrics import make_metric
 from layerpeel.importance.work import count_work
 from layerpeel.inference.layerwise import LayerwiseModel
@@ -25,6 +26,7 @@ from layerpeel.plan.memory import scoring_memory
 from layerpeel.plan.planning import Plan, plan_run
 from layerpeel.plan.shape import Shape, empty_model, shape_of
 from layerpeel.plan.speed import Speed
+from layerpeel.run.teacher_checks import read_for_plan
 from tests.families import save_tiny, tiny_model
 
 UNIT = Speed(1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # a second a token and layer
@@ -191,3 +193,11 @@ def test_a_plan_is_json(config: RunConfig) -> None:
     assert written["peak"] == sum(written["training_memory"].values()) or written["peak"] == sum(
         written["scoring_memory"].values()
     )
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "modelopt"])
+def test_a_quantised_teacher_is_refused_before_a_run_is_planned(config: RunConfig, method: str) -> None:
+    path = Path(config.teacher) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}))
+    with pytest.raises(InputError, match=rf"the model is quantised .config\.json says {method}., which is not undone"):
+        read_for_plan(config)

@@ -98,6 +98,8 @@ def parse_json(text: str, where: str, hint: str) -> Any:
 
 
 def _check_encoding(beginning: bytes, path: Path) -> None:
+    if beginning.startswith(b"\x1f\x8b") and path.suffix.lower() != ".gz":
+        raise InputError(f"{path}: packed by gzip", hint=f"call it {path.name}.gz, or unpack it")
     marked = beginning.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff"))
     zeros = [byte == 0 for byte in beginning[:4]]  # of UTF-16 without a mark, every other byte is 0
     if marked or zeros in ([True, False, True, False], [False, True, False, True]):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from layerpeel.errors import InputError, reason_of
+from layerpeel.model.checkpoint_keys import DEQUANTISE, quantised_with
 from layerpeel.model.config_fields import text_config
 
+FLOATING = ("F", "BF")  # how the names of floating-point dtypes in safetensors begin
 MOST_PER_BYTE = 8  # parameters in one byte of a checkpoint, at one bit each
 
 
@@ -27,8 +30,8 @@ def check_weights(config: PretrainedConfig, path: str | Path) -> None:
     """Checks the headers of a folder's weight files, before memory is allocated for the weights.
 
     Raises:
-        InputError: a file is damaged or missing, the index names a file outside the folder, or config.json describes a
-            far larger model than the files can hold.
+        InputError: a file is damaged or missing, the index names a file outside the folder, weights are integers though
+            config.json does not say that they are quantised, or it describes a far larger model than the files hold.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -44,11 +47,13 @@ def check_weights(config: PretrainedConfig, path: str | Path) -> None:
     for file in sorted(_read_files(folder, indexed)):
         try:
             with safe_open(file, framework="pt") as opened:
-                opened.keys()
+                dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
         except Exception as error:
             raise InputError(
                 f"{file}: no safetensors file, or not whole ({reason_of(error)})", hint="fetch it again"
             ) from None
+        if not quantised_with(config):
+            _check_floating(dtypes, folder)
         size += file.stat().st_size
     if size and least_parameters(config) > MOST_PER_BYTE * size:
         raise InputError(
@@ -56,6 +61,16 @@ def check_weights(config: PretrainedConfig, path: str | Path) -> None:
             f"the weights have {size:,} bytes",
             hint="take config.json and weights from the same checkpoint",
         )
+
+
+def _check_floating(dtypes: Mapping[str, str], path: Path) -> None:
+    """Refuses weights that are not floating-point numbers, which would be taken for the values themselves."""
+    for name, dtype in sorted(dtypes.items()):
+        if name.endswith(".weight") and not dtype.startswith(FLOATING):
+            raise InputError(
+                f"{path}: {name} is stored as {dtype}: it is quantised, and config.json does not say how",
+                hint=DEQUANTISE,
+            )
 
 
 def _read_files(folder: Path, indexed: set[str]) -> list[Path]:
@@ -80,6 +95,8 @@ def hint_for_weights(config: PretrainedConfig, path: str | Path) -> str:
     """What to do about weights that transformers cannot load."""
     folder = Path(path)
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    if "generation_config.json" in names and not _is_generation_config(folder):
+        return "transformers cannot read generation_config.json: mend it, or take it away (a default is used then)"
     if getattr(config, "quantization_config", None) or getattr(text_config(config), "quantization_config", None):
         return "they are quantised: take the unquantised checkpoint (bf16 or fp16) of the same model"
     if any(name.endswith(".safetensors") for name in names):
@@ -92,6 +109,14 @@ def hint_for_weights(config: PretrainedConfig, path: str | Path) -> str:
             "and write them as safetensors with save_pretrained"
         )
     return "only safetensors are read; fetch them, or convert other formats with save_pretrained"
+
+
+def _is_generation_config(folder: Path) -> bool:
+    try:
+        GenerationConfig.from_pretrained(str(folder))
+    except Exception:  # whatever transformers has against it
+        return False
+    return True
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:

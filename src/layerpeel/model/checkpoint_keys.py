@@ -13,13 +13,22 @@ from layerpeel.errors import InputError
 from layerpeel.model.config_fields import text_config
 from layerpeel.model.saved_config import MTP_COUNTERS
 
+DEQUANTISE = "take the unquantised checkpoint (bf16 or fp16), or dequantise this one with the program that made it"
+UNDONE = ("fp8", "mxfp4")  # quantisations that transformers undoes, as it calls them
 # The last parts of the names that quantisers give what they store beside (or in place of) a weight.
 QUANTISER_PARTS = re.compile(
     r"(?:^|[._])(?:(?:weight|input|output|k|v|q|kv|activation)_(?:global_)?scales?(?:_inv|_2)?|qweight|qzeros|scales"
     r"|g_idx|absmax|nested_absmax|quant_map|nested_quant_map|quant_state(?:\..*)?|weight_packed|weight_shape|weight_zero_point"
-    r"|input_zero_point|weight_g_idx|pre_quant_scale|weight_format|SCB|[a-z]*_?amax|w[123]_scale|zeros|scale_inv)$"
+    r"|input_zero_point|weight_g_idx|pre_quant_scale|weight_format|SCB|[a-z]*_?amax|w[123]_scale|zeros|scale_inv|W_q"
+    r"|codebooks|smooth_scale)$"
 )
 ADAPTER_PARTS = re.compile(r"(?:^|\.)(?:lora_|ia3_|modules_to_save|base_layer|adapter|hada_|oft_|vera_|prompt_encoder)")
+# Masks and positions that earlier versions of transformers stored, and that are computed now.
+STORED_BEFORE = re.compile(
+    r"(?:^|\.)(?:(?:attn|(?:self_?|cross)?attention|self_attn|crossattention)\.(?:bias|masked_bias|causal_mask|scale_attn)"
+    r"|(?:rotary_emb|maybe_rotary|rotary)\.(?:inv_freq|(?:cos|sin)_cached)|embed_positions\.(?:weights|_float_tensor)"
+    r"|position_ids|decoder\.version|alibi|attn_bias)$"
+)
 LAYER = re.compile(r"^(.*?[A-Za-z_]\w*)\.([0-9]+)\.")
 
 
@@ -83,17 +92,40 @@ def check_not_quantised(model: PreTrainedModel, path: str | Path) -> None:
         )
 
 
+def check_can_be_undone(config: PretrainedConfig, path: str | Path) -> None:
+    """Checks by the config that weights are not quantised, or so that transformers gives the plain ones.
+
+    Raises:
+        InputError: they would stay quantised.
+    """
+    method = quantised_with(config)
+    if method and method not in UNDONE:
+        raise InputError(
+            f"{path}: the model is quantised (config.json says {method}), which is not undone when it is loaded",
+            hint="take the unquantised checkpoint (bf16 or fp16) of the same model",
+        )
+
+
 def predicts_further(name: str) -> bool:
     """Whether a tensor is of a module for multi-token prediction, which has layers of its own."""
     return any(part == "mtp" or part.startswith(("mtp_", "nextn_")) for part in name.split(".")[:3])
 
 
 def unexpected_tensors(names: Iterable[str], config: PretrainedConfig) -> set[str]:
-    """Of names without a place in the model, those that are not of modules that predict further tokens."""
+    """Of names without a place in the model, those that the model lacks.
+
+    Modules that predict further tokens, and what earlier versions of transformers stored of masks and positions, are
+    no part of it.
+    """
     text = text_config(config)
     depth = text.num_hidden_layers
     further = max((getattr(text, name, 0) or 0 for name in MTP_COUNTERS), default=0)
-    return {name for name in names if not predicts_further(name) and not (depth <= _layer(name) < depth + further)}
+    layers_beyond = range(depth, depth + further)
+    return {
+        name
+        for name in names
+        if not (predicts_further(name) or STORED_BEFORE.search(name) or _layer(name) in layers_beyond)
+    }
 
 
 def _check_quantiser(unexpected: Collection[str], config: PretrainedConfig, path: str | Path) -> None:
@@ -104,8 +136,7 @@ def _check_quantiser(unexpected: Collection[str], config: PretrainedConfig, path
         raise InputError(
             f"{path}: the weights are quantised{named}, and transformers does not undo it: the checkpoint holds "
             f"scales that its model has no place for: {_listed(scales)}",
-            hint="without scales the model would be another one; take the unquantised checkpoint (bf16 or fp16), or "
-            "dequantise this one with the program that made it",
+            hint=f"without scales the model would be another one; {DEQUANTISE}",
         )
 
 

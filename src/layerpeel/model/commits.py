@@ -13,7 +13,12 @@ NAMING_FILES = ("config.json", "adapter_config.json")  # a model has one of them
 
 
 def commit_of(path: str | Path, revision: str | None = None) -> str:
-    """The commit that a revision of a model on the hub stands for now; without a network, in the hub's cache.
+    """The commit that a revision of a model on the hub stands for now; see `cached_folder`."""
+    return cached_folder(path, revision).name
+
+
+def cached_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The folder of the hub's cache with the files of a model's commit that were fetched; asks the hub where it can.
 
     Args:
         path: the hub's name.
@@ -26,7 +31,7 @@ def commit_of(path: str | Path, revision: str | None = None) -> str:
     for name in NAMING_FILES:
         try:
             # The cache keeps a folder of files for each commit.
-            return Path(hf_hub_download(str(path), name, revision=revision)).parent.name
+            return Path(hf_hub_download(str(path), name, revision=revision)).parent
         except Exception as failure:  # the hub's refusals, and whatever the client's transport raises
             error = error or failure
     at = f" at revision {revision}" if revision else ""

@@ -39,7 +39,6 @@ PERIODS = (  # "the layers whose index divided by the period leaves the offset a
     ("attn_layer_period", "attn_layer_offset"),
     ("expert_layer_period", "expert_layer_offset"),
 )
-# Fields that limit how far back a layer attends.
 # What families call the length of their context, in tokens.
 CONTEXT_LENGTHS = (
     "max_position_embeddings",
@@ -51,8 +50,11 @@ CONTEXT_LENGTHS = (
     "seq_length",
     "seq_len",
     "model_max_length",
+    "context_length",
+    "max_context_length",
+    "max_seqlen",
 )
-
+# Fields that limit how far back a layer attends.
 ATTENTION_REACHES = ("sliding_window", "attention_chunk_size", "window_size")
 
 

@@ -93,8 +93,9 @@ def _in_words(config: PretrainedConfig, cycle: LayerCycle, breaks: str) -> str:
     source = "" if cycle.measured else " (by its source)"
     counting = cycle.fixed_in.replace(", ", " and ")
     family = text_config(config).model_type
+    verb = "take" if " and " in counting else "takes"
     return (
-        f"{breaks} the cycle of {cycle.period} layers that {counting} take as fixed for {family}{source}: there the "
+        f"{breaks} the cycle of {cycle.period} layers that {counting} {verb} as fixed for {family}{source}: there the "
         f"student would compute something else; in {right} it is right"
     )
 

@@ -23,7 +23,7 @@ from layerpeel.model.adapters import base_folder, checked_adapter
 from layerpeel.model.adapters import merge_adapter as merge
 from layerpeel.model.checkpoint import check_weights, hint_for_weights
 from layerpeel.model.checkpoint_keys import check_keys, check_not_quantised
-from layerpeel.model.commits import check_revision
+from layerpeel.model.commits import cached_folder, check_revision
 from layerpeel.model.devices import pick_device, wanted_dtype
 from layerpeel.model.forward_switches import runnable_config
 from layerpeel.model.vocabulary import check_vocabulary
@@ -155,6 +155,8 @@ def _load_weights(
         raise InputError(
             f"{path}: the weights cannot be loaded ({reason_of(error)})", hint=hint_for_weights(config, path)
         ) from None
+    if not os.path.isdir(path):
+        check_weights(config, cached_folder(path, revision))  # the hub's files, which were not there before
     check_keys(info, config, path)
     check_not_quantised(model, path)
     return model
@@ -178,6 +180,7 @@ def load_without_bytes(
     Raises:
         InputError: the weights do not fit the config, or are incomplete.
     """
+    check_weights(config, folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),

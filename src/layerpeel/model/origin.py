@@ -19,7 +19,7 @@ from layerpeel.model.architecture import Architecture, find_architecture
 from layerpeel.model.checkpoint import stored_dtype
 from layerpeel.model.layer_names import LayerNames, find_layer_names
 from layerpeel.model.saved_config import read_fields
-from layerpeel.model.side_files import CARRIED, CARRIED_FOLDERS
+from layerpeel.model.side_files import CARRIED, CARRIED_FOLDERS, in_any_case
 from layerpeel.model.tensor_files import FLOATS, StoredTensor, main_dtype, stored_tensors
 
 # What is read of a model on the hub.
@@ -103,7 +103,7 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
     """
     if Path(path).is_dir():
         return Path(path)
-    patterns = [*HUB_FILES, *CARRIED, *(name.upper() for name in CARRIED), *(f"{name}/*" for name in CARRIED_FOLDERS)]
+    patterns = [*HUB_FILES, *map(in_any_case, CARRIED), *(f"{name}/*" for name in CARRIED_FOLDERS)]
     try:
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub's refusals, and whatever the client's transport has for a lost network

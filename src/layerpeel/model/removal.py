@@ -111,6 +111,7 @@ def outline(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTra
     """
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(runnable_config(config), trust_remote_code=trust_remote_code).eval()
+    model.tie_weights()  # each parameter that goes to the meta device becomes one of its own
     in_layers = {id(parameter) for parameter in find_architecture(model).layers.parameters()}
     stand_ins: dict[int, nn.Parameter] = {}
     for module in model.modules():

@@ -13,13 +13,19 @@ from layerpeel.storage.files import write_whole
 # By their names in lower case; what a removal makes untrue (weights and their index, other formats of them,
 # quantisation, results, the card) is none of them.
 CARRIED = (
-    *("licen[cs]e*", "notice*", "copying*", "copyright*", "use_policy*", "*_license*", "*-license*", "third_party*"),
+    *("license*", "licence*", "notice*", "copying*", "copyright*", "*_license*", "*-license*", "third_party*"),
+    *("*use_policy*", "terms_of_*", "*_terms*", "authors*", "attribution*", "citation*"),
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken"),
     *("*.spm", "spiece.model", "sentencepiece*", "tekken.json", "*.bpe", "*.model", "bpe.codes", "normalizer.json"),
     *("chat_template*", "*.jinja", "generation_config.json"),
     *("*processor_config.json", "image_processor*.json", "feature_extractor*.json"),
 )
 CARRIED_FOLDERS = ("additional_chat_templates",)
+
+
+def in_any_case(pattern: str) -> str:
+    """A glob that matches a name also where its letters are capitals."""
+    return "".join(f"[{letter}{letter.upper()}]" if letter.isalpha() else letter for letter in pattern)
 
 
 def is_carried(name: str, *, code: bool = False) -> bool:

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from layerpeel.errors import InputError
 from layerpeel.model.architecture import find_architecture
-from layerpeel.model.checkpoint import check_weights
 from layerpeel.model.checkpoint_keys import quantised_with
 from layerpeel.model.devices import pick_device, wanted_dtype
 from layerpeel.model.forward_switches import runnable_config
@@ -115,7 +114,6 @@ def load_streamed(
     _check_not_quantised(config, path)
     _return_freed_memory()
     target, wanted = pick_device(device), wanted_dtype(config, pick_device(device), dtype)
-    check_weights(config, path)
     folder = local_folder(path, revision)
     outline = load_without_bytes(folder, config, path, dtype=wanted, trust_remote_code=trust_remote_code)
     dtypes = {name: tensor.dtype for name, tensor in outline.state_dict().items()}

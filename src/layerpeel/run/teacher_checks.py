@@ -9,8 +9,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError
-from layerpeel.model.checkpoint import check_weights
-from layerpeel.model.checkpoint_keys import quantised_with
+from layerpeel.model.checkpoint_keys import check_can_be_undone, quantised_with
 from layerpeel.model.config_fields import text_config
 from layerpeel.model.forward_switches import runnable_config
 from layerpeel.model.layer_cycles import broken_cycle, cycle_breakers, cycle_of
@@ -34,14 +33,14 @@ def read_for_plan(config: RunConfig) -> tuple[PretrainedConfig, PreTrainedTokeni
 
 
 def _check_headers(config: RunConfig, teacher: PretrainedConfig) -> None:
-    """Checks by the headers of a teacher's files, if they are in a folder, that its weights can be loaded.
+    """Checks by a teacher's config and, in a folder, the headers of its files that its weights can be loaded.
 
     Raises:
         InputError: they cannot.
     """
+    check_can_be_undone(teacher, config.teacher)
     folder = Path(config.teacher)
     if folder.is_dir() and not config.merge_adapter and not quantised_with(teacher):
-        check_weights(teacher, folder)
         load_without_bytes(folder, teacher, folder, trust_remote_code=config.trust_remote_code)
 
 
