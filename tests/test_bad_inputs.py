@@ -453,7 +453,7 @@ def test_a_bug_of_ours_is_said_to_be_one(
         raise KeyError("[red]\x1b[31mboo")
 
     monkeypatch.chdir(filled)
-    monkeypatch.setattr("layerpeel.cli.verbs.load_run_config", broken)
+    monkeypatch.setattr("layerpeel.run.places.load_run_config", broken)
     code, out, err = call(monkeypatch, capsys, "run", "run.yaml")
     assert code == 1 and not out and "Traceback" not in err and "\x1b" not in err
     assert "error: a bug in layerpeel: '[red]" in err

@@ -7,6 +7,7 @@ import importlib
 import io
 import re
 import subprocess
+import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ ROOMS = [
     "export",
     "demo",
     "study",
+    "_front_door",
     "cli",
     "__main__",
 ]
@@ -330,6 +332,32 @@ def test_the_public_face_is_eight_names() -> None:
 @pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_public_names_can_be_imported(name: str) -> None:
     assert callable(getattr(importlib.import_module("layerpeel"), name))
+
+
+def test_type_checkers_see_the_public_names_where_they_are() -> None:
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+    typed = {alias.name: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    homes = importlib.import_module("layerpeel._front_door").HOMES
+    assert typed == homes
+    for name, home in homes.items():
+        public = getattr(importlib.import_module("layerpeel"), name)
+        assert public.__module__ == home, f"{name} is imported to {home}, its home is {public.__module__}"
+
+
+def test_an_unknown_public_name_is_refused() -> None:
+    with pytest.raises(ImportError, match="cannot import name 'prune' from 'layerpeel'"):
+        from layerpeel import prune  # type: ignore[attr-defined]  # noqa: F401
+
+
+def test_help_waits_for_no_library_that_takes_seconds() -> None:
+    code = (
+        "import sys\nfrom layerpeel.cli.process import main\nsys.argv = ['layerpeel', 'remove', '--help']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print({'torch', 'transformers', 'accelerate', 'datasets', 'matplotlib'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Remove layers" in done.stdout
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 HOME_PATH = re.compile(r"(?<![A-Za-z0-9_.])(?:/(?:home|root|Users)/|[A-Za-z]:\\+Users\\)")

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-from layerpeel.config.run import RunConfig
-from layerpeel.importance.scoring import score_layers
-from layerpeel.model.loading import load_model
-from layerpeel.model.surgery import remove_layers
-from layerpeel.run.folder import Run
-from layerpeel.run.loop import peel
-from layerpeel.tasks.evaluation import evaluate
-from layerpeel.training.rounds import distill
-
-__all__ = ["Run", "RunConfig", "distill", "evaluate", "load_model", "peel", "remove_layers", "score_layers"]
+from layerpeel._front_door import __all__ as __all__
+from layerpeel._front_door import __dir__ as __dir__
+from layerpeel._front_door import __getattr__ as __getattr__

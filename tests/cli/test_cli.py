@@ -92,7 +92,7 @@ def test_report_ls_export(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "out/report/index.html" in ok("report", "out", "--watch")  # finished: it does not wait
     assert "finished" in ok("ls", ".") and json.loads(ok("ls", "out", "--json"))[0]["layers"] == 5
     assert "(round 1)" in ok("export", "out", "-o", "copy") and Path("copy/README.md").is_file()
-    monkeypatch.setattr("layerpeel.cli.verbs.push", lambda folder, repository: f"https://hub.test/{repository}")
+    monkeypatch.setattr("layerpeel.export.hub.push", lambda folder, repository: f"https://hub.test/{repository}")
     assert "https://hub.test/me/short" in ok("export", "out", "-o", "pushed", "--round", "1", "--push", "me/short")
     code, _, err = call(monkeypatch, capsys, "export", "out", "-o", "none", "--round", "2")
     assert code == 2 and "out has no round 2: it has rounds 1 to 1" in err and not Path("none").exists()

@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Unpack
+from typing import TYPE_CHECKING, Annotated, Unpack
 
 import typer
-from transformers import PreTrainedTokenizerBase
 
-from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError
-from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.model.config_fields import text_config
-from layerpeel.model.loading import TeacherOptions, load_config_of, load_teacher
-from layerpeel.model.streaming import load_streamed
-from layerpeel.run.preflight import check_output
-from layerpeel.storage.outputs import check_space, is_empty
+from layerpeel.storage.outputs import check_output, check_space, is_empty
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from layerpeel.config.run import RunConfig
+    from layerpeel.inference.layerwise import LayerwiseModel
+    from layerpeel.model.loading import TeacherOptions
 
 
 def expand_home(text: str) -> Path:
@@ -97,6 +97,9 @@ def check_room(folder: Path, model: str, removed: int, **options: Unpack[Teacher
     Raises:
         InputError: it has not.
     """
+    from layerpeel.model.config_fields import text_config
+    from layerpeel.model.loading import load_config_of
+
     size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) if os.path.isdir(model) else 0
     depth = text_config(load_config_of(model, **options)).num_hidden_layers if size else 0
     if depth:  # of embeddings and head nothing goes, so this is too little
@@ -123,6 +126,10 @@ def find_model(model: str) -> str:
 
 def load_layerwise(settings: RunConfig) -> tuple[LayerwiseModel, PreTrainedTokenizerBase]:
     """Loads a config's teacher to be scored, with its layers in memory or read as they run (`score.weights`)."""
+    from layerpeel.inference.layerwise import LayerwiseModel
+    from layerpeel.model.loading import load_teacher
+    from layerpeel.model.streaming import load_streamed
+
     if settings.score.weights == "stream":
         if settings.merge_adapter:
             raise InputError(

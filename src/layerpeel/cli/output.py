@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from layerpeel.cli.tables import run_table, score_table
-from layerpeel.importance.estimate import Estimate
-from layerpeel.importance.scores import LayerScores
 from layerpeel.processes.distributed import is_main_process
 from layerpeel.processes.progress import console, shown
-from layerpeel.run.events import event_to_json
-from layerpeel.run.folder import Run
-from layerpeel.run.results_json import scores_to_json
+
+if TYPE_CHECKING:
+    from layerpeel.importance.estimate import Estimate
+    from layerpeel.importance.scores import LayerScores
+    from layerpeel.run.folder import Run
 
 # Too wide a table would be cut to the terminal's width; at 140 columns it wraps instead, and keeps its numbers.
 stdout = Console(highlight=False, width=max(140, Console().width), quiet=not is_main_process())
@@ -37,6 +38,8 @@ def print_run(run: Run, page: Path | None, as_json: bool) -> None:
     """Prints a finished run: its rounds, and where its student, report and record are."""
     assert run.teacher and run.finish
     if as_json:
+        from layerpeel.run.events import event_to_json
+
         print(
             json.dumps(
                 {
@@ -69,6 +72,7 @@ def print_estimates(estimates: list[Estimate]) -> None:
 def write_scores(scores: LayerScores, folder: Path, as_json: bool) -> None:
     """Writes scores.json and importance.png to a folder, and prints the scores."""
     from layerpeel.report.figures import draw_importance
+    from layerpeel.run.results_json import scores_to_json
 
     text = json.dumps(scores_to_json(scores), ensure_ascii=False)
     (folder / "scores.json").write_text(text + "\n", encoding="utf-8")

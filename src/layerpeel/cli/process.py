@@ -15,8 +15,6 @@ import tempfile
 import traceback
 import warnings
 
-import torch
-
 from layerpeel.cli.verbs import app
 from layerpeel.errors import InputError, LayerpeelError, reason_of
 from layerpeel.processes.distributed import check_launcher
@@ -49,7 +47,7 @@ def _explain(error: Exception) -> tuple[str, str | None]:
     match error:
         case LayerpeelError():
             return str(error), error.hint
-        case torch.OutOfMemoryError():
+        case RuntimeError() if _is_of_the_gpu(error):
             return "out of memory on the GPU", LESS_MEMORY
         case MemoryError():
             return "out of memory", LESS_MEMORY
@@ -58,6 +56,13 @@ def _explain(error: Exception) -> tuple[str, str | None]:
             return str(error), "free some space, then run the same command again" if full else None
         case _:
             return f"a bug in layerpeel: {reason_of(error)}", f"please report it, with {_keep_traceback()}"
+
+
+def _is_of_the_gpu(error: RuntimeError) -> bool:
+    """Whether it says that the memory of a GPU is full."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 def _keep_traceback() -> str:
@@ -70,11 +75,10 @@ def _keep_traceback() -> str:
 def _quiet_libraries() -> None:
     """Silences warnings, logs and progress bars of libraries, among which layerpeel's messages would be lost."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # read when datasets is imported
+    # Read when these libraries are imported, which is where they are first needed:
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()

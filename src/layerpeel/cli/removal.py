@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from layerpeel.model.removal import Removal
 from layerpeel.processes.progress import shown
+
+if TYPE_CHECKING:
+    from layerpeel.model.removal import Removal
 
 
 def removal_lines(removal: Removal, folder: Path) -> list[str]:

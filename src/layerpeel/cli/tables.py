@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from layerpeel.importance.scores import LayerScores
 from layerpeel.model.family_table import family_statuses
-from layerpeel.plan.planning import Plan
 from layerpeel.processes.progress import shown
 from layerpeel.processes.text import count, duration, moment, one_line, percent, size
-from layerpeel.report import tables
-from layerpeel.report.listing import RunStatus
-from layerpeel.run.events import Quality
-from layerpeel.run.folder import Run
-from layerpeel.tasks.scores import Evaluation
+
+if TYPE_CHECKING:
+    from layerpeel.importance.scores import LayerScores
+    from layerpeel.plan.planning import Plan
+    from layerpeel.report import tables
+    from layerpeel.report.listing import RunStatus
+    from layerpeel.run.events import Quality
+    from layerpeel.run.folder import Run
+    from layerpeel.tasks.scores import Evaluation
 
 
 def run_table(run: Run) -> Table:

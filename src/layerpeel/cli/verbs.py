@@ -1,9 +1,11 @@
-"""The commands, one thin function each. Results go to stdout, progress and hints to stderr."""
+"""The commands, one thin function each. Results go to stdout, progress and hints to stderr.
+
+Each imports what it needs, for torch and transformers take seconds, which `--help` and wrong options need not wait for.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +21,6 @@ from layerpeel.cli.inputs import (
     Overrides,
     Revision,
     ScoreFolder,
-    Teacher,
     TrustRemoteCode,
     check_new_folder,
     check_room,
@@ -30,38 +31,12 @@ from layerpeel.cli.inputs import (
     parse_layers,
 )
 from layerpeel.cli.output import finish_run, print_estimates, stdout, write_scores
-from layerpeel.cli.planning import make_plan
 from layerpeel.cli.removal import removal_lines
-from layerpeel.cli.tables import evaluation_table, families_table, listing_table, plan_tables, report_table
-from layerpeel.config.reading import load_config
-from layerpeel.demo.preparing import prepare_demo
+from layerpeel.cli.tables import evaluation_table, plan_tables
 from layerpeel.errors import InputError
-from layerpeel.export.hub import push
-from layerpeel.export.student import export_student
-from layerpeel.importance.metrics import reads_text
-from layerpeel.importance.scoring import score_layers, scoring_text
-from layerpeel.inference.answer_cache import AnswerCache
-from layerpeel.model.architecture import count_parameters, find_architecture
-from layerpeel.model.digests import fingerprint
-from layerpeel.model.family_table import OTHERS, ROUND_TRIP, TESTED, families_json, families_markdown
-from layerpeel.model.layer_cycles import broken_cycle
-from layerpeel.model.loading import TeacherOptions, load_teacher, teacher_options
-from layerpeel.model.origin import stored_dtypes, teacher_origin
-from layerpeel.model.removal import remove_from_files
-from layerpeel.model.saving import save_model
-from layerpeel.model.surgery import KeptLayers
 from layerpeel.processes.distributed import RANK, is_main_process
 from layerpeel.processes.progress import shown
-from layerpeel.report.listing import list_runs
-from layerpeel.run.folder import Run
-from layerpeel.run.loop import peel
-from layerpeel.run.places import find_places, load_run_config
-from layerpeel.run.preflight import check_output, check_score, check_tasks
-from layerpeel.run.removal_card import TrainingFacts, write_removal_card
-from layerpeel.run.results_json import evaluation_to_json
-from layerpeel.storage.outputs import beside
-from layerpeel.tasks.evaluation import evaluate
-from layerpeel.training.rounds import distill
+from layerpeel.storage.outputs import beside, check_output
 
 
 @app.command()
@@ -75,6 +50,9 @@ def run(
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
     """Score, remove, distil, evaluate, and again, until the target. Running again resumes."""
+    from layerpeel.run.loop import peel
+    from layerpeel.run.places import load_run_config
+
     finish_run(peel(load_run_config(config, set_), accept_changes=accept_changes), as_json, report)
 
 
@@ -86,6 +64,13 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Rank the teacher's layers by what is lost when each is skipped. Running again after an interruption resumes."""
+    from layerpeel.config.reading import load_config
+    from layerpeel.importance.metrics import reads_text
+    from layerpeel.importance.scoring import score_layers, scoring_text
+    from layerpeel.inference.answer_cache import AnswerCache
+    from layerpeel.model.digests import fingerprint
+    from layerpeel.run.preflight import check_score
+
     settings = load_config(config, set_)
     tasks = check_score(settings)
     folder = output_ or beside(settings.output, "-score")
@@ -117,6 +102,10 @@ def remove(
     merge_adapter: MergeAdapter = False,
 ) -> None:
     """Remove layers, without training, and write the shallower model. Tensors are copied from file to file."""
+    from layerpeel.model.loading import TeacherOptions
+    from layerpeel.model.removal import remove_from_files
+    from layerpeel.run.removal_card import write_removal_card
+
     chosen, model = parse_layers(layers), find_model(model)
     check_new_folder(output_, model)
     options = TeacherOptions(trust_remote_code=trust_remote_code, revision=revision, merge_adapter=merge_adapter)
@@ -131,6 +120,16 @@ def remove(
 @app.command(name="distill")
 def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Overrides = []) -> None:  # noqa: B006
     """Remove layers from the config's teacher, distil the gap once as its `distill` says, and write the student."""
+    from layerpeel.config.reading import load_config
+    from layerpeel.model.architecture import count_parameters, find_architecture
+    from layerpeel.model.layer_cycles import broken_cycle
+    from layerpeel.model.loading import load_teacher, teacher_options
+    from layerpeel.model.origin import stored_dtypes, teacher_origin
+    from layerpeel.model.saving import save_model
+    from layerpeel.model.surgery import KeptLayers
+    from layerpeel.run.removal_card import TrainingFacts, write_removal_card
+    from layerpeel.training.rounds import distill
+
     settings = load_config(config, set_)
     chosen = parse_layers(layers)
     if not settings.distill.tokens_per_round:
@@ -165,6 +164,12 @@ def eval_(
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on the tasks of a config."""
+    from layerpeel.config.reading import load_config
+    from layerpeel.model.loading import load_teacher
+    from layerpeel.run.preflight import check_tasks
+    from layerpeel.run.results_json import evaluation_to_json
+    from layerpeel.tasks.evaluation import evaluate
+
     settings = load_config(config, set_)
     settings.teacher, settings.revision, settings.merge_adapter = find_model(model), revision, merge_adapter
     tasks = check_tasks(settings)
@@ -177,20 +182,6 @@ def eval_(
 
 
 @app.command()
-def families(
-    as_json: AsJson = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/families.md.")] = False,
-) -> None:
-    """List the model families that are tested, and those that are refused, with the reasons."""
-    if as_json:
-        print(json.dumps(families_json()))
-    elif as_markdown:
-        print(families_markdown(), end="")
-    else:
-        stdout.print(families_table(), TESTED, OTHERS, ROUND_TRIP, sep="\n")
-
-
-@app.command()
 def demo(
     output_: Annotated[
         Path, typer.Option("--output", "-o", parser=expand_home, metavar="PATH", help="Where to write it.")
@@ -198,30 +189,12 @@ def demo(
     set_: Overrides = [],  # noqa: B006
 ) -> None:
     """Run the main job on the bundled teacher: 12 layers to 8."""
+    from layerpeel.config.reading import load_config
+    from layerpeel.demo.preparing import prepare_demo
+    from layerpeel.run.loop import peel
+
     check_output(output_, "")
     finish_run(peel(load_config(prepare_demo(output_), [f"output={output_ / 'run'}", *set_])), as_json=False)
-
-
-@app.command()
-def study(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A YAML study; see studies/.")],
-    set_: Annotated[
-        list[str], typer.Option("--set", help="field=value, of the study or over its base's; model=PATH: the teacher.")
-    ] = [],  # noqa: B006
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time, each with its share of the cores.")] = 1,
-    as_json: AsJson = False,
-) -> None:
-    """Run the variants of a study, with each seed, to one table and one figure. Running again goes on."""
-    from layerpeel.study.writing import run_study
-
-    finished = run_study(file, set_, processes)
-    if as_json:
-        rows = {name: [row.columns() for row in rows] for name, rows in finished.rows.tables().items()}
-        print(json.dumps({"output": str(finished.folder), **rows}))
-        return
-    for table in finished.tables.values():
-        stdout.print(report_table(table), "")
-    stdout.print(f"page     {shown(finished.folder / 'index.html')}", soft_wrap=True)
 
 
 @app.command()
@@ -237,6 +210,9 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a run will take in memory, layer calls and time; reads no weights, and times a random layer."""
+    from layerpeel.cli.planning import make_plan
+    from layerpeel.config.reading import load_config
+
     planned = make_plan(load_config(config, set_), gpus=gpus, fsdp=fsdp, flops=flops, bandwidth=bandwidth)
     if as_json:
         print(json.dumps(planned.to_json()))
@@ -244,52 +220,5 @@ def plan(
         stdout.print(*plan_tables(planned), sep="\n")
 
 
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run's folder; more to compare it with.")],
-    output_: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", parser=expand_home, metavar="PATH", help="A folder; RUN/report if not given."),
-    ] = None,
-    set_: Teacher = [],  # noqa: B006
-    measure: Annotated[bool, typer.Option(help="Measure speed and memory, where not done before.")] = True,
-    watch_: Annotated[bool, typer.Option("--watch", help="Keep the page fresh until the run has finished.")] = False,
-) -> None:
-    """Write the report of a run: a page that works offline, with its figures and tables in files beside it."""
-    first, *others = map(Run, runs)
-    find_places(first, set_)
-    check_output(output_ or first.folder / "report", first.config.teacher)
-    from layerpeel.report.page import watch, write_report
-
-    page = watch(first, others, output_) if watch_ else write_report(first, others, output_, measure=measure)
-    stdout.print(f"report   {shown(page)}", soft_wrap=True)
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
-    output_: Folder,
-    round_: Annotated[int | None, typer.Option("--round", help="Of which round; the result if not given.")] = None,
-    set_: Teacher = [],  # noqa: B006
-    repository: Annotated[
-        str | None, typer.Option("--push", metavar="REPO", help="Upload it to the hub, too (private, if new).")
-    ] = None,
-) -> None:
-    """Write the student of a round as a full Hugging Face checkpoint with its model card."""
-    opened = Run(run)
-    find_places(opened, set_)
-    check_new_folder(output_, opened.config.teacher)
-    number = export_student(opened, output_, round_)
-    stdout.print(f"student  {shown(output_)} (round {number})", soft_wrap=True)
-    if repository:
-        stdout.print(f"hub      {shown(push(output_, repository))}", soft_wrap=True)
-
-
-@app.command()
-def ls(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"), as_json: AsJson = False) -> None:
-    """List the runs below a folder, and how far each has come."""
-    statuses = list_runs(folder)
-    if as_json:
-        print(json.dumps([asdict(status) for status in statuses]))
-        return
-    stdout.print(listing_table(statuses) if statuses else f"no runs below {shown(folder)}")
+# After those above, which `--help` lists first.
+from layerpeel.cli import result_verbs as result_verbs  # noqa: E402

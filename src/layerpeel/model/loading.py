@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from transformers import (
@@ -17,7 +17,6 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError, reason_of
 from layerpeel.model.adapters import base_folder, checked_adapter
 from layerpeel.model.adapters import merge_adapter as merge
@@ -28,6 +27,9 @@ from layerpeel.model.devices import pick_device, wanted_dtype
 from layerpeel.model.forward_switches import runnable_config
 from layerpeel.model.vocabulary import check_vocabulary
 from layerpeel.storage.outputs import windows_hint
+
+if TYPE_CHECKING:
+    from layerpeel.config.run import RunConfig
 
 
 class TeacherOptions(TypedDict, total=False):

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
-from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError, reason_of
 from layerpeel.model.adapters import checked_adapter
 from layerpeel.model.architecture import Architecture, find_architecture
@@ -21,6 +20,9 @@ from layerpeel.model.layer_names import LayerNames, find_layer_names
 from layerpeel.model.saved_config import read_fields
 from layerpeel.model.side_files import CARRIED, CARRIED_FOLDERS, in_any_case
 from layerpeel.model.tensor_files import FLOATS, StoredTensor, main_dtype, stored_tensors
+
+if TYPE_CHECKING:
+    from layerpeel.config.run import RunConfig
 
 # What is read of a model on the hub.
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "README.md", "*.py"]

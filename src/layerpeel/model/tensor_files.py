@@ -1,15 +1,18 @@
 """The tensors of a checkpoint as they lie in its safetensors files: their headers, their bytes, and new files of them.
 
-Nothing is mapped or kept: what is read goes through a small buffer, whatever the size of the checkpoint.
+Nothing is mapped or kept: the kernel copies bytes that stay as they are, and what is read goes through a small buffer,
+whatever the size of the checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +58,11 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
 
-    def chunks(self) -> Iterator[bytes]:
-        """The bytes, a few at a time."""
+    def chunks(self, skipped: int = 0) -> Iterator[bytes]:
+        """The bytes, a few at a time, without so many at the beginning."""
         with self.file.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            left = self.size
+            file.seek(self.start + skipped)
+            left = self.size - skipped
             while left:
                 chunk = file.read(min(CHUNK, left))
                 if not chunk:
@@ -86,17 +89,33 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to be written: its description, and a way to its bytes."""
+    """A tensor to be written: its description, and a way to its bytes.
+
+    Attributes:
+        stored: where its bytes are in another file, if they are copied from there.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     size: int
     chunks: Callable[[], Iterable[bytes | memoryview]]
+    stored: StoredTensor | None = None
 
     @classmethod
     def copied(cls, name: str, stored: StoredTensor) -> NewTensor:
-        return cls(name, stored.dtype, stored.shape, stored.size, stored.chunks)
+        return cls(name, stored.dtype, stored.shape, stored.size, stored.chunks, stored)
+
+    def write_to(self, file: FileIO, on_written: Callable[[int], object]) -> None:
+        """Writes its bytes at the position of a file.
+
+        Args:
+            on_written: is told how many bytes have been written since the last call.
+        """
+        copied = _copy_in_kernel(self.stored, file, on_written) if self.stored else 0
+        for chunk in self.stored.chunks(copied) if self.stored else self.chunks():
+            _write_all(file, chunk)
+            on_written(len(chunk))
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -220,12 +239,29 @@ def _write_file(path: Path, tensors: Iterable[NewTensor], on_written: Callable[[
     with path.open("wb", buffering=0) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
-            for chunk in tensor.chunks():
-                _write_all(file, chunk)
-                on_written(len(chunk))
+            tensor.write_to(file, on_written)
 
 
-def _write_all(file: Any, chunk: bytes | memoryview) -> None:
+def _copy_in_kernel(stored: StoredTensor, file: FileIO, on_written: Callable[[int], object]) -> int:
+    """Copies bytes to the position of a file without reading them; gives how many, for not every system can."""
+    if not hasattr(os, "copy_file_range"):  # only Linux has it
+        return 0
+    copied = 0
+    with stored.file.open("rb", buffering=0) as source:
+        while copied < stored.size:
+            count = min(CHUNK, stored.size - copied)
+            try:
+                count = os.copy_file_range(source.fileno(), file.fileno(), count, stored.start + copied)
+            except OSError:  # also of what reading and writing will say better, such as a full disk
+                break
+            if not count:
+                break
+            copied += count
+            on_written(count)
+    return copied
+
+
+def _write_all(file: FileIO, chunk: bytes | memoryview) -> None:
     left = memoryview(chunk)
     while left:
         left = left[file.write(left) :]

@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import TypeVar
-
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from torch import distributed
+from typing import TYPE_CHECKING, TypeVar
 
 from layerpeel.errors import InputError
+
+if TYPE_CHECKING:  # seconds to import, which messages and answers of the command line need not wait for
+    import torch
+    from accelerate import PartialState
 
 LAUNCHER_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # with their values without a launcher
 
@@ -45,16 +44,24 @@ def processes_of(device: torch.device) -> PartialState:
 
     The first call initializes `torch.distributed`, with a backend that works on `device`.
     """
+    from accelerate import PartialState
+
     return PartialState(cpu=device.type == "cpu")
 
 
 def gather(value: T) -> list[T]:
     """The picklable value of each process, in the order of their ranks; every process has to call it."""
+    from accelerate.utils import gather_object
+    from torch import distributed
+
     return gather_object([value]) if distributed.is_initialized() else [value]
 
 
 def sum_numbers(numbers: Mapping[str, float], device: torch.device) -> dict[str, float]:
     """Sums numbers over all processes, in float64; every process has to call it with the same keys."""
+    import torch
+    from torch import distributed
+
     if not distributed.is_initialized():
         return dict(numbers)
     values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)

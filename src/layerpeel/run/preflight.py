@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 
 import psutil
 import torch
@@ -16,7 +14,7 @@ from layerpeel.config.distill import DistillConfig
 from layerpeel.config.fields import TextConfig
 from layerpeel.config.run import RunConfig
 from layerpeel.data.documents import read_documents
-from layerpeel.errors import InputError, reason_of
+from layerpeel.errors import InputError
 from layerpeel.importance.metrics import check_metrics, reads_text
 from layerpeel.losses.loss_sum import LossSum
 from layerpeel.model.checkpoint import least_parameters
@@ -27,7 +25,7 @@ from layerpeel.model.surgery import KeptLayers
 from layerpeel.run.folder import Run
 from layerpeel.run.teacher_checks import check_pattern, note_cycle
 from layerpeel.storage.files import remove_folder
-from layerpeel.storage.outputs import absolute, try_folder, windows_hint
+from layerpeel.storage.outputs import check_output
 from layerpeel.tasks.base import Task
 from layerpeel.tasks.registry import make_tasks
 from layerpeel.training.recipe import TrainingRecipe
@@ -139,29 +137,6 @@ def check_run(config: RunConfig) -> list[Task]:
             raise InputError(f"output: {folder} is a file, where a folder of the run has to be", hint="move it away")
     note_cycle(config, load_teacher_config(config))
     return tasks
-
-
-def check_output(folder: Path, model: str) -> None:
-    """Checks that something can be written in a folder that may not be there yet.
-
-    Raises:
-        InputError: there is a file in its place or above it, it is in the folder of the model, or may not be written.
-    """
-    another = "name another folder"
-    if hint := windows_hint(folder):
-        raise InputError(f"output: {folder} cannot be a folder", hint=hint)
-    try:
-        resolved = absolute(folder).resolve()
-        above = next(each for each in (resolved, *resolved.parents) if each.exists())
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"output: {folder} cannot be a folder ({reason_of(error)})", hint=another) from None
-    if not above.is_dir():
-        raise InputError(f"output: {folder} cannot be a folder: {above} is a file", hint=another)
-    if os.path.isdir(model) and resolved.is_relative_to(Path(model).resolve()):
-        raise InputError(f"output: {folder} is in the folder of the model, {model}", hint=another)
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"output: you may not write in {above}", hint=another)
-    try_folder(folder)
 
 
 @contextmanager

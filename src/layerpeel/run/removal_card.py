@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from layerpeel.config.distill import DistillConfig
-from layerpeel.config.run import RunConfig
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.processes.text import count
 from layerpeel.run.card import CARRIED, _source, markdown, teacher_metadata, teacher_name
 from layerpeel.storage.files import write_whole
-from layerpeel.training.result import TrainingResult
+
+if TYPE_CHECKING:
+    from layerpeel.config.distill import DistillConfig
+    from layerpeel.config.run import RunConfig
+    from layerpeel.training.result import TrainingResult
 
 TEMPLATE = Path(__file__).with_name("removal_card.md.jinja")
 

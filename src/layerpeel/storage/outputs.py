@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from layerpeel.errors import InputError
+from layerpeel.errors import InputError, reason_of
 
 
 def absolute(folder: Path) -> Path:
@@ -33,6 +33,29 @@ def windows_hint(path: str | Path) -> str | None:
 def is_empty(folder: Path) -> bool:
     """Whether it is a folder with nothing in it but what a writer that was killed has left half written."""
     return folder.is_dir() and all(path.name.endswith(".partial") for path in folder.iterdir())
+
+
+def check_output(folder: Path, model: str) -> None:
+    """Checks that something can be written in a folder that may not be there yet.
+
+    Raises:
+        InputError: there is a file in its place or above it, it is in the folder of the model, or may not be written.
+    """
+    another = "name another folder"
+    if hint := windows_hint(folder):
+        raise InputError(f"output: {folder} cannot be a folder", hint=hint)
+    try:
+        resolved = absolute(folder).resolve()
+        above = next(each for each in (resolved, *resolved.parents) if each.exists())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"output: {folder} cannot be a folder ({reason_of(error)})", hint=another) from None
+    if not above.is_dir():
+        raise InputError(f"output: {folder} cannot be a folder: {above} is a file", hint=another)
+    if os.path.isdir(model) and resolved.is_relative_to(Path(model).resolve()):
+        raise InputError(f"output: {folder} is in the folder of the model, {model}", hint=another)
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"output: you may not write in {above}", hint=another)
+    try_folder(folder)
 
 
 def try_folder(folder: Path) -> None:

@@ -17,8 +17,8 @@ from layerpeel.report.pictures import Picture
 from layerpeel.report.tables import Table, write_tables
 from layerpeel.run.card import teacher_name
 from layerpeel.run.folder import Run
-from layerpeel.run.preflight import check_output
 from layerpeel.storage.files import write_whole
+from layerpeel.storage.outputs import check_output
 from layerpeel.study import charts, results, tables
 from layerpeel.study.file import Job, StudyConfig, load_study
 from layerpeel.study.rankings import Rankings
