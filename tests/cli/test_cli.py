@@ -46,6 +46,12 @@ def fill(folder: Path) -> Path:
     return folder
 
 
+def without_stop(folder: Path) -> str:
+    """`run.yaml` as one writes it that will not run."""
+    fields = yaml.safe_load((folder / "run.yaml").read_text())
+    return yaml.safe_dump({name: value for name, value in fields.items() if name != "stop"})
+
+
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Runs the command; gives its exit code and what it wrote."""
     monkeypatch.setattr(sys, "argv", ["layerpeel", *arguments])
@@ -76,6 +82,23 @@ def test_run_score_eval_remove_distill(
     assert "4 layers" in ok("remove", "teacher", "--layers", "1,3", "-o", "short")
     assert "4 layers, loss" in ok("distill", "run.yaml", "--layers", "1-2", "-o", "healed")
     assert ok("score", "run.yaml").count("\n") >= 5 and ok("eval", "teacher", "run.yaml").count("choice") == 1
+
+
+def test_verbs_that_do_not_run_need_no_stop(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "short.yaml").write_text(without_stop(folder))
+    for command in (
+        ["eval", "teacher", "run.yaml", "--json"],
+        ["score", "run.yaml", "--json"],
+        ["distill", "run.yaml", "--layers", "2", "-o", "healed"],
+    ):
+        with_stop, without = (
+            call(monkeypatch, capsys, *[name if each == "run.yaml" else each for each in command], *options)
+            for name, options in (("run.yaml", []), ("short.yaml", ["-o", "again"] if "-o" in command else []))
+        )
+        assert without[0] == with_stop[0] == 0, without[2]
+        assert command[0] == "distill" or without[1] == with_stop[1]
 
 
 @pytest.mark.slow
@@ -251,6 +274,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "target not below": (["run", "run.yaml", "--set", "stop.target_layers=6"], "6 is not below the teacher's depth"),
     "target protected": (["run", "run.yaml", "--set", "stop.target_layers=1"], "1 cannot be reached: 2 of 6"),
     "no stop": (["run", "run.yaml", "--set", "stop={}"], "stop: expected at least one of target_layers"),
+    "run without a stop": (["run", "endless.yaml"], "stop: not given, and a run has to know when it is over"),
+    "plan without a stop": (["plan", "endless.yaml"], "stop: not given, and a run has to know when it is over"),
     "empty text": (["run", "run.yaml", "--set", "distill.text=empty.txt"], "empty.txt: the file is empty"),
     "missing text": (["run", "run.yaml", "--set", "distill.text=gone.txt"], "no such file: gone.txt"),
     "not UTF-8": (["run", "run.yaml", "--set", "distill.text=latin.txt"], "latin.txt: not UTF-8 (byte 3)"),
@@ -281,6 +306,7 @@ def test_mistakes_get_a_message_and_exit_code_two(
     (folder / "empty").mkdir()
     (folder / "empty.txt").touch()
     (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (folder / "endless.yaml").write_text(without_stop(folder))
     (folder / "bad.jsonl").write_text('{"text": "w5"}\n{"text": \n')
     (folder / "used").mkdir()
     (folder / "odd/scores.json").mkdir(parents=True)

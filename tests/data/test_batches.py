@@ -12,6 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -20,6 +23,7 @@ from layerpeel.data.batches import cycle_batches, load_rows
 from layerpeel.data.rows import Rows, labels_within, positions_of
 from layerpeel.data.tokenizing import encode_text
 from layerpeel.errors import InputError
+from layerpeel.processes.progress import print_once
 from tests.families import tiny_tokenizer
 
 MakeSource = Callable[..., TextConfig]
@@ -105,6 +109,38 @@ def test_text_that_the_tokenizer_does_not_know_is_said_once(
     load_rows([make_source(["w5 w6", "жила была w5", "кошка"])], known, sequence_length=16)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("the tokenizer does not know at least half of this text") == 1 and "line 2: " in said
+
+
+@pytest.mark.parametrize(
+    ("texts", "line"),
+    [
+        (["ab ко", "a b"], 0),  # half of it is there
+        (["кошка спит", "a b", "собака"], 1),
+        (["a b", "собака и кошка спят"], 2),
+        (["a b a b", "b a"], 0),
+    ],
+)
+def test_text_that_a_tokenizer_without_an_unknown_token_drops_is_said_once(
+    make_source: MakeSource, capsys: pytest.CaptureFixture[str], texts: list[str], line: int
+) -> None:
+    inner = Tokenizer(BPE({"a": 0, "b": 1, "<end>": 2}, []))
+    inner.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+    assert tokenizer.unk_token_id is None and tokenizer.encode("a кошка b") == [0, 1]
+    print_once.cache_clear()
+    load_rows([make_source(texts)], tokenizer, sequence_length=16)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("the tokenizer drops at least half of this text") == bool(line)
+    assert not line or f"line {line}: " in said
+
+
+def test_text_that_a_tokenizer_without_an_unknown_token_cannot_read_is_refused(make_source: MakeSource) -> None:
+    inner = Tokenizer(WordLevel({"a": 0, "b": 1, "<end>": 2}))
+    inner.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+    with pytest.raises(InputError, match=r"line 1: the tokenizer cannot read this text .*Missing \[UNK\]") as caught:
+        load_rows([make_source(["a b", "кошка"])], tokenizer, sequence_length=16)
+    assert "unk_token" in str(caught.value.hint)
 
 
 def test_unpacked_rows_are_documents(make_source: MakeSource, tokenizer: PreTrainedTokenizerFast) -> None:

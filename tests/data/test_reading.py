@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 
 import datasets
 import pytest
+from datasets.arrow_writer import ArrowWriter
 
 from layerpeel.config.fields import TextConfig
+from layerpeel.data.digests import digest_of_text
 from layerpeel.data.documents import read_documents
 from layerpeel.data.reading import read_rows
 from layerpeel.errors import InputError
@@ -108,6 +111,40 @@ def test_hub_datasets_are_streamed_or_from_the_cache(monkeypatch: pytest.MonkeyP
         ("owner/cached", None, "train", False),
         ("owner/whole", None, "train", False),  # tasks read all of their rows, and again in the next run
     ]
+
+
+def cache_commit(root: Path, commit: str, texts: list[str], subset: str = "default") -> None:
+    """Puts a commit of owner/MySet into a cache as `datasets` leaves it."""
+    folder = root / "owner___my_set" / subset / "0.0.0" / commit
+    folder.mkdir(parents=True)
+    with ArrowWriter(path=str(folder / "my_set-train.arrow")) as writer:
+        for text in texts:
+            writer.write({"text": text})
+        examples, size = writer.finalize()
+    split = {"name": "train", "num_bytes": size, "num_examples": examples, "dataset_name": "my_set"}
+    datasets.DatasetInfo(
+        builder_name="parquet", dataset_name="my_set", config_name=subset, version="0.0.0", splits={"train": split}
+    ).write_to_directory(str(folder))
+
+
+def test_without_a_network_the_digest_is_the_commit_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    commits = {f"{number:040x}": f"text of {number}" for number in (3, 1, 2)}
+
+    def commit_read(**options: Any) -> str:
+        (text,) = documents("owner/MySet", **options)
+        return next(commit for commit, content in commits.items() if content == text)
+
+    assert digest_of_text(TextConfig(path="owner/MySet")) is None
+    for age, (commit, text) in enumerate(commits.items()):
+        cache_commit(tmp_path, commit, [text], "en" if text.endswith("2") else "default")
+        folder = next(tmp_path.glob(f"*/*/*/{commit}"))
+        os.utime(folder, (10**9 + age, 10**9 + age))
+        assert digest_of_text(TextConfig(path="owner/MySet")) == commit == commit_read()
+    assert digest_of_text(TextConfig(path="owner/MySet", name="default")) == commit_read(name="default") == f"{1:040x}"
+    assert digest_of_text(TextConfig(path="owner/Another")) is None
 
 
 def test_saved_datasets(tmp_path: Path) -> None:

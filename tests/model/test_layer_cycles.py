@@ -114,5 +114,7 @@ def test_a_run_says_it_before_it_begins(folder: Path, capsys: pytest.CaptureFixt
 def test_a_pattern_that_no_single_layer_keeps_is_refused_with_what_can_be_done(folder: Path) -> None:
     with pytest.raises(InputError, match="a cycle of 6, which breaks without any single layer") as caught:
         check(settings(folder, pattern=True))
-    assert "layerpeel remove --layers 6-11" in str(caught.value.hint)
+    said = str(caught.value.hint)
+    assert "layerpeel remove --layers 6-11" in said and "score.protect.last: 0" in said
+    assert "score.protect.pattern: false), which only llama.cpp and mlx-lm cannot read" in said
     check(settings(folder, pattern=True, last=0))

@@ -112,6 +112,20 @@ def test_integers_in_place_of_weights_are_refused(folder: Path, dtype: torch.dty
     assert f"{PROJECTION}.weight is stored as " in said and "quantised, and config.json does not say how" in said
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("name", [f"{PROJECTION}.weight", "model.layers.1.mlp.experts.gate_up_proj"])
+def test_floats_of_eight_bits_without_scales_are_refused(folder: Path, dtype: torch.dtype, name: str) -> None:
+    edit(folder, lambda tensors: tensors.update({name: torch.ones(48, 32).to(dtype)}))
+    said = every_refusal(folder)
+    assert f"{name} is stored as F8_E" in said and "quantised, and config.json does not say how" in said
+
+
+@pytest.mark.parametrize("rows", [1, 0])
+def test_a_vocabulary_with_nothing_to_predict_is_refused(folder: Path, rows: int) -> None:
+    set_fields(folder, vocab_size=rows)
+    assert f"config.json gives the model a vocabulary of {rows} (vocab_size)" in every_refusal(folder)
+
+
 def test_adapter_tensors_in_the_file_are_refused(folder: Path) -> None:
     edit(folder, lambda tensors: tensors.update({f"{PROJECTION}.lora_A.weight": torch.ones(2, 32)}))
     said = every_refusal(folder)

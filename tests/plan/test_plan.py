@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig, GenerationMixin
 
 from layerpeel.config.distill import DistillConfig
 from layerpeel.config.reading import parse_config
@@ -25,7 +26,7 @@ from layerpeel.model.loading import load_config_of
 from layerpeel.plan.memory import scoring_memory
 from layerpeel.plan.planning import Plan, plan_run
 from layerpeel.plan.shape import Shape, empty_model, shape_of
-from layerpeel.plan.speed import Speed
+from layerpeel.plan.speed import Speed, _decode_times
 from layerpeel.run.teacher_checks import read_for_plan
 from tests.families import save_tiny, tiny_model
 
@@ -128,6 +129,22 @@ def test_a_processor_by_its_figures() -> None:
     speed = Speed.of_processor(shape, flops=1e3, bandwidth=1e2)
     assert (speed.layer, speed.trained_layer, speed.head, speed.head_loss) == pytest.approx((0.4, 1.2, 1.6, 4.8))
     assert (speed.decode_call, speed.decode_row, speed.update) == pytest.approx((4.0, 0.4, 0.28))
+
+
+def test_the_publishers_generation_options_do_not_slow_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: list[Any] = []
+
+    def generate(self: GenerationMixin, ids: torch.Tensor, **kinds: Any) -> None:
+        options.append(self.generation_config.to_diff_dict() | {"rows": len(ids)})
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    monkeypatch.setattr("layerpeel.plan.speed.LEAST_SECONDS", 0.0)
+    one, two = tiny_model("llama"), tiny_model("llama")
+    for model in (one, two):
+        model.generation_config = GenerationConfig(num_beams=4, repetition_penalty=1.3, cache_implementation="static")
+    _decode_times(one, two, torch.device("cpu"))
+    assert options and not {"num_beams", "repetition_penalty", "cache_implementation"} & set().union(*options)
+    assert one.generation_config.num_beams == 4  # as it was
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ def test_peel_leaves_a_card_beside_the_student(run: Run) -> None:
     ):
         assert words in card.text
     assert str(run.folder.parent) not in str(card)  # no path of the machine
+    assert "as of commit" not in card.text  # of a folder there is none
 
 
 def test_a_cards_words_from_outside_are_no_markup(run: Run) -> None:

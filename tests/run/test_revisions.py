@@ -36,6 +36,7 @@ def test_the_commit_is_on_record_and_another_one_is_refused(settings: dict[str, 
     run = peel(parse_config(settings, "test"))
     assert run.start and run.start.teacher_files == {"commit": FIRST}
     assert run.config.revision is None and run.pinned_config.revision == FIRST
+    assert f"someone/tiny as of commit `{FIRST}`" in (run.student_folder / "README.md").read_text(encoding="utf-8")
     embeddings = load_file(run.student_folder / "model.safetensors")["model.embed_tokens.weight"]
     add_commit(tmp_path / "hub", SECOND, save_tiny(tmp_path / "two", "qwen2"), "main")
     with pytest.raises(InputError, match=r"someone/tiny is another than when the run began .commit.") as caught:

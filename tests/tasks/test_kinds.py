@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from layerpeel.inference.requests import Generation, LogLikelihood
@@ -227,6 +229,16 @@ def test_perplexity_by_hand(make: MakeTask, tokenizer: Bytes) -> None:
     spread = (9 - 1.5 * 7) ** 2 + (6 - 1.5 * 3) ** 2  # over n - 1 = 1
     assert score.stderr == pytest.approx(math.exp(1.5) * math.sqrt(spread / 2) / 5)
     assert score.lower_is_better and score.n == 2
+
+
+@pytest.mark.parametrize("text", ["abcde", "!~abcde"], ids=["plain", "rendered by a chat template"])
+def test_perplexity_starts_as_the_tokenizer_does(make: MakeTask, tokenizer: Bytes, text: str) -> None:
+    inner = copy.deepcopy(tokenizer.backend_tokenizer)
+    special = [(token, inner.token_to_id(token)) for token in "!~"]
+    inner.post_processor = TemplateProcessing(single="! ~ $A", special_tokens=special)  # as GLM's [gMASK]<sop>
+    twice = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+    requests = make("perplexity", [{"text": text}], sequence_length=4).requests(twice)
+    assert [(twice.decode(r.context), twice.decode(r.continuation)) for r in requests] == [("!~", "abcd"), ("!~", "e")]
 
 
 def test_texts_of_special_tokens_alone_have_no_perplexity(make: MakeTask, tokenizer: Bytes, tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ class RunConfig(Section):
     """A model folder or a hub name."""
     output: Folder
     """The run's folder, taken from the working folder; running again goes on with it."""
-    stop: StopConfig
-    """When it is over."""
+    stop: StopConfig = StopConfig.model_construct()
+    """When it is over; only `run` and `plan` need it."""
     score: ScoreConfig = ScoreConfig()
     """How layers are scored."""
     tasks: list[TaskConfig] = []

@@ -21,10 +21,11 @@ from layerpeel.data.chats import write_chat
 from layerpeel.data.documents import PlacedDocument, mix_documents
 from layerpeel.data.rows import Rows, TokenRow
 from layerpeel.data.tokenizing import start_tokens, with_start
-from layerpeel.errors import InputError
+from layerpeel.errors import InputError, reason_of
 from layerpeel.processes.progress import print_once
 
 DOCUMENTS_PER_CALL = 512
+USUAL_CHARACTERS = 6  # of a token at most; a text with more of them may have lost some
 # Rows that are filled at the same time: more of them leave less padding, and read further ahead.
 OPEN_ROWS = 64
 
@@ -78,14 +79,30 @@ def tokenize(documents: Iterator[PlacedDocument], tokenizer: PreTrainedTokenizer
     unknown, all_known = tokenizer.unk_token_id, True
     while chunk := list(islice(documents, DOCUMENTS_PER_CALL)):
         texts = [text if isinstance(text, str) else write_chat(text, tokenizer, where) for where, text in chunk]
-        token_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for (where, document), ids in zip(chunk, token_ids, strict=True):
+        try:
+            token_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        except Exception as error:  # of tokenizers' own, for words that a vocabulary without an unknown token lacks
+            raise InputError(
+                f"{chunk[0][0]}: the tokenizer cannot read this text or one soon after it ({reason_of(error)})",
+                hint="give it a token for the unknown (unk_token), or other text",
+            ) from None
+        for at, ((where, document), text, ids) in enumerate(zip(chunk, texts, token_ids, strict=True)):
             if all_known and unknown is not None and ids and 2 * ids.count(unknown) >= len(ids):
                 all_known = False
                 print_once(f"{where}: the tokenizer does not know at least half of this text (others are not named)")
+            is_tried = at == 0 or len(text) > USUAL_CHARACTERS * len(ids)
+            if all_known and unknown is None and is_tried and _loses_text(tokenizer, text, ids):
+                all_known = False
+                print_once(f"{where}: the tokenizer drops at least half of this text (others are not named)")
             if isinstance(document, str):
                 ids = with_start(ids, start) + (end if ids[-1:] != end else [])
             yield torch.tensor(ids, dtype=torch.int32)
+
+
+def _loses_text(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> bool:
+    """Whether less than half of a text comes back from its tokens, white space aside."""
+    back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return 2 * len("".join(back.split())) < len("".join(text.split()))
 
 
 def cycle_batches(

@@ -15,6 +15,7 @@ from layerpeel.config.fields import TextConfig
 from layerpeel.data.reading import expand
 from layerpeel.storage.files import sampled_digest
 
+COMMIT = re.compile("[0-9a-f]{40}")
 HIDDEN = (".", "_")  # first characters of names of files that hold no data
 
 
@@ -38,10 +39,10 @@ def digest_of_text(source: TextConfig) -> str | None:
     Of a large file only a sample of blocks is read.
 
     Returns:
-        None for a hub dataset whose commit is not known, as without a network.
+        None for a hub dataset whose commit is not known, as of one without a network that was never here.
     """
     if not os.path.exists(source.path) and not glob.has_magic(source.path):
-        return _commit_of(source.path)
+        return _commit_of(source.path) or _cached_commit(source.path, source.name)
     digest = hashlib.sha256()
     for path in map(Path, expand(source.path)):
         for file in _files_in(path) if path.is_dir() else [path]:
@@ -63,3 +64,14 @@ def _commit_of(name: str) -> str | None:
         return HfApi().dataset_info(name, timeout=10).sha
     except Exception:  # no such name, no network, or no access: whoever reads it will say so
         return None
+
+
+def _cached_commit(name: str, subset: str | None) -> str | None:
+    """The commit of a dataset's latest copy in the cache of `datasets`, which is what that reads without a network."""
+    from datasets import config
+    from datasets.naming import camelcase_to_snakecase
+
+    *owner, dataset = name.split("/")
+    root = Path(config.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(dataset)]))
+    copies = [path for path in root.glob(f"{glob.escape(subset or '') or '*'}/*/*") if COMMIT.fullmatch(path.name)]
+    return max(copies, key=lambda path: path.stat().st_mtime).name if copies else None

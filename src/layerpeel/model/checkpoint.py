@@ -11,10 +11,11 @@ from safetensors import safe_open
 from transformers import GenerationConfig, PretrainedConfig
 
 from layerpeel.errors import InputError, reason_of
-from layerpeel.model.checkpoint_keys import DEQUANTISE, quantised_with
+from layerpeel.model.checkpoint_keys import DEQUANTISE, QUANTISER_PARTS, quantised_with
 from layerpeel.model.config_fields import text_config
+from layerpeel.model.tensor_files import FLOATS
 
-FLOATING = ("F", "BF")  # how the names of floating-point dtypes in safetensors begin
+NARROW = ("F8", "F6", "F4")  # how the names of dtypes begin that only quantisers write
 MOST_PER_BYTE = 8  # parameters in one byte of a checkpoint, at one bit each
 
 
@@ -30,8 +31,9 @@ def check_weights(config: PretrainedConfig, path: str | Path) -> None:
     """Checks the headers of a folder's weight files, before memory is allocated for the weights.
 
     Raises:
-        InputError: a file is damaged or missing, the index names a file outside the folder, weights are integers though
-            config.json does not say that they are quantised, or it describes a far larger model than the files hold.
+        InputError: a file is damaged or missing, the index names a file outside the folder, weights are integers or
+            floats of 8 bits though config.json does not say that they are quantised, or it describes a far larger model
+            than the files hold.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -64,9 +66,11 @@ def check_weights(config: PretrainedConfig, path: str | Path) -> None:
 
 
 def _check_floating(dtypes: Mapping[str, str], path: Path) -> None:
-    """Refuses weights that are not floating-point numbers, which would be taken for the values themselves."""
+    """Refuses weights that are integers or narrow floats, which would be taken for the values themselves."""
+    has_scales = any(QUANTISER_PARTS.search(name) for name in dtypes)  # which `check_keys` names
     for name, dtype in sorted(dtypes.items()):
-        if name.endswith(".weight") and not dtype.startswith(FLOATING):
+        is_narrow = dtype.startswith(NARROW)
+        if not has_scales if is_narrow else name.endswith(".weight") and dtype not in FLOATS:
             raise InputError(
                 f"{path}: {name} is stored as {dtype}: it is quantised, and config.json does not say how",
                 hint=DEQUANTISE,

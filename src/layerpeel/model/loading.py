@@ -25,7 +25,7 @@ from layerpeel.model.checkpoint_keys import check_keys, check_not_quantised
 from layerpeel.model.commits import cached_folder, check_revision
 from layerpeel.model.devices import pick_device, wanted_dtype
 from layerpeel.model.forward_switches import runnable_config
-from layerpeel.model.vocabulary import check_vocabulary
+from layerpeel.model.vocabulary import check_vocabulary, check_vocabulary_size
 from layerpeel.storage.outputs import windows_hint
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def load_config_of(
             or "check the path; for a hub model, check its name and revision, the network and your access to it",
         ) from None
     _check_causal(config, path)
+    check_vocabulary_size(config, path)
     return config
 
 

@@ -41,6 +41,20 @@ def check_vocabulary_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizer
         _tokens_beyond(tokenizer, rows, path)
 
 
+def check_vocabulary_size(config: PretrainedConfig, path: str | Path) -> None:
+    """Checks that there are tokens to choose from.
+
+    Raises:
+        InputError: a model knows one token or none, of which there is nothing to predict.
+    """
+    rows = getattr(text_config(config), "vocab_size", None)
+    if isinstance(rows, int) and rows < 2:
+        raise InputError(
+            f"{path}: config.json gives the model a vocabulary of {rows} (vocab_size), which leaves nothing to predict",
+            hint="take config.json from the model's publisher",
+        )
+
+
 class _Guard:
     """Refuses ids without an embedding, before a model is given them."""
 

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from layerpeel.config.distill import DistillConfig
+from layerpeel.inference.decoding import plain_generation
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.losses.base import StepOutputs
 from layerpeel.losses.loss_sum import LossSum
@@ -185,13 +186,14 @@ def _decode_times(one: PreTrainedModel, two: PreTrainedModel, device: torch.devi
         ids = torch.zeros(rows, 32, dtype=torch.long, device=device)
 
         def generate(new: int) -> None:
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=GenerationConfig(
-                    do_sample=False, min_new_tokens=new, max_new_tokens=new, pad_token_id=0, eos_token_id=None
-                ),
-            )
+            with plain_generation(model):
+                model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=GenerationConfig(
+                        do_sample=False, min_new_tokens=new, max_new_tokens=new, pad_token_id=0, eos_token_id=None
+                    ),
+                )
 
         return (_seconds(lambda: generate(2 + NEW), device) - _seconds(lambda: generate(2), device)) / NEW
 

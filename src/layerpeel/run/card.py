@@ -93,6 +93,7 @@ def card_facts(run: Run, round_number: int, metadata: ModelCardData, last_pass: 
     return {
         "name": f"{metadata.base_model}, {layers} layers",
         "base": metadata.base_model,
+        "commit": run.start.teacher_files.get("commit"),
         "license": metadata.license,
         "config": run.config,
         "teacher": run.teacher,

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from layerpeel.config.distill import DistillConfig
 from layerpeel.config.fields import TextConfig
-from layerpeel.config.run import RunConfig
+from layerpeel.config.run import RunConfig, StopConfig
 from layerpeel.data.documents import read_documents
 from layerpeel.errors import InputError
 from layerpeel.importance.metrics import check_metrics, reads_text
@@ -48,6 +48,11 @@ def check(config: RunConfig) -> list[Task]:
 
 def check_plan(config: RunConfig) -> list[Task]:
     """As `check`, but for the training text, which need not be here, and the output, which need not be writable."""
+    if config.stop == StopConfig.model_construct():
+        raise InputError(
+            "stop: not given, and a run has to know when it is over",
+            hint="give at least one of target_layers, min_quality, max_params, as in --set stop.target_layers=24",
+        )
     teacher, total = _teacher_of(config)
     _check_sizes(config, teacher)
     _check_target(config, total)

@@ -66,7 +66,8 @@ def check_pattern(config: RunConfig, teacher: PretrainedConfig, free: Iterable[i
         layers = f"{middle}-{middle + period - 1}"
         raise InputError(
             f"score.protect.pattern: the teacher's layers follow a cycle of {period}, which breaks without any single "
-            "layer that may go, and a round removes one",
+            "layer that may go, and a round removes one: no round can keep it",
             hint=f"remove a whole period with `layerpeel remove --layers {layers}`, or `layerpeel distill` with these "
-            "layers; or allow the last layers to go (score.protect.last: 0)",
+            "layers; or allow the last layers to go (score.protect.last: 0); or let the cycle break "
+            f"(score.protect.pattern: false), which only {cycle.fixed_in.replace(', ', ' and ')} cannot read",
         )

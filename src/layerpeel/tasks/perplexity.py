@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from layerpeel.config.fields import AS_COUNT
 from layerpeel.data.cells import located, text_of
+from layerpeel.data.tokenizing import start_tokens
 from layerpeel.errors import InputError
 from layerpeel.inference.encoding import start_token
 from layerpeel.inference.requests import LogLikelihood
@@ -25,7 +26,8 @@ class Perplexity(RowTask):
     column: str = "text"
     """The column that holds the text."""
     sequence_length: Annotated[int, Field(ge=2), AS_COUNT] = 256
-    """Tokens in a window; each window starts afresh from the beginning-of-text token."""
+    """Tokens in a window; each window starts afresh, from the tokens that the tokenizer sets before a text, or else
+    from the token of its beginning."""
 
     def check(self) -> None:
         if not any(text_of(row, self.column, self.where).strip() for row in self.rows):
@@ -33,12 +35,12 @@ class Perplexity(RowTask):
 
     def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         """One sample a document; its reference is the number of its tokens."""
-        size, start = self.sequence_length, (start_token(tokenizer),)
+        size, start = self.sequence_length, tuple(start_tokens(tokenizer)) or (start_token(tokenizer),)
         samples = []
         for row in self.rows:
             text = text_of(row, self.column, self.where)
             ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-            ids = ids[1:] if ids[:1] == start else ids  # a chat template has set it
+            ids = ids[len(start) :] if ids[: len(start)] == start else ids  # a chat template has set it
             windows = [LogLikelihood(start, ids[at : at + size]) for at in range(0, len(ids), size)]
             samples.append(Sample(windows, len(ids), located(row, self.data)))
         if not any(sample.requests for sample in samples):
