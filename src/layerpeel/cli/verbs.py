@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from layerpeel.cli.app import app
+from layerpeel.cli.app import app, importing
 from layerpeel.cli.inputs import (
     AsJson,
     ConfigFile,
@@ -50,8 +50,9 @@ def run(
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
     """Score, remove, distil, evaluate, and again, until the target. Running again resumes."""
-    from layerpeel.run.loop import peel
-    from layerpeel.run.places import load_run_config
+    with importing():
+        from layerpeel.run.loop import peel
+        from layerpeel.run.places import load_run_config
 
     finish_run(peel(load_run_config(config, set_), accept_changes=accept_changes), as_json, report)
 
@@ -64,12 +65,13 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Rank the teacher's layers by what is lost when each is skipped. Running again after an interruption resumes."""
-    from layerpeel.config.reading import load_config
-    from layerpeel.importance.metrics import reads_text
-    from layerpeel.importance.scoring import score_layers, scoring_text
-    from layerpeel.inference.answer_cache import AnswerCache
-    from layerpeel.model.digests import fingerprint
-    from layerpeel.run.preflight import check_score
+    with importing():
+        from layerpeel.config.reading import load_config
+        from layerpeel.importance.metrics import reads_text
+        from layerpeel.importance.scoring import score_layers, scoring_text
+        from layerpeel.inference.answer_cache import AnswerCache
+        from layerpeel.model.digests import fingerprint
+        from layerpeel.run.preflight import check_score
 
     settings = load_config(config, set_)
     tasks = check_score(settings)
@@ -102,9 +104,10 @@ def remove(
     merge_adapter: MergeAdapter = False,
 ) -> None:
     """Remove layers, without training, and write the shallower model. Tensors are copied from file to file."""
-    from layerpeel.model.loading import TeacherOptions
-    from layerpeel.model.removal import remove_from_files
-    from layerpeel.run.removal_card import write_removal_card
+    with importing():
+        from layerpeel.model.loading import TeacherOptions
+        from layerpeel.model.removal import remove_from_files
+        from layerpeel.run.removal_card import write_removal_card
 
     chosen, model = parse_layers(layers), find_model(model)
     check_new_folder(output_, model)
@@ -120,15 +123,16 @@ def remove(
 @app.command(name="distill")
 def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Overrides = []) -> None:  # noqa: B006
     """Remove layers from the config's teacher, distil the gap once as its `distill` says, and write the student."""
-    from layerpeel.config.reading import load_config
-    from layerpeel.model.architecture import count_parameters, find_architecture
-    from layerpeel.model.layer_cycles import broken_cycle
-    from layerpeel.model.loading import load_teacher, teacher_options
-    from layerpeel.model.origin import stored_dtypes, teacher_origin
-    from layerpeel.model.saving import save_model
-    from layerpeel.model.surgery import KeptLayers
-    from layerpeel.run.removal_card import TrainingFacts, write_removal_card
-    from layerpeel.training.rounds import distill
+    with importing():
+        from layerpeel.config.reading import load_config
+        from layerpeel.model.architecture import count_parameters, find_architecture
+        from layerpeel.model.layer_cycles import broken_cycle
+        from layerpeel.model.loading import load_teacher, teacher_options
+        from layerpeel.model.origin import stored_dtypes, teacher_origin
+        from layerpeel.model.saving import save_model
+        from layerpeel.model.surgery import KeptLayers
+        from layerpeel.run.removal_card import TrainingFacts, write_removal_card
+        from layerpeel.training.rounds import distill
 
     settings = load_config(config, set_)
     chosen = parse_layers(layers)
@@ -164,11 +168,12 @@ def eval_(
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on the tasks of a config."""
-    from layerpeel.config.reading import load_config
-    from layerpeel.model.loading import load_teacher
-    from layerpeel.run.preflight import check_tasks
-    from layerpeel.run.results_json import evaluation_to_json
-    from layerpeel.tasks.evaluation import evaluate
+    with importing():
+        from layerpeel.config.reading import load_config
+        from layerpeel.model.loading import load_teacher
+        from layerpeel.run.preflight import check_tasks
+        from layerpeel.run.results_json import evaluation_to_json
+        from layerpeel.tasks.evaluation import evaluate
 
     settings = load_config(config, set_)
     settings.teacher, settings.revision, settings.merge_adapter = find_model(model), revision, merge_adapter
@@ -189,9 +194,10 @@ def demo(
     set_: Overrides = [],  # noqa: B006
 ) -> None:
     """Run the main job on the bundled teacher: 12 layers to 8."""
-    from layerpeel.config.reading import load_config
-    from layerpeel.demo.preparing import prepare_demo
-    from layerpeel.run.loop import peel
+    with importing():
+        from layerpeel.config.reading import load_config
+        from layerpeel.demo.preparing import prepare_demo
+        from layerpeel.run.loop import peel
 
     check_output(output_, "")
     finish_run(peel(load_config(prepare_demo(output_), [f"output={output_ / 'run'}", *set_])), as_json=False)
@@ -210,8 +216,9 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a run will take in memory, layer calls and time; reads no weights, and times a random layer."""
-    from layerpeel.cli.planning import make_plan
-    from layerpeel.config.reading import load_config
+    with importing():
+        from layerpeel.cli.planning import make_plan
+        from layerpeel.config.reading import load_config
 
     planned = make_plan(load_config(config, set_), gpus=gpus, fsdp=fsdp, flops=flops, bandwidth=bandwidth)
     if as_json:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -32,7 +33,7 @@ from layerpeel.model.side_files import carry_files, drop_absent_code, left_files
 from layerpeel.model.surgery import KeptLayers, remove_layers
 from layerpeel.model.tensor_files import SHARD_SIZE, NewTensor, StoredTensor, check_written, write_tensors
 from layerpeel.processes.progress import progress
-from layerpeel.storage.files import partial_of, replace_folder
+from layerpeel.storage.files import partial_of, replace_folder, sync_folder
 
 MIB = 2**20
 
@@ -196,8 +197,11 @@ def _write(
         carried = carry_files(origin.folder, unfinished, code=origin.code)
         drop_absent_code(saved.fields, unfinished)
         write_fields(saved.fields, unfinished)
-        check_written(unfinished, tensors)
-        _check_loads(unfinished, origin, student)
+        with ThreadPoolExecutor(2) as disk:  # these wait for it, while the third computes
+            waiting = disk.submit(sync_folder, unfinished), disk.submit(check_written, unfinished, tensors)
+            _check_loads(unfinished, origin, student)
+            for each in waiting:
+                each.result()
         replace_folder(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -62,8 +62,7 @@ def replace_folder(new: Path, folder: Path) -> None:
         new: as `partial_of` named it. If that is in `folder`, its files go there one by one, config.json last, without
             which nothing is taken for a checkpoint.
     """
-    for path in (*new.rglob("*"), new):
-        _sync(path)
+    sync_folder(new)
     folder = absolute(folder)
     if new.parent == folder:
         for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
@@ -78,6 +77,12 @@ def replace_folder(new: Path, folder: Path) -> None:
     os.replace(new, folder)
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns once a folder and all in it are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
