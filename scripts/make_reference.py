@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import typer
+import yaml
 from pydantic import BaseModel
 
 from layerpeel.cli.verbs import app
 from layerpeel.config.distill import DistillConfig, LastPassConfig, LossConfig
 from layerpeel.config.fields import TextConfig
+from layerpeel.config.presets import PRESETS
 from layerpeel.config.run import RunConfig, StopConfig, TaskConfig
 from layerpeel.config.score import HealConfig, ProtectConfig, RaceConfig, ScoreConfig, ShortlistConfig
 from layerpeel.importance.metrics import METRICS
@@ -55,7 +57,7 @@ PLAIN = {
 # What is written after an option, by the type of its value.
 VALUES = {**dict.fromkeys([int, float, int | None, float | None], "NUMBER"), Path: "PATH", Path | None: "PATH"}
 # What the text under a field refers to, and where that stands on the page.
-LINKS = {f"table of {name}": f"[table of {name}](#{name})" for name in ("metrics", "losses")}
+LINKS = {f"table of {name}": f"[table of {name}](#{name})" for name in ("metrics", "losses", "presets")}
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 CONFIG_HEAD = """# Config reference
@@ -80,6 +82,10 @@ LOSSES_HEAD = """## Losses { #losses }
 
 Keys of `distill.losses`; each has a `weight`, and these options.
 """
+PRESETS_HEAD = """## Presets { #presets }
+
+What `distill.preset` fills in, where a config does not give the field.
+"""
 STUDY_HEAD = "## A study's file { #study }\n\nWhat `layerpeel study` reads.\n"
 CLI_HEAD = """# Command line reference
 
@@ -100,8 +106,20 @@ def config_page() -> str:
     ]
     parts += [METRICS_HEAD, _table(("metric", "reads", "what it says", "in words, and its source"), rows), LOSSES_HEAD]
     parts += [f"### {name}\n\n{_summary(loss)} {_source(loss)}\n\n{_fields(loss)}" for name, loss in LOSSES.items()]
+    parts += [PRESETS_HEAD, *(_preset(name, values) for name, values in PRESETS.items())]
     parts += [STUDY_HEAD, _fields(StudyConfig)]
     return "\n".join(parts)
+
+
+def _preset(name: str, values: dict[str, Any]) -> str:
+    """The fields of a preset, as they would be written in a config."""
+    rows = [(f"`{field}`", f"`{_in_yaml(value)}`") for field, value in values.items()]
+    return f"### {name}\n\n{_table(('field', 'value'), rows)}"
+
+
+def _in_yaml(value: Any) -> str:
+    """On one line, without the document's end that YAML puts after a number or word that stands alone."""
+    return yaml.safe_dump([value], default_flow_style=True, width=1000, sort_keys=False).strip()[1:-1]
 
 
 def cli_page() -> str:

@@ -18,6 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 BEGIN, END = "<!-- made by scripts/make_results.py -->", "<!-- to here -->"
 
+import healing  # noqa: E402
 from methods import markdown  # noqa: E402
 
 
@@ -137,6 +138,20 @@ def planned() -> str:
     return "\n".join(["Planned / measured; 1 is exact.", "", *lines, "", *commands])
 
 
+def healed(name: str) -> str:
+    """What is left of the KL to the teacher after each way to heal a gap, at each number of tokens."""
+    result = read(name)
+    runs = result["runs"]
+    setting = runs[0]["settings"]
+    parts = [
+        f"Teacher layers {', '.join(map(str, setting['removed']))} removed, {setting['dtype']}; KL to the teacher, "
+        f"mean over the tokens of {setting['texts']} held-out texts of each kind (fewer, where there are no more)."
+    ]
+    for tokens in sorted({run["tokens"] for run in runs}):
+        parts.append(f"After training on {tokens:,} tokens:\n\n{healing.markdown(runs, tokens)}")
+    return "\n\n".join([*parts, source(result)])
+
+
 def older_transformers() -> str:
     """What transformers 4.57 makes of checkpoints that `layerpeel remove` wrote."""
     result = read("old-transformers")
@@ -172,6 +187,8 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("Quality by depth: storyteller-18", "methods-storyteller", lambda: methods("methods-storyteller")),
     ("Quality by depth: the bundled teacher", "methods-demo", lambda: methods("methods-demo")),
     ("Losses at equal tokens: storyteller-18", "losses-storyteller", lambda: methods("losses-storyteller")),
+    ("Healing at equal tokens: storyteller-18", "healing-storyteller-18", lambda: healed("healing-storyteller-18")),
+    ("Healing at equal tokens: SmolLM2-135M", "healing-smollm2-135m", lambda: healed("healing-smollm2-135m")),
     (
         "Scoring every layer: storyteller-18 on Zorro and next_sentence, through lm-evaluation-harness",
         "scoring",

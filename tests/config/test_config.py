@@ -10,9 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
-from layerpeel.config.reading import load_config
+from layerpeel.config.distill import DistillConfig, LossConfig
+from layerpeel.config.presets import PRESETS
+from layerpeel.config.reading import load_config, parse_config
 from layerpeel.data.reading import expand
 from layerpeel.errors import InputError, nearest, resolve_class
+from layerpeel.losses.hidden_mse import HiddenMSE
+from layerpeel.losses.kl import KL
+from layerpeel.losses.loss_sum import LossSum
+from layerpeel.losses.registry import make_loss
 
 ROOT = Path(__file__).parents[2]
 TASK = {"kind": "perplexity", "data": "held_out.jsonl"}
@@ -141,12 +147,85 @@ def test_paths_are_of_the_configs_folder_first(tmp_path: Path, monkeypatch: pyte
         ({"distill": {"text": "a", "train": "layers[("}}, "distill: train: not a regular expression ("),
         ({"distill": {"text": "a", "losses": {}}}, "distill: losses: expected at least one"),
         ({"distill": {"text": 5}}, "distill.text: input should be a valid list, found 5"),
+        ({"distill": {"preset": "papers"}}, "distill.preset: input should be 'paper', found 'papers'"),
+        ({"distill": {"preset": ["paper"]}}, "distill.preset: input should be 'paper', found ['paper']"),
+        (
+            {"distill": {"text": "a", "last_pass": {}}},
+            "distill: last_pass.tokens: expected how many to train on (or when: end, or half)",
+        ),
+        (
+            {"distill": {"text": "a", "when": "half", "last_pass": {"tokens": 5}}},
+            "distill: last_pass.tokens: with when: half, they are those of tokens_per_round; leave it out",
+        ),
+        (
+            {"distill": {"text": "a", "last_pass": {"tokens": 5, "train": "layers[("}}},
+            "distill: last_pass.train: not a regular expression (",
+        ),
+        (
+            {"distill": {"tokens_per_round": 0, "last_pass": {"tokens": 5}}},
+            "distill.text: expected text to train on (or no distill.last_pass)",
+        ),
         ({"aggregate": "median"}, "aggregate: input should be 'mean' or 'relative', found 'median'"),
     ],
 )
 def test_what_is_said_of_a_field(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
     path = write(tmp_path, **changes)
     assert message(path).startswith(f"{path}: {expected}")
+
+
+def test_a_preset_fills_in_what_is_not_given(tmp_path: Path) -> None:
+    path = write(tmp_path, distill={"text": "a", "radius": 2})
+    distill = load_config(path, ["distill.preset=paper", "distill.losses={kl: {}}"]).distill
+    assert (distill.train, distill.radius, distill.learning_rate, distill.warmup_steps) == ("neighbours", 2, 1e-4, 8)
+    assert (distill.weight_decay, distill.max_grad_norm, distill.optimizer) == (0.05, 0.3, "AdamW")
+    assert distill.losses == {"kl": LossConfig()}  # given losses take the place of all
+    recipe = load_config(path, ["distill.preset=paper"]).distill
+    assert LossSum(recipe.losses).losses == {"kl": KL(reduction="sum/100"), "hidden_mse": HiddenMSE(relative=False)}
+    plain = load_config(path).distill
+    assert plain.preset is None and set(plain.losses) == {"kl", "hidden_mse"} and plain.losses["kl"] == LossConfig()
+
+
+def test_a_config_with_a_preset_says_its_values_and_means_the_same_without_it(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, distill={"text": "a"}), ["distill.preset=paper"])
+    written = config.model_dump(mode="json")
+    assert written["distill"]["losses"]["kl"]["reduction"] == "sum/100" and written["distill"]["batch_size"] == 8
+    del written["distill"]["preset"]
+    again = parse_config(written, "again")
+    assert again.distill == config.distill.model_copy(update={"preset": None})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_value_of_a_preset_is_one_of_a_field(name: str) -> None:
+    assert (
+        DistillConfig.model_validate({"preset": name}).model_dump(include={*PRESETS[name]}).keys()
+        == PRESETS[name].keys()
+    )
+    for loss, options in PRESETS[name]["losses"].items():
+        assert {
+            "weight",
+            *type(make_loss(loss, LossConfig())).model_fields,
+        } == options.keys()  # whatever defaults become
+
+
+@pytest.mark.parametrize(
+    ("when", "last_pass", "rounds", "end"),
+    [
+        ("each_round", None, 101, None),
+        ("each_round", {"tokens": 7}, 101, (7, "above", 1e-3, 3)),
+        ("end", None, 0, (303, "above", 1e-3, 3)),
+        ("half", None, 50, (153, "above", 1e-3, 3)),
+        ("half", {"train": "all", "learning_rate": 1e-4, "warmup_steps": 0}, 50, (153, "all", 1e-4, 0)),
+    ],
+)
+def test_tokens_in_rounds_and_at_the_end_add_up(when: str, last_pass: Any, rounds: int, end: Any) -> None:
+    fields = {"train": "above", "learning_rate": 1e-3, "warmup_steps": 3, "tokens_per_round": 101}
+    config = DistillConfig.model_validate({"when": when, "last_pass": last_pass} | fields)
+    assert config.in_rounds().tokens_per_round == rounds
+    last = config.at_end(3)
+    assert (last and (last.tokens_per_round, last.train, last.learning_rate, last.warmup_steps)) == end
+    if when != "each_round":
+        assert last and 3 * rounds + last.tokens_per_round == 3 * 101
+        assert config.at_end(0) is None
 
 
 @pytest.mark.parametrize(

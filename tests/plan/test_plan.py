@@ -75,6 +75,8 @@ def test_ranking_once_and_training_once(config: RunConfig) -> None:
     assert planned.layer_tokens["scoring"] == 100 * (16 + 6)
     config.distill.when = "end"
     assert plan(config).layer_tokens["training"] == 640 * (6 + 4)
+    config.distill.when = "half"
+    assert plan(config).layer_tokens["training"] == 160 * (6 + 5) + (160 + 320) * (6 + 4)
 
 
 def test_block_influence_skips_nothing() -> None:
@@ -98,7 +100,10 @@ def test_weights_and_what_trains_by_hand(config: RunConfig) -> None:
     config.distill.train = r"layers\.5\."
     assert plan(config).training_memory["Muon and AdamW"] == 4 * (layer - norms) + 8 * norms
     config.distill.optimizer = "AdamW"
+    assert "mean of the last weights" not in parts
+    config.distill.average_last = 0.5
     split = plan(config, gpus=4, fsdp=True).training_memory
+    assert split["mean of the last weights"] == layer
     assert split["AdamW"] == 2 * layer and split["weights"] == 4 * count_parameters(model)
 
 

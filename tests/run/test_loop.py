@@ -144,7 +144,8 @@ def test_a_run_in_bfloat16_trains_and_keeps_what_was_measured(settings: dict[str
 
 
 def test_a_last_pass_trains_everything_and_is_judged(settings: dict[str, Any]) -> None:
-    distill = settings["distill"] | {"train": "neighbours", "last_pass": {"tokens": 256, "learning_rate": 1e-4}}
+    last_pass = {"tokens": 256, "train": "everything", "learning_rate": 1e-4}
+    distill = settings["distill"] | {"train": "neighbours", "last_pass": last_pass}
     run = peel(config_of(settings, distill=distill, stop={"target_layers": 5}))
     assert run.finish is not None
     last = run.finish.last_pass
@@ -310,5 +311,19 @@ def test_training_at_the_end_sees_the_tokens_of_all_rounds(settings: dict[str, A
     last = run.finish.last_pass.training
     assert last.steps == sum(event.training.steps for event in each.rounds)
     assert last.layers == list(run.rounds[-1].kept) and last.last_loss < last.first_loss
-    with pytest.raises(InputError, match="with when: end, the training at the end is that of the rounds"):
+    with pytest.raises(InputError, match=r"last_pass.tokens: with when: end, they are those of tokens_per_round"):
         config_of(settings, distill=distill | {"last_pass": {"tokens": 96}})
+
+
+def test_half_at_the_end_is_half_of_the_tokens_with_options_of_its_own(settings: dict[str, Any]) -> None:
+    each = peel(config_of(settings))
+    last_pass = {"train": "everything", "learning_rate": 1e-4, "warmup_steps": 1}
+    distill = settings["distill"] | {"when": "half", "train": "neighbours", "last_pass": last_pass}
+    run = peel(config_of(settings, distill=distill, output=f"{settings['output']}-half"))
+    assert run.finish is not None and run.finish.last_pass
+    last = run.finish.last_pass.training
+    steps = [event.training.steps for event in run.rounds]
+    assert steps == [event.training.steps // 2 for event in each.rounds] and last.steps == sum(steps)
+    assert last.layers == list(run.rounds[-1].kept) != run.rounds[-1].training.layers
+    card = (run.student_folder / "README.md").read_text()
+    assert "256 a round" in card and "parameters: everything; learning rate 0.0001." in card

@@ -70,6 +70,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
     {},
     {"optimizer_options": {"fused": True}},
     {"optimizer": "Muon"},
+    {"average_last": 0.75},
 ]
 
 
@@ -136,9 +137,10 @@ def same_training(student: Student, alone: TrainingResult, weights: Any, result:
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
 def test_two_processes_train_the_student_of_one(tmp_path: Path, fsdp: bool) -> None:
     text = write_text(tmp_path / "text.jsonl")
-    student, alone = train(text, 20, accumulation=2, batch_size=4, train_norm=True)
+    average: dict[str, Any] = {"average_last": 0.5, "lr_scheduler_type": "linear"}
+    student, alone = train(text, 20, accumulation=2, batch_size=4, train_norm=True, **average)
     # The steps of `train` are counted for one process, and two take twice the tokens.
-    weights, result = train_in_two(tmp_path, fsdp=fsdp, steps=40, batch_size=4, train_norm=True)
+    weights, result = train_in_two(tmp_path, fsdp=fsdp, steps=40, batch_size=4, train_norm=True, **average)
     same_training(student, alone, weights, result)
 
 

@@ -56,6 +56,26 @@ def test_the_rate_rises_and_falls_as_a_cosine() -> None:
     assert parameter.grad is None
 
 
+@pytest.mark.parametrize(("kind", "after"), [("linear", [1, 0.75, 0.5, 0.25]), ("constant_with_warmup", [1] * 4)])
+def test_the_rate_falls_in_a_line_or_not_at_all(kind: str, after: list[float]) -> None:
+    parameter = nn.Parameter(torch.ones(2, 2))
+    for done in (0, 3):
+        each = recipe(warmup_steps=2, lr_scheduler_type=kind)
+        optimizers = each.optimizers([parameter], [True], rate=2.0, steps=6, done=done)
+        seen = []
+        for _ in range(done, 6):
+            parameter.grad = torch.ones_like(parameter)
+            seen.append(optimizers.learning_rate / 2)
+            optimizers.step()
+        assert seen == pytest.approx([0.0, 0.5, *after][done:])
+
+
+def test_which_steps_are_averaged() -> None:
+    for share, steps in ((0.0, []), (0.25, [4]), (0.5, [3, 4]), (0.01, [4]), (1.0, [1, 2, 3, 4])):
+        four = recipe(average_last=share, tokens_per_round=4 * 16 * 256)
+        assert [step for step in range(1, 5) if four.averages(step)] == steps
+
+
 def test_adamw_is_made_as_torch_makes_it() -> None:
     parameter = nn.Parameter(torch.ones(2, 2))
     (optimizer,) = recipe(weight_decay=0.3).optimizers([parameter], [True], rate=0.1, steps=4).optimizers

@@ -16,6 +16,7 @@ from layerpeel.data.batches import load_rows
 from layerpeel.errors import RunError
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.training.forward import FINAL, run_both
+from layerpeel.training.optimizers import ScheduledOptimizers
 from layerpeel.training.result import Log, TrainingResult
 from layerpeel.training.rounds import train_student
 from layerpeel.training.state import TrainingState
@@ -173,8 +174,10 @@ def kill_at(step: int) -> Log:
         {"optimizer": "Adafactor"},
         {"optimizer": "SGD", "optimizer_options": {"momentum": 0.9}},
         {"optimizer": "tests.training.test_optimizer_state:KeepsAll"},
+        {"average_last": 0.75, "lr_scheduler_type": "constant_with_warmup"},
+        {"average_last": 0.25},
     ],
-    ids=["fused AdamW", "Muon", "Adafactor", "SGD", "one with all kinds of state"],
+    ids=["fused AdamW", "Muon", "Adafactor", "SGD", "one with all kinds of state", "in a mean", "before a mean"],
 )
 def test_any_optimizer_goes_on_where_it_was_to_the_last_bit(
     text: Path, tmp_path: Path, options: dict[str, Any]
@@ -186,6 +189,33 @@ def test_any_optimizer_goes_on_where_it_was_to_the_last_bit(
     resumed, result = train(text, 8, state=TrainingState(tmp_path / "state", "this", 0.0), **fields)
     same(uninterrupted, resumed, 0.0)
     assert result.curve == expected.curve
+
+
+@pytest.mark.parametrize(("share", "bad"), [(0.5, set()), (0.5, {5}), (1.0, set()), (0.01, set())])
+def test_the_mean_of_the_last_weights_by_hand(
+    text: Path, monkeypatch: pytest.MonkeyPatch, share: float, bad: set[int]
+) -> None:
+    seen: list[list[Tensor]] = []
+    step = ScheduledOptimizers.step
+
+    def remembered(optimizers: ScheduledOptimizers) -> None:
+        step(optimizers)
+        seen.append([value.detach().double() for group in optimizers.optimizers for value in _trained(group)])
+
+    monkeypatch.setattr(ScheduledOptimizers, "step", remembered)
+    Poison(monkeypatch, bad)
+    student, result = train(text, 6, average_last=share, lr_scheduler_type="constant_with_warmup")
+    last = seen[-max(1, round(6 * share) - len(bad)) :]  # a step that was skipped is in no mean
+    assert result.steps == 6 and len(seen) == 6 - len(bad)
+    trained = {name: value for name, value in student.parameters().items() if name in student.trained}
+    for index, value in enumerate(trained.values()):
+        torch.testing.assert_close(value.double(), sum(each[index] for each in last) / len(last), rtol=1e-5, atol=1e-7)
+    if share == 0.5:
+        assert not torch.equal(seen[-1][0], next(iter(trained.values())).double())
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for group in optimizer.param_groups for value in group["params"]]
 
 
 def test_each_optimizer_trains_in_its_way(text: Path) -> None:

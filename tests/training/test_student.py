@@ -120,6 +120,27 @@ def test_loss_and_gradients_are_those_of_two_models(family: str, gap: str, reduc
         assert (gradient - expected).norm() <= 1e-5 * expected.norm() + 1e-9, (index, name)
 
 
+@pytest.mark.parametrize("train", ["neighbours", "above"])
+def test_the_hidden_loss_at_all_layers_is_that_of_two_models(train: str) -> None:
+    teacher, batch = tiny_model("llama"), padded_batch()
+    student = Student(teacher)
+    student.remove([1, 3])
+    layers = sorted({layer for name in parameters_to_train(student, train) if (layer := student.layer_of(name))})
+    assert layers == [2, 4] if train == "neighbours" else layers == [2, 4, 5]
+    losses = LossSum({"hidden_mse": LossConfig(layers="all", final=False, relative=False)})
+    tokens = int(batch["attention_mask"].sum())
+    outputs = run_both(student, batch, losses.hidden_layers(layers), step_tokens=tokens, step_labels=tokens)
+    short = remove_layers(copy.deepcopy(teacher), [1, 3])
+    seen: dict[str, dict[int, torch.Tensor]] = {"teacher": {}, "student": {}}
+    for name, model, kept in (("teacher", teacher, range(6)), ("student", short, (0, 2, 4, 5))):
+        for index, layer in zip(kept, model.model.layers, strict=True):
+            layer.register_forward_hook(lambda _m, _i, out, to=seen[name], index=index: to.update({index: out}))
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    mask = batch["attention_mask"].bool()
+    errors = [(seen["teacher"][i] - seen["student"][i])[mask].double().square().mean() for i in layers]
+    assert losses(outputs)[0].item() == pytest.approx(float(sum(errors)) / len(errors), rel=1e-5)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere2"])
 def test_gradients_of_everything_are_those_of_two_models(family: str, tied: bool) -> None:

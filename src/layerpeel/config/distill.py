@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from layerpeel.config.fields import AS_BYTES, AS_COUNT, Section, Texts
+from layerpeel.config.presets import PRESETS
 
 
 def _as_switch(value: Any) -> Any:
@@ -25,25 +26,32 @@ class LossConfig(BaseModel):
 
 
 class LastPassConfig(Section):
-    """A last training, after the last removal."""
+    """The training after the last removal, where it differs from that of the rounds."""
 
-    tokens: Annotated[int, Field(ge=1), AS_COUNT]
-    """How many to train on."""
-    train: str = "everything"
-    """Which parameters, as in `distill.train`."""
+    tokens: Annotated[int, Field(ge=1), AS_COUNT] | None = None
+    """How many to train on, with `when: each_round`; with `end` and `half` they follow from tokens_per_round."""
+    train: str | None = None
+    """Which parameters, as in `distill.train`; those of the rounds if not given."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Its peak; that of the rounds if not given."""
+    warmup_steps: Annotated[int, Field(ge=0), AS_COUNT] | None = None
+    """Optimizer steps to the peak; those of the rounds if not given."""
 
 
 class DistillConfig(Section):
     """How the student is distilled from the teacher after each removal."""
 
+    preset: Literal["paper"] | None = None
+    """paper: every field below that is not given is as in the paper (arXiv 2511.05085), see the table of presets. Text,
+    tokens and the shape of rows are not part of it; losses that are given take the place of all of the preset's."""
     text: Texts = []
     """What to train on; sources are mixed document by document."""
     tokens_per_round: Annotated[int, Field(ge=0), AS_COUNT] = 400_000
     """Tokens to train on in each round; 0 for no training."""
-    when: Literal["each_round", "end"] = "each_round"
-    """end: do not train between removals, but once after the last, on tokens_per_round for each layer that went."""
+    when: Literal["each_round", "end", "half"] = "each_round"
+    """each_round: train after each removal. end: train once after the last, on tokens_per_round for each layer that
+    went. half: on half of tokens_per_round after each removal, and once after the last on the other half for each layer
+    that went."""
     sequence_length: Annotated[int, Field(ge=2), AS_COUNT] = 256
     """Tokens in a row."""
     batch_size: Annotated[int, Field(ge=1), AS_COUNT] = 16
@@ -67,7 +75,8 @@ class DistillConfig(Section):
     train_head: bool = False
     """Train the head, too. If it is tied to the embeddings they train with it, and no layer is shared any more."""
     last_pass: LastPassConfig | None = None
-    """One more training after the last removal."""
+    """A training after the last removal: one more, on `tokens`, or how that of `when: end` and `half` differs from the
+    rounds."""
     losses: dict[str, LossConfig] = {"kl": LossConfig(), "hidden_mse": LossConfig()}
     """The losses and their weights: names from the table of losses, or module:Class."""
     balance_losses: bool = False
@@ -78,13 +87,18 @@ class DistillConfig(Section):
     optimizer_options: dict[str, Any] = {}
     """Its other keyword arguments, as {betas: [0.9, 0.95]} or {fused: true}."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Its peak; a cosine brings it to 0 within each round."""
+    """Its peak."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """How it goes on from its peak, within each round: down to 0 as a cosine or in a line, or not down at all."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Of optimizers that take one."""
     warmup_steps: Annotated[int, Field(ge=0), AS_COUNT] = 8
     """Optimizer steps to the peak; at most half of a round."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 0.3
     """Gradients are clipped to this norm."""
+    average_last: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The student gets the mean of the weights after each step of this share of a training, its last: 0.25 for the last
+    quarter; 0: the weights after the last step. See lr_scheduler_type for a learning rate that does not fall to 0."""
     max_skipped_steps: Annotated[int, Field(ge=0), AS_COUNT] = 10
     """Steps whose loss or gradient is not finite are skipped; after more than so many, the round starts again with
     half the learning rate."""
@@ -99,25 +113,56 @@ class DistillConfig(Section):
     teacher_cache_size: Annotated[int, Field(ge=0), AS_BYTES] = 20 * 2**30
     """Bytes that they may take, as 20GB."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: Any) -> Any:
+        """Adds the preset's values of the fields that are not given; what is no preset is left to pydantic."""
+        name = given.get("preset") if isinstance(given, dict) else None
+        return PRESETS[name] | given if isinstance(name, str) and name in PRESETS else given
+
     @model_validator(mode="after")
     def _trainable(self) -> DistillConfig:
-        if self.tokens_per_round and not self.losses:
+        if self.trains and not self.losses:
             raise ValueError("losses: expected at least one")
-        if self.tokens_per_round and not any(loss.weight for loss in self.losses.values()):
+        if self.trains and not any(loss.weight for loss in self.losses.values()):
             raise ValueError("losses: expected at least one with a weight above 0")
-        if self.when == "end" and self.last_pass:
-            raise ValueError("last_pass: with when: end, the training at the end is that of the rounds; leave it out")
-        try:
-            re.compile(self.train)
-        except re.error as error:
-            raise ValueError(f"train: not a regular expression ({error})") from None
+        self._check_last_pass()
+        _check_pattern("train", self.train)
         return self
 
-    def in_rounds(self) -> DistillConfig:
-        """What is done in each round."""
-        return self if self.when == "each_round" else self.model_copy(update={"tokens_per_round": 0})
+    def _check_last_pass(self) -> None:
+        """The tokens of the training at the end are said in one place."""
+        if not self.last_pass:
+            return
+        if self.when == "each_round" and self.last_pass.tokens is None:
+            raise ValueError("last_pass.tokens: expected how many to train on (or when: end, or half)")
+        if self.when != "each_round" and self.last_pass.tokens is not None:
+            raise ValueError(
+                f"last_pass.tokens: with when: {self.when}, they are those of tokens_per_round; leave it out"
+            )
+        if self.last_pass.train is not None:
+            _check_pattern("last_pass.train", self.last_pass.train)
 
-    def at_end(self, removed: int) -> LastPassConfig | None:
-        """What is done after so many removals, if anything."""
-        tokens = self.tokens_per_round * removed
-        return LastPassConfig(tokens=tokens, train=self.train) if self.when == "end" and tokens else self.last_pass
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained, in rounds or at the end."""
+        return bool(self.tokens_per_round or self.at_end(1))
+
+    def in_rounds(self) -> DistillConfig:
+        """How the student is trained after each removal, on how many tokens."""
+        tokens = {"each_round": self.tokens_per_round, "half": self.tokens_per_round // 2, "end": 0}[self.when]
+        return self.model_copy(update={"tokens_per_round": tokens})
+
+    def at_end(self, removed: int) -> DistillConfig | None:
+        """How the student is trained after the last of so many removals, on how many tokens; None if it is not."""
+        changes = self.last_pass.model_dump(exclude_none=True) if self.last_pass else {}
+        left = (self.tokens_per_round - self.in_rounds().tokens_per_round) * removed
+        tokens = changes.pop("tokens", left)
+        return self.model_copy(update=changes | {"tokens_per_round": tokens}) if tokens else None
+
+
+def _check_pattern(field: str, train: str) -> None:
+    try:
+        re.compile(train)
+    except re.error as error:
+        raise ValueError(f"{field}: not a regular expression ({error})") from None

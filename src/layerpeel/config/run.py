@@ -86,8 +86,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if self.distill.tokens_per_round and not self.distill.text:
-            raise ValueError("distill.text: expected text to train on (or distill.tokens_per_round: 0)")
+        if self.distill.trains and not self.distill.text:
+            without = "distill.tokens_per_round: 0" if self.distill.tokens_per_round else "no distill.last_pass"
+            raise ValueError(f"distill.text: expected text to train on (or {without})")
         if self.score.heal and not self.distill.text:
             raise ValueError("distill.text: expected text to heal candidates on (or no score.heal)")
         if not self.tasks:

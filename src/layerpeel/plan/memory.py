@@ -54,6 +54,7 @@ def training_memory(
         "weights": float(shape.parameters * shape.itemsize),
         "trained copies in fp32": master * trained / split,
         recipe.optimizer_name: optimizer_bytes / split,
+        **({"mean of the last weights": master * trained / split} if distill.average_last else {}),
         "gradients": gradients,
         "activations, hidden states and chunks of logits": max(0.0, transient - gradients),
     }

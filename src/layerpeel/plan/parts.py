@@ -87,11 +87,10 @@ class Parts:
             if not removed or (every and removed % every == 0):
                 for name, candidates in self._scorings(kept_layers):
                     add("scoring", self._answering(name, len(kept_layers), candidates))
-            if distill.when == "each_round":
-                add("training", self._training(removed + 1, distill.tokens_per_round))
+            add("training", self._training(removed + 1, distill.in_rounds().tokens_per_round))
             add("evaluation", self._answering("task_quality", len(kept_layers) - 1, []))
         if last := distill.at_end(rounds):
-            add("training", self._training(rounds, last.tokens))
+            add("training", self._training(rounds, last.tokens_per_round))
             add("evaluation", self._answering("task_quality", total - rounds, []))
         return calls, seconds
 

@@ -25,6 +25,12 @@ REASONS = {
     "no_candidates": "no layer was left that may go",
 }
 
+WHEN = {
+    "each_round": "a round",
+    "half": "a removal, half of them at the end",
+    "end": "a removal, at the end",
+}
+
 
 def depth_rows(run: Run) -> list[DepthRow]:
     """A row for the teacher, one for each round, and one for the last pass of training, if there was one."""
@@ -237,8 +243,8 @@ def method_of(config: RunConfig) -> str:
     """A short description of what a config does: metric, how often it ranks, how much it trains."""
     tokens, every = config.distill.tokens_per_round, config.score.every
     ranked = {0: ", ranked once", 1: ""}.get(every, f", ranked every {every} rounds")
-    when = "a round" if config.distill.when == "each_round" else "a removal, at the end"
-    return config.score.decide + ranked + (f", {tokens:,} tokens {when}" if tokens else ", no training")
+    trained = f", {tokens:,} tokens {WHEN[config.distill.when]}" if tokens else ", no training"
+    return config.score.decide + ranked + trained
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:

@@ -61,7 +61,7 @@ def card_metadata(config: RunConfig) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["layerpeel", "pruning", "depth-pruning", "distillation"],
-        datasets=datasets if config.distill.tokens_per_round and datasets else None,
+        datasets=datasets if config.distill.trains and datasets else None,
         **carried,
     )
 
@@ -103,6 +103,8 @@ def card_facts(run: Run, round_number: int, metadata: ModelCardData, last_pass: 
         "order": [each.removed for each in rounds],
         "tokens": sum(training.tokens for training in trainings),
         "last_pass": last_pass,
+        "in_rounds": run.config.distill.in_rounds(),
+        "at_end": run.config.distill.at_end(len(removed)),
         "sources": [_source(text) for text in run.config.distill.text],
         "errors": [
             model.evaluation.aggregate_stderr(run.reference, run.config.aggregate) for model in (run.teacher, student)

@@ -60,7 +60,7 @@ def check_plan(config: RunConfig) -> list[Task]:
     tasks = check_tasks(config)
     check_metrics(config.score, has_text=bool(config.score.text or config.distill.text), has_tasks=bool(tasks))
     LossSum(config.distill.losses)
-    if config.distill.tokens_per_round or config.distill.last_pass:
+    if config.distill.trains:
         TrainingRecipe(config.distill).check(pick_device(config.device))
     return tasks
 
@@ -117,7 +117,7 @@ def check_training_dtype(config: RunConfig) -> None:
     """
     teacher = load_teacher_config(config)
     dtype = wanted_dtype(teacher, pick_device(config.device), config.dtype)
-    if config.distill.tokens_per_round and dtype is torch.float16:
+    if config.distill.trains and dtype is torch.float16:
         raise InputError("dtype: float16 gradients would underflow", hint="train with dtype: bfloat16 or float32")
 
 
@@ -156,13 +156,14 @@ def leaving_nothing(run: Run) -> Iterator[None]:
 
 
 def check_trained(student: Student, config: DistillConfig) -> None:
-    """Checks that a pattern in `train` names something.
+    """Checks that a pattern in `train`, of the rounds or of the training at the end, names something.
 
     Raises:
         InputError: it does not.
     """
-    if config.tokens_per_round and config.train not in ("neighbours", "above"):  # those need a gap
-        TrainingRecipe(config).parameters(student)
+    for each in (config.in_rounds(), config.at_end(1)):
+        if each and each.tokens_per_round and each.train not in ("neighbours", "above"):  # those need a gap
+            TrainingRecipe(each).parameters(student)
 
 
 def removable(kept_layers: KeptLayers, config: RunConfig, fixed: Iterable[int] = ()) -> tuple[int, ...]:
@@ -185,7 +186,7 @@ def _check_sizes(config: RunConfig, teacher: PretrainedConfig, *, training: bool
     row = distill.sequence_length * distill.batch_size
     hidden = 2 * 2 * row * getattr(text, "hidden_size", 0) if distill.text else 0  # in 16 bits, of two models
     steps = config.score.heal.steps * distill.accumulation if config.score.heal else 0
-    last = distill.last_pass.tokens if distill.last_pass else 0
+    last = (distill.last_pass and distill.last_pass.tokens) or 0
     in_memory = least_parameters(teacher) if config.score.weights == "memory" else 0
     needs = {
         "teacher": 2 * in_memory,

@@ -26,7 +26,7 @@ def gather(value: Tensor) -> Tensor:
     return full.detach().cpu().contiguous()
 
 
-def gather_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def gather_weights(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters on the CPU, in the first process; all of them have to call this."""
     gathered = {}
     for name, parameter in parameters.items():
@@ -34,6 +34,13 @@ def gather_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         if is_main_process():
             gathered[name] = full
     return gathered
+
+
+def place_as(parameter: Tensor, full: Tensor) -> Tensor:
+    """A copy of what `gather` gave, where a parameter is, and split as it is."""
+    if isinstance(parameter, DTensor):
+        return _split_as(parameter, full, None)
+    return full.to(parameter.device, copy=True)
 
 
 def collect(

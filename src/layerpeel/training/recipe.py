@@ -10,7 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import get_cosine_schedule_with_warmup
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from layerpeel.config.distill import DistillConfig
 from layerpeel.inference.layerwise import LayerwiseModel
@@ -34,6 +40,14 @@ MASTER_DTYPE = torch.float32  # of parameters while they train, of their gradien
 def autocast(device_type: str, dtype: torch.dtype) -> torch.autocast:
     """The context in which a model of that dtype runs while its trained parameters have `MASTER_DTYPE`."""
     return torch.autocast(device_type, dtype, enabled=dtype is not MASTER_DTYPE)
+
+
+def _schedule(config: DistillConfig, optimizer: Optimizer, warmup: int, steps: int, done: int) -> LambdaLR:
+    """The learning rate of each of so many steps, of which some were made before."""
+    if config.lr_scheduler_type == "constant_with_warmup":
+        return get_constant_schedule_with_warmup(optimizer, warmup, last_epoch=done - 1)
+    falling = {"cosine": get_cosine_schedule_with_warmup, "linear": get_linear_schedule_with_warmup}
+    return falling[config.lr_scheduler_type](optimizer, warmup, steps, last_epoch=done - 1)
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,11 @@ class TrainingRecipe:
         """Teacher indices of the layers that `distill.train` names; None where it names parameters instead."""
         return layers_to_train(kept_layers, self.config.train, self.config.radius)
 
+    def averages(self, step: int) -> bool:
+        """Whether the weights after a step (counted from 1) are part of the mean that the student gets."""
+        share = self.config.average_last
+        return share > 0 and step > self.steps() - max(1, round(share * self.steps()))
+
     # The optimizer
 
     @property
@@ -106,7 +125,7 @@ class TrainingRecipe:
     def optimizers(
         self, parameters: Sequence[nn.Parameter], in_layer: Sequence[bool], *, rate: float, steps: int, done: int = 0
     ) -> ScheduledOptimizers:
-        """The optimizers of these parameters; their learning rate rises to its peak, then a cosine brings it to 0.
+        """The optimizers of these parameters; their learning rate rises to its peak, then goes on as the config says.
 
         Args:
             in_layer: whether each parameter is of a layer.
@@ -119,7 +138,7 @@ class TrainingRecipe:
         """
         warmup = min(self.config.warmup_steps, steps // 2)
         optimizers = make_optimizers(self.config, parameters, in_layer, rate)
-        schedules = [get_cosine_schedule_with_warmup(each, warmup, steps, last_epoch=done - 1) for each in optimizers]
+        schedules = [_schedule(self.config, each, warmup, steps, done) for each in optimizers]
         return ScheduledOptimizers(optimizers, schedules)
 
     def optimizer_bytes(self, parameters: Sequence[Tensor], in_layer: Sequence[bool]) -> int:

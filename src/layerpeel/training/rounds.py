@@ -80,21 +80,14 @@ def train_last(
     state: TrainingState | None,
     log: Log | None,
 ) -> TrainingResult:
-    """The training after the last removal, as `distill.last_pass` or `distill.when` says.
+    """The training after the last removal, as `distill.at_end` says.
 
     Args:
         before: the trainings of the rounds that the student has been through.
         storage, cache, state, log: as for `train_student`.
     """
-    last_pass = config.distill.at_end(len(student.kept_layers.removed))
-    assert last_pass
-    distill = config.distill.model_copy(
-        update={
-            "tokens_per_round": last_pass.tokens,
-            "train": last_pass.train,
-            "learning_rate": last_pass.learning_rate or config.distill.learning_rate,
-        }
-    )
+    distill = config.distill.at_end(len(student.kept_layers.removed))
+    assert distill
     number = len(student.kept_layers.removed) + 1
     return train_student(
         student,

@@ -22,8 +22,9 @@ from layerpeel.storage.files import whole_file
 from layerpeel.training.result import TrainingResult
 
 PATIENCE = 20  # times as long as a save took, before the next one: saving takes a twentieth of the time at most
-FORMAT = 2  # of the file; a training does not go on from one of another format
+FORMAT = 3  # of the file; a training does not go on from one of another format
 WEIGHT = "parameter "  # before the names of trained parameters, among the tensors of a file
+AVERAGE = "average "  # and of their means
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Checkpoint:
         result: so far.
         skipped: steps that attempts before this one skipped.
         running: the running mean of each loss.
+        average: the mean of the trained parameters over the last steps, by name; none before those.
+        averaged: over how many steps so far.
     """
 
     weights: Mapping[str, Tensor]
@@ -44,9 +47,13 @@ class Checkpoint:
     result: TrainingResult
     skipped: int
     running: Mapping[str, float]
+    average: Mapping[str, Tensor]
+    averaged: int
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f"{WEIGHT}{name}": value for name, value in self.weights.items()} | dict(self.optimizer_tensors)
+        named = {f"{WEIGHT}{name}": value for name, value in self.weights.items()}
+        named |= {f"{AVERAGE}{name}": value for name, value in self.average.items()}
+        return named | dict(self.optimizer_tensors)
 
     def to_json(self) -> dict[str, Any]:
         """All but the tensors."""
@@ -55,15 +62,26 @@ class Checkpoint:
             "skipped": self.skipped,
             "running": dict(self.running),
             "optimizers": list(self.optimizers),
+            "averaged": self.averaged,
         }
 
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Checkpoint:
         """From what `tensors` and `to_json` returned."""
-        weights = {name.removeprefix(WEIGHT): value for name, value in tensors.items() if name.startswith(WEIGHT)}
-        others = {name: value for name, value in tensors.items() if not name.startswith(WEIGHT)}
-        result = TrainingResult(**numbers["result"])
-        return cls(weights, others, numbers["optimizers"], result, numbers["skipped"], numbers["running"])
+        weights, average = (
+            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            for prefix in (WEIGHT, AVERAGE)
+        )
+        return cls(
+            weights,
+            {name: value for name, value in tensors.items() if not name.startswith((WEIGHT, AVERAGE))},
+            numbers["optimizers"],
+            TrainingResult(**numbers["result"]),
+            numbers["skipped"],
+            numbers["running"],
+            average,
+            numbers["averaged"],
+        )
 
 
 class TrainingState:

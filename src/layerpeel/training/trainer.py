@@ -20,6 +20,7 @@ from layerpeel.losses.loss_sum import LossSum
 from layerpeel.processes.distributed import processes_of, sum_numbers
 from layerpeel.processes.interrupts import stop_asked, stop_if_asked
 from layerpeel.processes.progress import console, progress
+from layerpeel.training.averaging import WeightAverage
 from layerpeel.training.gradients import StepGradients
 from layerpeel.training.optimizer_state import collect, gather_weights, restore
 from layerpeel.training.optimizers import ScheduledOptimizers
@@ -153,16 +154,20 @@ class Trainer:
         ):
             parameters = self._parameters()
             optimizers = self._optimizers(attempt, parameters)
+            average = WeightAverage(parameters, attempt.checkpoint)
             started, tokens_before = time.monotonic(), result.tokens
             self._show_past(result, advance)
             while result.steps < self.steps:
                 self._note(result, self._step(next(batches), parameters, optimizers, result))
+                if self.recipe.averages(result.steps) and not result.curve[-1]["skipped"]:
+                    average.add()
                 seconds = time.monotonic() - started
                 speed = (result.tokens - tokens_before) / seconds
                 advance(note=_beside_bar(result.curve[-1], speed, self.device))
                 if result.skipped > self.config.max_skipped_steps:
                     return False
-                self._save_if_due(attempt, parameters, optimizers, seconds)
+                self._save_if_due(attempt, parameters, optimizers, average, seconds)
+            average.put()
         return True
 
     def _batches(self, rows: Rows, seed: int, done: int) -> Iterator[list[dict[str, Tensor]]]:
@@ -259,6 +264,7 @@ class Trainer:
         attempt: Attempt,
         parameters: Mapping[str, nn.Parameter],
         optimizers: ScheduledOptimizers,
+        average: WeightAverage,
         seconds: float,
     ) -> None:
         """Saves the state where that is due in a process, and after the last step; stops where a stop was asked for."""
@@ -268,10 +274,13 @@ class Trainer:
         result = attempt.result
         reasons = sum_numbers({"due": float(self.state.is_due), "stop": float(stop_asked())}, self.device)
         if any(reasons.values()) or result.steps == self.steps:
-            weights = gather_weights(parameters)
-            tensors, described = collect(optimizers.optimizers, parameters)
             saved = TrainingResult(**(asdict(result) | {"seconds": result.seconds + seconds}))
-            self.state.save(Checkpoint(weights, tensors, described, saved, attempt.skipped, dict(self.losses.running)))
+            weights, means = gather_weights(parameters), gather_weights(average.weights)
+            tensors, described = collect(optimizers.optimizers, parameters)
+            running = dict(self.losses.running)
+            self.state.save(
+                Checkpoint(weights, tensors, described, saved, attempt.skipped, running, means, average.steps)
+            )
         if reasons["stop"]:
             stop_if_asked()
 

@@ -1,0 +1,366 @@
+"""Compares ways to heal the same gap at equal tokens, by what is left of the KL to the teacher on held-out text.
+
+    python benchmarks/healing.py --seeds 0,1,2
+    python benchmarks/healing.py --real --variants untrained,paper,default --tokens 300_000
+
+storyteller-18 without layers 3, 5, 6, 7: stories and copies, English and Russian. With --real, SmolLM2-135M (or another
+model in the folder that follows) without six of its thirty layers, in bfloat16: web text, Wikipedia, Stack Exchange.
+A variant is fields of `distill`; each runs in a process of its own, for its peak of memory. What is in the file already
+with the same fields, tokens and seed is not run again. Prints a Markdown table, and writes what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from distillation import peak_gib
+from machine import machine
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from layerpeel.config.distill import DistillConfig
+from layerpeel.data.tokenizing import encode_text
+from layerpeel.model.loading import load_model
+from layerpeel.training.result import TrainingResult
+from layerpeel.training.rounds import train_student
+from layerpeel.training.student import Student
+
+ROOT = Path(__file__).resolve().parents[1]
+KIT = ROOT.parent / "shared" / "kit"
+REAL = "~/.cache/layerpeel-kit/smollm2-135m"
+LONGEST = 512  # tokens of a held-out text that are read
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A teacher, the gap, and what is read.
+
+    Attributes:
+        removed: teacher layers, in the order in which they go where they go one by one.
+        dtype: of the frozen weights.
+        tokens: of training, where `--tokens` does not say.
+        text: fields of `distill` that say what text in which rows.
+        step: fields that say how large a step is.
+        rate: fields that say how long one is.
+        held_out: files by what they hold.
+        texts: how many of each.
+    """
+
+    teacher: Path
+    removed: tuple[int, ...]
+    dtype: str
+    tokens: int
+    text: dict[str, Any]
+    step: dict[str, Any]
+    rate: dict[str, Any]
+    held_out: dict[str, Path]
+    texts: int
+
+
+def storyteller() -> Setting:
+    """The kit's teacher of 18 layers."""
+    stories = KIT / "eval" / "stories"
+    return Setting(
+        teacher=KIT / "models" / "storyteller-18",
+        removed=(6, 7, 5, 3),
+        dtype="float32",
+        tokens=200_000,
+        text={
+            "text": [str(KIT / "text" / name) for name in ("tinystories_2M.txt", "stories_ru.jsonl")],
+            "sequence_length": 256,
+        },
+        step=rows(2),
+        rate={"learning_rate": 3e-4},
+        held_out={
+            "English stories": stories / "stories_en.jsonl",
+            "English copies": stories / "copy_en.jsonl",
+            "Russian stories": stories / "stories_ru.jsonl",
+            "Russian copies": stories / "copy_ru.jsonl",
+        },
+        texts=60,
+    )
+
+
+def real(folder: Path) -> Setting:
+    """SmolLM2-135M, or another published model of thirty layers or more."""
+    texts = KIT / "real" / "eval"
+    return Setting(
+        teacher=folder,
+        removed=(17, 14, 5, 26, 25, 12),
+        dtype="bfloat16",
+        tokens=300_000,
+        text={"text": str(KIT / "real" / "text" / "general_en.jsonl"), "sequence_length": 512},
+        step=rows(1),
+        rate={"learning_rate": 1e-4},
+        held_out={
+            "web": texts / "ppl_web_c4.jsonl",
+            "wiki": texts / "ppl_wiki_en.jsonl",
+            "stackexchange": texts / "ppl_stackexchange.jsonl",
+        },
+        texts=20,
+    )
+
+
+def rows(number: int) -> dict[str, Any]:
+    """A step of so many rows."""
+    return {"batch_size": number, "accumulation": 1}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Fields of `distill`, over the package's defaults, or the setting's step, or its step and learning rate.
+
+    Attributes:
+        over: `defaults`, `step` or `tuned`.
+        one_by_one: remove a layer, train, remove the next, as a run does; else all go at once.
+    """
+
+    fields: dict[str, Any]
+    over: str = "tuned"
+    one_by_one: bool = False
+
+
+def losses(hidden_mse: dict[str, Any] | None = None) -> dict[str, Any]:
+    """KL and, unless left out, the loss on hidden states with these options."""
+    return {"losses": {"kl": {}} | ({} if hidden_mse is None else {"hidden_mse": hidden_mse})}
+
+
+STEADY = {"lr_scheduler_type": "constant_with_warmup"}
+GENTLE_END = {"when": "half", "last_pass": {"learning_rate": 1e-4}}
+VARIANTS: dict[str, Variant] = {
+    "untrained": Variant({"tokens_per_round": 0}, over="defaults"),
+    "paper": Variant({"preset": "paper"}, over="defaults"),
+    "paper-small-steps": Variant({"preset": "paper"}, over="step"),
+    "default": Variant({}, over="defaults"),
+    "tuned": Variant({"train": "all", **losses({})}),
+    "lr-1e-4": Variant({"learning_rate": 1e-4}),
+    "lr-2e-4": Variant({"learning_rate": 2e-4}),
+    "lr-3e-4": Variant({"learning_rate": 3e-4}),
+    "lr-5e-4": Variant({"learning_rate": 5e-4}),
+    "lr-1e-3": Variant({"learning_rate": 1e-3}),
+    "rows-1": Variant(rows(1)),
+    "rows-2": Variant(rows(2)),
+    "rows-4": Variant(rows(4)),
+    "rows-8": Variant(rows(8)),
+    "neighbours": Variant({"train": "neighbours"}),
+    "above": Variant({"train": "above"}),
+    "head": Variant({"train_norm": True, "train_head": True}),
+    "kl-alone": Variant(losses()),
+    "hidden-0.1": Variant(losses({"weight": 0.1})),
+    "hidden-all-layers": Variant(losses({"layers": "all"})),
+    "muon": Variant({"optimizer": "Muon"}),
+    "linear": Variant({"lr_scheduler_type": "linear"}),
+    "no-warmup": Variant({"warmup_steps": 0}),
+    "average-last-quarter": Variant({"average_last": 0.25}),
+    "steady": Variant(STEADY),
+    "steady-average-last-quarter": Variant({"average_last": 0.25, **STEADY}),
+    "steady-average-last-half": Variant({"average_last": 0.5, **STEADY}),
+    "unpacked": Variant({"packing": False}),
+    "in-rounds": Variant({"when": "each_round"}, one_by_one=True),
+    "half-at-the-end": Variant({"when": "half"}, one_by_one=True),
+    "half-gentle-at-the-end": Variant(GENTLE_END, one_by_one=True),
+    "at-the-end": Variant({"when": "end"}, one_by_one=True),
+}
+
+
+def config_of(setting: Setting, variant: Variant, tokens: int) -> DistillConfig:
+    """How the variant trains, on so many tokens in all."""
+    rounds = len(setting.removed) if variant.one_by_one else 1
+    over = {"defaults": {}, "step": setting.step, "tuned": setting.step | setting.rate}[variant.over]
+    budget = {"tokens_per_round": tokens // rounds}
+    return DistillConfig.model_validate({**budget, **setting.text, **over, **variant.fields})
+
+
+def settings_of(setting: Setting, variant: Variant, tokens: int) -> dict[str, Any]:
+    """All that a measurement depends on, but for its seed and the code, without the places of files."""
+    fields = config_of(setting, variant, tokens).model_dump(mode="json")
+    for source in fields["text"]:
+        source["path"] = Path(source["path"]).name
+    return {
+        "teacher": setting.teacher.name,
+        "dtype": setting.dtype,
+        "removed": list(setting.removed),
+        "one_by_one": variant.one_by_one,
+        "held_out": {kind: path.name for kind, path in setting.held_out.items()},
+        "texts": setting.texts,
+        "longest": LONGEST,
+        "distill": fields,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures what is not in the file yet, one variant and seed after another."""
+    options = read_options(arguments)
+    setting = real(Path(options.real).expanduser()) if options.real else storyteller()
+    tokens = options.tokens or setting.tokens
+    if options.worker:
+        measured = measure(setting, VARIANTS[options.worker], tokens, options.seeds[0])
+        options.out.write_text(json.dumps(measured), encoding="utf-8")
+        return
+    out = options.out or ROOT / "benchmarks" / "results" / f"healing-{setting.teacher.name}.json"
+    runs = json.loads(out.read_text(encoding="utf-8"))["runs"] if out.exists() else []
+    for seed in options.seeds:
+        for name in options.variants:
+            settings = json.loads(json.dumps(settings_of(setting, VARIANTS[name], tokens)))
+            key = {"variant": name, "seed": seed, "tokens": tokens}
+            if any(key | {"settings": settings} == {part: run[part] for part in (*key, "settings")} for run in runs):
+                continue
+            measured = in_a_process(name, seed, tokens, options)
+            runs = [run for run in runs if key != {part: run[part] for part in key}]
+            runs.append(key | measured | {"machine": machine(), "settings": settings})
+            write(out, runs, options)
+            print(name, seed, {kind: round(value, 4) for kind, value in measured["kl"].items()}, flush=True)
+    print(markdown(runs, tokens))
+
+
+def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", nargs="?", const=REAL, help=f"a published model; {REAL} if no folder follows")
+    parser.add_argument("--tokens", type=int, help="of training in all; 200_000, or 300_000 with --real")
+    parser.add_argument("--variants", type=parse_variants, default=[*VARIANTS], help=", ".join(VARIANTS))
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
+    parser.add_argument("--out", type=Path, help="benchmarks/results/healing-TEACHER.json, if not given")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def parse_variants(text: str) -> list[str]:
+    """Names of variants, by commas."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no variant {unknown[0]}; there are {', '.join(VARIANTS)}")
+    return names
+
+
+def in_a_process(name: str, seed: int, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What `measure` gives, from a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "measured.json"
+        command = [sys.executable, __file__, "--worker", name, "--seeds", str(seed), "--tokens", str(tokens)]
+        command += ["--out", str(out), *(["--real", options.real] if options.real else [])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+        measured: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        return measured
+
+
+def measure(setting: Setting, variant: Variant, tokens: int, seed: int) -> dict[str, Any]:
+    """Heals the gap, and measures what is left.
+
+    Returns:
+        `kl` by kind of text; `seconds`, `steps` and real tokens (`trained_on`) of training; the peak of memory.
+    """
+    teacher, tokenizer = load_model(setting.teacher, dtype=setting.dtype)
+    started = time.monotonic()
+    student, trainings = heal(teacher, tokenizer, setting, variant, config_of(setting, variant, tokens), seed)
+    seconds, peak = time.monotonic() - started, peak_gib(teacher.device)
+    texts = {kind: read(path, tokenizer, setting.texts) for kind, path in setting.held_out.items()}
+    return {
+        "kl": {kind: mean_kl(student, teacher, each) for kind, each in texts.items()},
+        "seconds": seconds,
+        "peak_gib": peak,
+        "steps": sum(training.steps for training in trainings),
+        "trained_on": sum(training.tokens for training in trainings),
+    }
+
+
+def heal(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    setting: Setting,
+    variant: Variant,
+    config: DistillConfig,
+    seed: int,
+) -> tuple[PreTrainedModel, list[TrainingResult]]:
+    """The student, trained as in a run whose layers are given."""
+    student, trainings = Student(teacher), list[TrainingResult]()
+
+    def train(distill: DistillConfig) -> None:
+        before = [training.summary() for training in trainings]
+        number = 1 + len(trainings)
+        options: dict[str, Any] = {"seed": seed, "round_number": number, "before": before, "storage": teacher.dtype}
+        trainings.append(train_student(student, tokenizer, distill, **options))
+
+    groups = [[layer] for layer in setting.removed] if variant.one_by_one else [[*setting.removed]]
+    for layers in groups:
+        student.remove(layers)
+        train(config.in_rounds())
+    if last := config.at_end(len(groups)):
+        train(last)
+    return student.model, trainings
+
+
+def read(path: Path, tokenizer: PreTrainedTokenizerBase, texts: int) -> list[Tensor]:
+    """Token ids of the first texts of a file, each cut to `LONGEST`; a copy is its prompt and what should follow."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:texts]]
+    written = [line["text"] if "text" in line else line["prompt"] + line["target"] for line in lines]
+    return [torch.tensor(encode_text(tokenizer, text)[:LONGEST]) for text in written]
+
+
+@torch.no_grad()
+def mean_kl(student: PreTrainedModel, teacher: PreTrainedModel, texts: Sequence[Tensor]) -> float:
+    """KL(teacher || student) of the next token, mean over all tokens of the texts."""
+    total = 0.0
+    for ids in texts:
+        one, other = (model(ids[None].to(model.device)).logits[0].float() for model in (student, teacher))
+        divergence = functional.kl_div(one.log_softmax(-1), other.log_softmax(-1), log_target=True, reduction="sum")
+        total += float(divergence)
+    return total / sum(map(len, texts))
+
+
+def write(out: Path, runs: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
+    """Writes all runs, whole or not at all, in the order of `VARIANTS`."""
+    order = [*VARIANTS]
+    known = [run for run in runs if run["variant"] in order]
+    ordered = sorted(known, key=lambda run: (run["tokens"], order.index(run["variant"]), run["seed"]))
+    command = "python benchmarks/healing.py" + " --real" * bool(options.real)
+    record = {"command": command, "machine": ", or ".join(sorted({run["machine"] for run in runs})), "runs": ordered}
+    partial = out.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.replace(out)
+
+
+def markdown(runs: Sequence[Mapping[str, Any]], tokens: int) -> str:
+    """One line a variant, at so many tokens: means over its seeds, and how far these are apart."""
+    chosen = [run for run in runs if run["tokens"] == tokens]
+    kinds = list(chosen[0]["kl"])
+    lines = [f"| variant | fields | {' | '.join(f'KL, {kind}' for kind in kinds)} | mean | seeds | steps | s | GiB |"]
+    lines.append("|" + "---|" * (7 + len(kinds)))
+    for name, variant in VARIANTS.items():
+        same = [run for run in chosen if run["variant"] == name]
+        if not same:
+            continue
+        means = [statistics.mean(run["kl"][kind] for run in same) for kind in kinds]
+        over = [statistics.mean(run["kl"].values()) for run in same]
+        error = f" ± {statistics.stdev(over) / math.sqrt(len(over)):.4f}" if len(over) > 1 else ""
+        cells = [name, f"`{fields_of(variant)}`", *(f"{value:.3f}" for value in means)]
+        cells += [f"{statistics.mean(over):.4f}{error}", len(same), same[0]["steps"]]
+        seconds, peak = statistics.mean(run["seconds"] for run in same), max(run["peak_gib"] for run in same)
+        cells += [f"{seconds:.0f}", f"{peak:.2f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def fields_of(variant: Variant) -> str:
+    """What a variant changes, in YAML."""
+    return yaml.safe_dump(variant.fields, default_flow_style=True, width=1000, sort_keys=False).strip()
+
+
+if __name__ == "__main__":
+    main()
