@@ -204,7 +204,13 @@ def ours(
     student = Student(teacher)
     student.remove(shape.gap)
     tokens = steps * shape.rows * shape.tokens
-    config = DistillConfig(batch_size=shape.rows, sequence_length=shape.tokens, tokens_per_round=tokens, train=train)
+    config = DistillConfig(
+        tokens_per_step=shape.rows * shape.tokens,
+        batch_size=shape.rows,
+        sequence_length=shape.tokens,
+        tokens_per_round=tokens,
+        train=train,
+    )
     ids = torch.cat(list(batches(shape, steps)))
     recipe = TrainingRecipe(config)
     trainer = Trainer(student, recipe.parameters(student), recipe, cache=cache, log=mark, description="ours")

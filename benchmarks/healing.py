@@ -116,8 +116,8 @@ def real(folder: Path) -> Setting:
 
 
 def rows(number: int) -> dict[str, Any]:
-    """A step of so many rows."""
-    return {"batch_size": number, "accumulation": 1}
+    """A step of so many full rows; `config_of` makes tokens of them."""
+    return {"rows": number}
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ STEADY = {"lr_scheduler_type": "constant_with_warmup"}
 GENTLE_END = {"when": "half", "last_pass": {"learning_rate": 1e-4}}
 VARIANTS: dict[str, Variant] = {
     "untrained": Variant({"tokens_per_round": 0}, over="defaults"),
-    "paper": Variant({"preset": "paper"}, over="defaults"),
+    "paper": Variant({"preset": "paper", **rows(8)}, over="defaults"),
     "paper-small-steps": Variant({"preset": "paper"}, over="step"),
     "default": Variant({}, over="defaults"),
     "tuned": Variant({"train": "all", **losses({})}),
@@ -169,7 +169,8 @@ VARIANTS: dict[str, Variant] = {
     "steady": Variant(STEADY),
     "steady-average-last-quarter": Variant({"average_last": 0.25, **STEADY}),
     "steady-average-last-half": Variant({"average_last": 0.5, **STEADY}),
-    "unpacked": Variant({"packing": False}),
+    "unpacked": Variant({"packing": "none"}),
+    "wrapped": Variant({"packing": "wrapped"}),
     "in-rounds": Variant({"when": "each_round"}, one_by_one=True),
     "half-at-the-end": Variant({"when": "half"}, one_by_one=True),
     "half-gentle-at-the-end": Variant(GENTLE_END, one_by_one=True),
@@ -182,7 +183,10 @@ def config_of(setting: Setting, variant: Variant, tokens: int) -> DistillConfig:
     rounds = len(setting.removed) if variant.one_by_one else 1
     over = {"defaults": {}, "step": setting.step, "tuned": setting.step | setting.rate}[variant.over]
     budget = {"tokens_per_round": tokens // rounds}
-    return DistillConfig.model_validate({**budget, **setting.text, **over, **variant.fields})
+    fields = {**budget, **setting.text, **over, **variant.fields}
+    if number := fields.pop("rows", None):
+        fields["tokens_per_step"] = number * fields["sequence_length"]
+    return DistillConfig.model_validate(fields)
 
 
 def settings_of(setting: Setting, variant: Variant, tokens: int) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def config_of(folder: Path, layers: int, rounds: int) -> RunConfig:
                 "text": str(folder / "text.jsonl"),
                 "tokens_per_round": 1024,
                 "sequence_length": 64,
-                "batch_size": 4,
+                "tokens_per_step": 256,
                 "save_every": 0,
             },
         },

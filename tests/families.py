@@ -47,6 +47,10 @@ GEMMA4 = {"hidden_size_per_layer_input": 0, "global_head_dim": 16} | {
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2
 }
 
+RECURRENT = [
+    *("mamba", "mamba2", "falcon_mamba", "bamba", "falcon_h1", "qwen3_next", "qwen3_5_text", "granitemoehybrid"),
+    *("jamba", "lfm2", "nemotron_h", "olmo_hybrid"),
+]
 # The families that every test runs on: one of each kind.
 FAMILIES = {
     "llama": {},

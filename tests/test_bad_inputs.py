@@ -194,7 +194,11 @@ CASES: dict[str, tuple[Prepare | None, list[str], str]] = {
     "loss option is unknown": (None, run("distill.losses={kl: {temprature: 2}}"), "temprature"),
     "losses all weigh nothing": (None, run("distill.losses={kl: {weight: 0}}"), "distill: losses"),
     "batch is negative": (None, run("distill.batch_size=-1"), "distill.batch_size"),
-    "batch is absurd": (None, run("distill.batch_size=1000000000000"), "distill.batch_size"),
+    "batch is absurd": (
+        None,
+        run("distill.batch_size=1000000000000", "distill.tokens_per_step=1000000000000"),
+        "distill.batch_size",
+    ),
     "rows are absurd": (None, run("distill.sequence_length=1000000000000"), "distill.sequence_length"),
     "tokens are absurd": (None, run("distill.tokens_per_round=1000000000000000"), "distill.tokens_per_round"),
     "score tokens are absurd": (None, run("score.tokens=1000000000000000"), "score.tokens"),

@@ -57,7 +57,7 @@ QUICK = [
     "distill.tokens_per_round=64",
     "distill.sequence_length=16",
     "distill.batch_size=2",
-    "distill.accumulation=1",
+    "distill.tokens_per_step=32",
     "score.tokens=64",
 ]
 QUICK_STUDY = ["seeds=[0]", "remove=1", "variants={one: {score.shortlist: null}}", *QUICK, "distill.tokens_per_round=0"]

@@ -40,7 +40,7 @@ def fill(folder: Path) -> Path:
         "stop": {"target_layers": 5},
         "score": {"decide": "teacher_kl", "tokens": 64},
         "tasks": [{"kind": "choice", "data": "choice.jsonl"}],
-        "distill": {"text": "text.txt", "tokens_per_round": 128, "sequence_length": 16, "batch_size": 2},
+        "distill": {"text": "text.txt", "tokens_per_round": 128, "tokens_per_step": 32, "sequence_length": 16},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder

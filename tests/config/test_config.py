@@ -143,6 +143,22 @@ def test_paths_are_of_the_configs_folder_first(tmp_path: Path, monkeypatch: pyte
         ({"teacher": None}, "teacher: field required"),
         ({"tasks": [TASK, TASK]}, "tasks: expected different names, found 'perplexity' twice"),
         ({"tasks": []}, "tasks: expected at least one"),
+        ({"distill": {"packing": True}}, "distill.packing: expected wrapped, bfd or none; true is now bfd"),
+        ({"distill": {"packing": False}}, "distill.packing: expected wrapped, bfd or none; false is now none"),
+        ({"distill": {"packing": "ffd"}}, "distill.packing: input should be 'wrapped', 'bfd' or 'none', found 'ffd'"),
+        (
+            {"distill": {"accumulation": 4}},
+            "distill: accumulation: set tokens_per_step instead, the real tokens of an optimizer step over all "
+            "processes; micro-batches of batch_size rows follow from it",
+        ),
+        (
+            {"distill": {"tokens_per_step": "much"}},
+            "distill.tokens_per_step: expected auto, or a whole number of at least 1, found 'much'",
+        ),
+        (
+            {"distill": {"tokens_per_step": 0}},
+            "distill.tokens_per_step: expected auto, or a whole number of at least 1, found 0",
+        ),
         ({"distill": {"tokens_per_round": 10}}, "distill.text: expected text to train on"),
         ({"distill": {"text": "a", "train": "layers[("}}, "distill: train: not a regular expression ("),
         ({"distill": {"text": "a", "losses": {}}}, "distill: losses: expected at least one"),
@@ -188,7 +204,9 @@ def test_a_preset_fills_in_what_is_not_given(tmp_path: Path) -> None:
 def test_a_config_with_a_preset_says_its_values_and_means_the_same_without_it(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, distill={"text": "a"}), ["distill.preset=paper"])
     written = config.model_dump(mode="json")
-    assert written["distill"]["losses"]["kl"]["reduction"] == "sum/100" and written["distill"]["batch_size"] == 8
+    assert (
+        written["distill"]["losses"]["kl"]["reduction"] == "sum/100" and written["distill"]["tokens_per_step"] == 16_384
+    )
     del written["distill"]["preset"]
     again = parse_config(written, "again")
     assert again.distill == config.distill.model_copy(update={"preset": None})
@@ -286,7 +304,7 @@ TEXT = {"text": "a.txt"}
         "distill.tokens_per_round",
         "distill.sequence_length",
         "distill.batch_size",
-        "distill.accumulation",
+        "distill.tokens_per_step",
         "distill.warmup_steps",
         "distill.max_skipped_steps",
         "distill.text.shuffle",

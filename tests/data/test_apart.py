@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from layerpeel.config.distill import DistillConfig, LossConfig
+from layerpeel.config.distill import DistillConfig, LossConfig, Packing
 from layerpeel.config.fields import TextConfig
 from layerpeel.data.rows import Rows
 from layerpeel.importance.base import ScoringInputs
@@ -61,22 +61,24 @@ def test_metrics(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_cannot_is_trained_on_one_document_a_row(
     make_source: Callable[..., TextConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def curve(packing: bool) -> list[dict[str, float]]:
+    def curve(packing: Packing) -> list[dict[str, float]]:
         config = DistillConfig(
             text=[make_source(["w5 w9 w7", "w8 w3", "w4"] * 9)],
-            tokens_per_round=3 * 4 * 12,
+            tokens_per_round=100,
+            tokens_per_step=24,
             sequence_length=12,
-            batch_size=4,
             packing=packing,
         )
         _, result = distill(tiny_model("llama"), tiny_tokenizer(), [2], config)
         return [{name: point[name] for name in ("loss", "tokens")} for point in result.curve]
 
-    packed, unpacked = curve(True), curve(False)
-    assert packed[0]["tokens"] > 2 * unpacked[0]["tokens"]
-    assert capsys.readouterr().err == ""
+    packed, unpacked, wrapped = curve("bfd"), curve("none"), curve("wrapped")
+    assert packed != unpacked
+    assert "cannot keep" not in capsys.readouterr().err
     monkeypatch.setattr(LayerwiseModel, "runs_packed", False)
-    assert curve(True) == unpacked
-    assert "distill.packing: this model cannot keep documents of a row apart; one document a row" in " ".join(
+    assert curve("wrapped") == wrapped  # documents of a row need not be kept apart
+    assert "cannot keep" not in capsys.readouterr().err
+    assert curve("bfd") == unpacked
+    assert "distill.packing: this model cannot keep documents of a row apart; one document a row, padded" in " ".join(
         capsys.readouterr().err.split()
     )

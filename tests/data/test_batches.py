@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from layerpeel.config.distill import Packing
 from layerpeel.config.fields import TextConfig
-from layerpeel.data.batches import cycle_batches, load_rows
+from layerpeel.data.batches import load_rows, micro_batches, step_rows
 from layerpeel.data.rows import Rows, labels_within, positions_of
 from layerpeel.data.tokenizing import encode_text
 from layerpeel.errors import InputError
@@ -144,7 +146,7 @@ def test_text_that_a_tokenizer_without_an_unknown_token_cannot_read_is_refused(m
 
 
 def test_unpacked_rows_are_documents(make_source: MakeSource, tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = load_rows([make_source(["ab", "a longer one"])], tokenizer, sequence_length=5, packing=False)
+    rows = load_rows([make_source(["ab", "a longer one"])], tokenizer, sequence_length=5, packing="none")
     end = tokenizer.eos_token_id
     first, *pieces = rows.input_ids.tolist()
     assert first == [*tokenizer.encode("ab"), end, end, end]
@@ -155,7 +157,7 @@ def test_unpacked_rows_are_documents(make_source: MakeSource, tokenizer: PreTrai
     assert {value.dtype for value in batch.values()} == {torch.int64}
     assert positions_of(batch["document"]) is None
     packed = load_rows([make_source(["ab", "cd", "e"])], tokenizer, sequence_length=8)
-    apart = load_rows([make_source(["ab", "cd", "e"])], tokenizer, sequence_length=8, packing=False)
+    apart = load_rows([make_source(["ab", "cd", "e"])], tokenizer, sequence_length=8, packing="none")
     assert read_back(packed.unpacked()) == read_back(apart) and len(packed) == 1
 
 
@@ -163,9 +165,9 @@ def test_a_corpus_without_separators_is_used_to_its_end(tokenizer: PreTrainedTok
     text = "".join(random.Random(0).choices("abcdef \n", k=20_000)).strip()
     (tmp_path / "corpus.txt").write_text(text)
     source = TextConfig(path=str(tmp_path / "corpus.txt"))
-    rows = load_rows([source], tokenizer, sequence_length=64, packing=False)
+    rows = load_rows([source], tokenizer, sequence_length=64, packing="none")
     assert tokenizer.decode(rows.input_ids[rows.mask]) == text + "<end>"
-    second = load_rows([source], tokenizer, sequence_length=64, packing=False, max_tokens=640, skip_rows=10)
+    second = load_rows([source], tokenizer, sequence_length=64, packing="none", max_tokens=640, skip_tokens=640)
     assert tokenizer.decode(second.input_ids[second.mask]) == text[640:1280]  # a round goes on in the document
 
 
@@ -179,30 +181,61 @@ def test_positions_and_labels_by_hand() -> None:
     assert positions_of(document[1:]) is None
 
 
-def test_tokens_asked_for_bound_the_rows(make_source: MakeSource, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tokens_asked_for_are_real_ones(make_source: MakeSource, tokenizer: PreTrainedTokenizerFast) -> None:
     source = make_source(["x" * 100])
-    assert len(load_rows([source], tokenizer, sequence_length=8, max_tokens=39)) == 4
+    assert len(load_rows([source], tokenizer, sequence_length=8, max_tokens=40)) == 5
+    assert len(load_rows([source], tokenizer, sequence_length=8, max_tokens=41)) == 6
     assert len(load_rows([source], tokenizer, sequence_length=8, max_tokens=1)) == 1
+    short = make_source(["ab"] * 30)  # 3 tokens with the end of text, in rows of 8
+    assert len(load_rows([short], tokenizer, sequence_length=8, packing="none", max_tokens=12)) == 4
+    assert load_rows([short], tokenizer, sequence_length=8, packing="bfd", max_tokens=12).tokens == 12
 
 
-@pytest.mark.parametrize("packing", [True, False])
+PACKINGS: list[Packing] = ["wrapped", "bfd", "none"]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_rounds_go_on_where_the_last_one_stopped(
-    make_source: MakeSource, tokenizer: PreTrainedTokenizerFast, packing: bool
+    make_source: MakeSource, tokenizer: PreTrainedTokenizerFast, packing: Packing
 ) -> None:
     sources = [make_source([letter * (i % 9 + 1) for i in range(40)], shuffle=10) for letter in "ab"]
 
-    def ids(tokens: int | None, skip: int = 0) -> list[list[int]]:
-        rows = load_rows(
-            sources, tokenizer, sequence_length=8, packing=packing, max_tokens=tokens, skip_rows=skip, seed=3
+    def load(tokens: int | None, skip: int = 0) -> Rows:
+        return load_rows(
+            sources, tokenizer, sequence_length=8, packing=packing, max_tokens=tokens, skip_tokens=skip, seed=3
         )
-        return rows.input_ids.tolist()
 
-    all_ids = ids(None)
-    endless = all_ids * 4
+    rows = load(None)
+    all_ids, ends = rows.input_ids.tolist(), [0, *rows.lengths.cumsum(0).tolist()]
     assert len(all_ids) > 40
+    endless = all_ids * 4
     for skip in (0, 7, len(all_ids) - 5, len(all_ids), 2 * len(all_ids) + 3):
-        assert ids(10 * 8, skip) == endless[skip : skip + 10]
-    assert ids(9999, 7) == ids(None, 7) == endless[7 : 7 + len(all_ids)]  # no row twice
+        passes, rest = divmod(skip, len(all_ids))
+        taken = load(80, passes * ends[-1] + ends[rest])
+        assert taken.input_ids.tolist() == endless[skip : skip + len(taken)]
+        assert 80 <= taken.tokens < 80 + 8
+    assert load(9999, ends[7]).input_ids.tolist() == endless[7 : 7 + len(all_ids)]  # no row twice
+    assert load(None, ends[7]).input_ids.tolist() == endless[7 : 7 + len(all_ids)]
+    assert load(16, ends[7] + 1).input_ids.tolist()[0] == all_ids[8]  # of a row that was begun, nothing again
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_another_packing_goes_on_at_about_the_same_place(
+    make_source: MakeSource, tokenizer: PreTrainedTokenizerFast, packing: Packing
+) -> None:
+    texts = [chr(ord("a") + i % 26) * 4 + f"{i:04}" for i in range(400)]
+    first = load_rows([make_source(texts)], tokenizer, sequence_length=30, packing=packing, max_tokens=900)
+    for other in PACKINGS:
+        rows = load_rows(
+            [make_source(texts)],
+            tokenizer,
+            sequence_length=20,
+            packing=other,
+            max_tokens=200,
+            skip_tokens=first.tokens,
+        )
+        number = re.search("[0-9]{4}", tokenizer.decode(rows.input_ids[rows.mask]))
+        assert number and abs(int(number[0]) - 100) <= 5
 
 
 def test_no_source_at_all(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -210,41 +243,62 @@ def test_no_source_at_all(tokenizer: PreTrainedTokenizerFast) -> None:
         load_rows([], tokenizer, sequence_length=8)
 
 
-def numbered(count: int) -> Rows:
-    return Rows(torch.arange(count)[:, None], torch.ones(count, 1, dtype=torch.bool))
+def of_lengths(lengths: Sequence[int]) -> Rows:
+    """Rows of so many tokens; all of a row are its number."""
+    return Rows.of([[torch.full((length,), i)] for i, length in enumerate(lengths)], max(lengths), 0)
 
 
-def seen(count: int, batch_size: int, **options: int) -> list[list[int]]:
-    """The rows of each batch."""
-    return [b["input_ids"].flatten().tolist() for b in cycle_batches(numbered(count), batch_size, **options)]
+def seen(lengths: Sequence[int], **options: int) -> list[list[int]]:
+    """The rows of each step."""
+    return [chosen.tolist() for chosen in step_rows(of_lengths(lengths), **options)]
 
 
-def test_cycles_show_every_row_as_often() -> None:
-    flat = [row for batch in seen(6, 2, seed=3, steps=6) for row in batch]
+def test_steps_show_every_row_as_often() -> None:
+    flat = [row for step in seen([1] * 6, seed=3, steps=6, tokens=12) for row in step]
     assert sorted(flat[:6]) == sorted(flat[6:]) == list(range(6))
     assert flat[:6] != flat[6:]
-    assert seen(6, 2, seed=3, steps=6) == seen(6, 2, seed=3, steps=6) != seen(6, 2, seed=4, steps=6)
-    assert len(seen(6, 4, seed=0, steps=5)) == 5
+    assert seen([1] * 6, seed=3, steps=6, tokens=12) == seen([1] * 6, seed=3, steps=6, tokens=12)
+    assert seen([1] * 6, seed=3, steps=6, tokens=12) != seen([1] * 6, seed=4, steps=6, tokens=12)
+    assert [len(step) for step in seen([1] * 6, seed=0, steps=5, tokens=20)] == [4] * 5
 
 
-SIZES = {"count": st.integers(1, 9), "size": st.integers(1, 5), "steps": st.integers(0, 12), "seed": st.integers(0, 99)}
+def test_the_rows_of_steps_by_hand() -> None:
+    lengths = [4, 1, 1, 1, 1, 4, 2, 2]
+    steps = seen(lengths, seed=0, steps=4, tokens=16)
+    counts = [sum(lengths[row] for row in step) for step in steps]
+    assert sorted(row for step in steps for row in step) == list(range(8)) and sum(counts) == 16
+    assert all(abs(sum(counts[:n]) - 4 * n) <= 2 for n in range(1, 5))  # half of the longest row
+    assert [len(step) for step in seen([9, 9], seed=0, steps=3, tokens=2)] == [1, 1, 1]  # at least a row each
 
 
-@given(start=st.integers(0, 14), **SIZES)
-def test_resumed_batches_are_those_of_one_that_never_stopped(
-    count: int, size: int, steps: int, seed: int, start: int
-) -> None:
-    assert seen(count, size, seed=seed, steps=steps, start=start) == seen(count, size, seed=seed, steps=steps)[start:]
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=30)
 
 
-@given(world=st.integers(1, 4), start=st.integers(0, 3), **SIZES)
-def test_processes_share_the_batches_of_a_single_one(
-    count: int, size: int, steps: int, seed: int, world: int, start: int
-) -> None:
-    alone = seen(count, size, seed=seed, steps=steps * world)
-    ranks = [seen(count, size, seed=seed, steps=steps, start=start, rank=rank, world=world) for rank in range(world)]
-    together = [batch for of_all in zip(*ranks, strict=True) for batch in of_all]
-    assert together == alone[start * world :]
+@given(LENGTHS, st.integers(1, 300), st.integers(1, 99), st.integers(0, 99))
+def test_steps_spend_their_tokens_to_within_a_row(lengths: list[int], tokens: int, wanted: int, seed: int) -> None:
+    wanted = max(wanted, max(lengths))  # as a config has to say
+    steps = max(1, round(tokens / wanted))
+    shares = seen(lengths, seed=seed, steps=steps, tokens=tokens)
+    counts = [sum(lengths[row] for row in step) for step in shares]
+    assert len(shares) == steps and min(map(len, shares)) >= 1
+    assert abs(sum(counts) - max(tokens, sum(lengths))) <= max(lengths)
+
+
+@given(LENGTHS, st.integers(1, 6), st.integers(1, 4))
+def test_micro_batches_hold_each_row_once_in_as_many_calls(lengths: list[int], most: int, world: int) -> None:
+    rows, chosen = of_lengths(lengths), torch.randperm(len(lengths))
+    shares = [micro_batches(rows, chosen, most, rank=rank, world=world) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1  # or processes would wait for each other
+    batches = [batch for share in shares for batch in share]
+    assert all(1 <= len(batch["input_ids"]) <= most for batch in batches)
+    counted = [
+        int(ids[0])
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        if mask.any()
+    ]
+    assert sorted(counted) == list(range(len(lengths)))
+    assert sum(int(batch["attention_mask"].sum()) for batch in batches) == rows.tokens
 
 
 def test_storage_is_small(make_source: MakeSource, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -136,7 +136,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path) -> None:
 
 
 def test_chats_are_written_by_the_template(make_source: MakeSource, chatty: PreTrainedTokenizerFast) -> None:
-    rows = load_rows([make_source([{"messages": CHAT}, "a text"])], chatty, sequence_length=50, packing=False)
+    rows = load_rows([make_source([{"messages": CHAT}, "a text"])], chatty, sequence_length=50, packing="none")
     written = [chatty.decode(ids[mask]) for ids, mask in zip(rows.input_ids, rows.mask, strict=True)]
     assert written == ["[user]hi<end>[assistant]yes?<end>", "a text<end>"]  # no second <end> after the template's
     assert rows.input_ids[0].tolist().count(chatty.eos_token_id) == 2 + 50 - int(rows.mask[0].sum())
@@ -193,7 +193,7 @@ def test_a_shuffled_source_is_complete_and_mixes_what_it_holds(make_source: Make
 
 def test_no_more_is_read_than_asked_for(make_source: MakeSource, tokenizer: PreTrainedTokenizerFast) -> None:
     rows: list[Any] = ["x" * 50] * 1000 + [{"text": 5}]
-    options: dict[str, Any] = {"sequence_length": 8, "max_tokens": 80}
+    options: dict[str, Any] = {"sequence_length": 8, "max_tokens": 78}
     assert len(load_rows([make_source(rows, shuffle=400)], tokenizer, **options)) == 10
     with pytest.raises(InputError, match="holds int"):
         load_rows([make_source(rows, shuffle=1000)], tokenizer, **options)

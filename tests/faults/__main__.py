@@ -53,6 +53,7 @@ def tiny_config(folder: Path) -> RunConfig:
             "distill": {
                 "text": text,
                 "tokens_per_round": 512,
+                "tokens_per_step": 64,
                 "sequence_length": 16,
                 "batch_size": 4,
                 "learning_rate": 1e-3,
@@ -71,7 +72,7 @@ def demo_config(folder: Path) -> RunConfig:
     config = load_config(prepare_demo(folder), ["stop.target_layers=10", "score.tokens=512", f"output={folder}/whole"])
     for task in config.tasks:
         task.limit = 4  # type: ignore[attr-defined]
-    config.distill = config.distill.model_copy(update={"tokens_per_round": 6 * 24 * 96, "save_every": 0.0})
+    config.distill = config.distill.model_copy(update={"tokens_per_round": 6 * 512, "save_every": 0.0})
     return config
 
 

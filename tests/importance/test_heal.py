@@ -26,6 +26,7 @@ def test_the_best_few_are_healed_before_the_choice(tmp_path: Path) -> None:
         "distill": {
             "text": text,
             "tokens_per_round": 0,
+            "tokens_per_step": 64,
             "sequence_length": 16,
             "batch_size": 4,
             "learning_rate": 1e-2,
@@ -39,7 +40,7 @@ def test_the_best_few_are_healed_before_the_choice(tmp_path: Path) -> None:
     assert set(scores.healed) == set(first) and scores.heal_seconds > 0
     assert event.removed == min(scores.healed, key=lambda layer: (scores.healed[layer], layer))
     teacher, tokenizer = load_model(config.teacher)
-    tasks, trial = make_tasks(config.tasks), config.distill.model_copy(update={"tokens_per_round": 4 * 4 * 16})
+    tasks, trial = make_tasks(config.tasks), config.distill.model_copy(update={"tokens_per_round": 4 * 64})
     for layer, lost in scores.healed.items():
         student, result = distill(teacher, tokenizer, [layer], trial, seed=config.seed)
         assert result.steps == 4

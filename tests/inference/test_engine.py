@@ -16,7 +16,7 @@ from layerpeel.inference.likelihoods import DEFAULT_WINDOW, window_length
 from layerpeel.inference.requests import Generation, LogLikelihood, Request, fitted, is_cut
 from layerpeel.model.config_check import unremovable_layers
 from layerpeel.model.surgery import remove_layers
-from tests.families import tiny_model, tiny_tokenizer
+from tests.families import RECURRENT, tiny_model, tiny_tokenizer
 
 
 def answer_requests(
@@ -48,12 +48,6 @@ def test_log_likelihoods_are_those_of_each_model_alone() -> None:
 
 
 # Of which layers keep a state in place of, or beside, all keys and values.
-RECURRENT = [
-    *("mamba", "mamba2", "falcon_mamba", "bamba", "falcon_h1", "qwen3_next", "qwen3_5_text", "granitemoehybrid"),
-    *("jamba", "lfm2", "nemotron_h", "olmo_hybrid"),
-]
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "gpt_neox", *RECURRENT])
 def test_generation_for_all_candidates_is_that_of_each_model_alone(family: str) -> None:
     tokenizer = tiny_tokenizer()

@@ -52,7 +52,7 @@ def test_a_family_is_right(family: str, tmp_path: Path) -> None:
         saved_and_loaded_is_the_model_in_memory(model, removed, ids, tmp_path / str(number))
     (tmp_path / "text.txt").write_text(TEXT)
     settings = DistillConfig(
-        text=str(tmp_path / "text.txt"), tokens_per_round=32, sequence_length=8, batch_size=2, train="all"
+        text=str(tmp_path / "text.txt"), tokens_per_round=32, tokens_per_step=16, sequence_length=8, train="all"
     )
     with torch.no_grad():
         before = model(ids, use_cache=False).logits

@@ -286,8 +286,8 @@ def test_float32_parts_survive_a_run_its_resumption_and_an_export(tmp_path: Path
             "distill": {
                 "text": str(tmp_path / "text.txt"),
                 "tokens_per_round": 64,
+                "tokens_per_step": 32,
                 "sequence_length": 16,
-                "batch_size": 2,
                 "train": "all",
             },
         }

@@ -46,7 +46,7 @@ def config(tmp_path: Path) -> RunConfig:
             "stop": {"target_layers": 4},
             "score": {"decide": "teacher_kl", "tokens": 100},
             "tasks": [{"kind": "perplexity", "data": "none"}],
-            "distill": {"text": "none", "tokens_per_round": 320, "sequence_length": 16, "batch_size": 2},
+            "distill": {"text": "none", "tokens_per_round": 320, "sequence_length": 16, "tokens_per_step": 32},
         },
         "test",
     )
@@ -156,7 +156,7 @@ def test_the_publishers_generation_options_do_not_slow_the_times(monkeypatch: py
 @pytest.mark.parametrize("family", ["llama", "bloom"])  # the second cannot keep documents of a row apart
 def test_measured_speeds_are_times(family: str) -> None:
     teacher = tiny_model(family).config
-    distill = DistillConfig(text="none", sequence_length=16, batch_size=2)
+    distill = DistillConfig(text="none", sequence_length=16, tokens_per_step=32)
     speed = Speed.measure(teacher, distill, torch.float32, "cpu")
     assert 0 < speed.layer < speed.trained_layer < 1 and 0 < speed.head < 1 and 0 < speed.update < 1
     assert speed.decode_call >= 0 and speed.decode_row >= 0 and speed.head_loss > 0

@@ -39,8 +39,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "distill": {
                     "text": str(folder / "text.jsonl"),
                     "tokens_per_round": 128,
+                    "tokens_per_step": 32,
                     "sequence_length": 16,
-                    "batch_size": 2,
                     "last_pass": {"tokens": 96},
                 },
             },

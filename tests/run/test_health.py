@@ -217,8 +217,8 @@ def test_a_real_run_finds_what_is_wrong_with_it(tmp_path: Path, capsys: pytest.C
                 "distill": {
                     "text": str(tmp_path / "text.txt"),
                     "tokens_per_round": 640,
+                    "tokens_per_step": 32,
                     "sequence_length": 16,
-                    "batch_size": 2,
                     "learning_rate": 1e-12,
                     "losses": {"kl": {}, "tests.run.test_health:Constant": {}},
                 },

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from layerpeel.config.distill import DistillConfig
 from layerpeel.config.reading import parse_config
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError
@@ -24,7 +23,7 @@ from layerpeel.tasks.evaluation import evaluate
 from layerpeel.tasks.registry import make_tasks
 from layerpeel.tasks.scores import Evaluation, TaskScore
 from layerpeel.training.rounds import distill
-from tests.families import save_texts, save_tiny, tiny_ids, tiny_model, tiny_tokenizer
+from tests.families import save_texts, save_tiny, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -40,6 +39,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
         "distill": {
             "text": text,
             "tokens_per_round": 512,
+            "tokens_per_step": 96,
             "sequence_length": 16,
             "batch_size": 4,
             "train": "all",
@@ -224,32 +224,6 @@ def test_messages_before_any_work(settings: dict[str, Any], changes: dict[str, A
         peel(config_of(settings, **changes))
     if "device" not in changes:
         assert not Path(settings["output"]).exists()
-
-
-def test_accumulating_four_is_a_batch_of_four(tmp_path: Path) -> None:
-    (tmp_path / "text.jsonl").write_text(
-        "".join(
-            json.dumps({"text": " ".join(["w5 w9 w7", "w8"][i % 2] for _ in range(1 + i % 5))}) + "\n"
-            for i in range(24)
-        )
-    )
-    students = []
-    for batch, accumulation in ((8, 1), (2, 4), (1, 8)):
-        config = DistillConfig(
-            text=str(tmp_path / "text.jsonl"),
-            tokens_per_round=3 * 8 * 12,
-            sequence_length=12,
-            batch_size=batch,
-            accumulation=accumulation,
-            packing=False,
-            train="all",
-            learning_rate=1e-3,
-        )
-        student, result = distill(tiny_model("llama"), tiny_tokenizer(), [2], config)
-        students.append((student, [point["loss"] for point in result.curve]))
-    for student, losses in students[1:]:
-        assert losses == pytest.approx(students[0][1], rel=1e-4)
-        torch.testing.assert_close(student(tiny_ids()).logits, students[0][0](tiny_ids()).logits, rtol=0, atol=1e-3)
 
 
 def test_the_teacher_stays_as_it_was_and_frozen_layers_have_no_gradient(settings: dict[str, Any]) -> None:

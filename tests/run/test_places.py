@@ -12,6 +12,7 @@ import yaml
 
 from layerpeel.config.reading import load_config
 from layerpeel.config.run import RunConfig
+from layerpeel.data.rows import Rows
 from layerpeel.errors import InputError
 from layerpeel.export.student import export_student
 from layerpeel.report.page import write_report
@@ -20,6 +21,7 @@ from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
 from layerpeel.run.places import find_places, load_run_config, load_run_teacher
 from layerpeel.storage.files import sha256_of
+from layerpeel.training.text import TrainingText
 from layerpeel.training.trainer import Trainer
 from tests.families import save_texts, save_tiny, tiny_texts
 from tests.faults.__main__ import outcome
@@ -40,6 +42,7 @@ def project(folder: Path, **distill: Any) -> Path:
         "distill": {
             "text": "text.jsonl",
             "tokens_per_round": 256,
+            "tokens_per_step": 64,
             "sequence_length": 16,
             "batch_size": 4,
             "learning_rate": 1e-3,
@@ -213,19 +216,25 @@ def test_a_training_goes_on_in_a_moved_project(finished: Path, tmp_path: Path, m
     assert len(steps) == 2  # of four, two were saved
 
 
-def test_each_training_reads_on_in_the_text_whatever_its_size(tmp_path: Path) -> None:
+def test_each_training_reads_on_in_the_text_whatever_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rounds of four documents, then a last pass of eight: it reads documents 8 to 15, which are longer."""
-    config = load_config(
-        project(tmp_path, packing=False, batch_size=1, tokens_per_round=64, last_pass={"tokens": 128, "train": "all"})
-    )
+    sizes = {"tokens_per_round": 16, "tokens_per_step": 16, "last_pass": {"tokens": 80, "train": "all"}}
+    config = load_config(project(tmp_path, packing="none", **sizes))
     source = config.distill.text[0]
     source.path, source.shuffle = str(save_texts(tmp_path / "sorted.jsonl", tiny_texts([3] * 8 + [9] * 24))), 0
+    lengths = []
+    load = TrainingText.load
+
+    def noted(*arguments: Any) -> Rows:
+        rows = load(*arguments)
+        lengths.append(rows.lengths.tolist())
+        return rows
+
+    monkeypatch.setattr(TrainingText, "load", noted)
     run = peel(config)
-    first, second = (each.training for each in run.rounds)
-    assert run.last_pass
-    last = run.last_pass.training
-    assert (first.rows, second.rows, last.rows) == (4, 4, 8)
-    assert first.tokens == second.tokens and last.tokens == 2 * first.tokens + 8 * 6
+    assert lengths == [[4] * 4, [4] * 4, [10] * 8]  # with the end of text
+    assert [each.training.tokens for each in run.rounds] == [16, 16]
+    assert run.last_pass and run.last_pass.training.tokens == 80
 
 
 def test_lines_of_json_and_their_order_are_what_rows_are(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "stop": {"target_layers": 5},
         "score": {"decide": "task_quality", "shortlist": {"by": "teacher_kl", "keep": 2}, "tokens": 32},
         "tasks": [{"kind": "choice", "data": "choice.jsonl"}, {"kind": "perplexity", "data": "text.jsonl"}],
-        "distill": {"text": "text.jsonl", "sequence_length": 16, "batch_size": 2},
+        "distill": {"text": "text.jsonl", "sequence_length": 16, "tokens_per_step": 32},
     }
     (folder / "base.yaml").write_text(yaml.safe_dump(config))
     return folder / "base.yaml"

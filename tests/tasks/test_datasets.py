@@ -103,12 +103,7 @@ def test_the_papers_settings() -> None:
     distill = load_config(PAPER).distill
     settings = (distill.train, distill.radius, distill.learning_rate, distill.weight_decay, distill.warmup_steps)
     assert settings == ("neighbours", 1, 1e-4, 0.05, 8)
-    assert (distill.batch_size, distill.accumulation, distill.sequence_length, distill.max_grad_norm) == (
-        2,
-        4,
-        2048,
-        0.3,
-    )
+    assert (distill.tokens_per_step, distill.sequence_length, distill.max_grad_norm) == (8 * 2048, 2048, 0.3)
     LossSum(distill.losses)
     assert distill.losses["kl"].model_extra == {"reduction": "sum/100"}
     assert distill.losses["hidden_mse"].model_extra == {"relative": False}

@@ -27,7 +27,8 @@ def test_every_variant_is_a_config_of_its_own(healing: Any) -> None:
         assert all(settings.count(each) <= 3 for each in settings)  # one is the default, one is tuned, and one says so
         assert str(ROOT.parent) not in json.dumps(settings)
     paper = healing.config_of(healing.real(Path("model")), healing.VARIANTS["paper"], 1000)
-    assert (paper.batch_size, paper.train, paper.losses["kl"].model_extra["reduction"]) == (8, "neighbours", "sum/100")
+    assert (paper.tokens_per_step, paper.train) == (8 * 512, "neighbours")
+    assert paper.losses["kl"].model_extra["reduction"] == "sum/100"
 
 
 def test_variants_train_on_equal_tokens(healing: Any, tmp_path: Path) -> None:
@@ -38,7 +39,7 @@ def test_variants_train_on_equal_tokens(healing: Any, tmp_path: Path) -> None:
         dtype="float32",
         tokens=0,
         text={"text": str(text), "sequence_length": 16},
-        step={"batch_size": 2},
+        step={"rows": 2},
         rate={},
         held_out={},
         texts=0,

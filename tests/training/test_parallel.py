@@ -86,7 +86,7 @@ def _resume_each(folder: Path, **options: Any) -> None:
             train(folder / "text.jsonl", state=state(), log=kill_at(4), **options, **optimizer)
         resumed, result = train(folder / "text.jsonl", state=state(), **options, **optimizer)
         same(uninterrupted, resumed, 0.0)
-        assert result.curve == expected.curve and len(result.curve) == options["steps"] // 2
+        assert result.curve == expected.curve and len(result.curve) == options["steps"]
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -135,12 +135,15 @@ def same_training(student: Student, alone: TrainingResult, weights: Any, result:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_train_the_student_of_one(tmp_path: Path, fsdp: bool) -> None:
+@pytest.mark.parametrize("packing", ["wrapped", "none"])
+def test_two_processes_train_the_student_of_one(tmp_path: Path, fsdp: bool, packing: str) -> None:
     text = write_text(tmp_path / "text.jsonl")
-    average: dict[str, Any] = {"average_last": 0.5, "lr_scheduler_type": "linear"}
-    student, alone = train(text, 20, accumulation=2, batch_size=4, train_norm=True, **average)
-    # The steps of `train` are counted for one process, and two take twice the tokens.
-    weights, result = train_in_two(tmp_path, fsdp=fsdp, steps=40, batch_size=4, train_norm=True, **average)
+    # With 24 tokens a step, many steps have a row for one of the processes alone.
+    options: dict[str, Any] = {"steps": 20, "train_norm": True, "packing": packing, "tokens_per_step": 24}
+    options |= {"losses": {"kl": {"weight": 0.5}, "hidden_mse": {}, "cross_entropy": {}}}
+    options |= {"average_last": 0.5, "lr_scheduler_type": "linear"}
+    student, alone = train(text, **options)
+    weights, result = train_in_two(tmp_path, fsdp=fsdp, batch_size=2, **options)
     same_training(student, alone, weights, result)
 
 
@@ -148,7 +151,7 @@ def test_two_processes_train_the_student_of_one(tmp_path: Path, fsdp: bool) -> N
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
 def test_two_processes_that_die_go_on_to_the_same_student(tmp_path: Path, fsdp: bool) -> None:
     write_text(tmp_path / "text.jsonl")
-    options: dict[str, Any] = {"steps": 16, "batch_size": 4, "train_norm": True}
+    options: dict[str, Any] = {"steps": 8, "batch_size": 4, "train_norm": True}
     weights, uninterrupted = train_in_two(tmp_path, fsdp=fsdp, **options)
     dying = json.dumps(options | {"keeps": True, "dies_after": 5})
     launch("-m", "tests.training.test_parallel", str(tmp_path), dying, fsdp=fsdp, dies=True)
@@ -162,7 +165,7 @@ def test_two_processes_that_die_go_on_to_the_same_student(tmp_path: Path, fsdp: 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
 def test_any_optimizer_goes_on_to_the_same_student_in_two_processes(tmp_path: Path, fsdp: bool) -> None:
     write_text(tmp_path / "text.jsonl")
-    options = json.dumps({"steps": 16, "batch_size": 4, "train_norm": True, "each_optimizer": True})
+    options = json.dumps({"steps": 8, "batch_size": 4, "train_norm": True, "each_optimizer": True})
     launch("-m", "tests.training.test_parallel", str(tmp_path), options, fsdp=fsdp)
     assert len([*tmp_path.glob("*.safetensors")]) == len(OPTIMIZERS)
 
@@ -196,7 +199,7 @@ def test_a_student_has_its_own_layers_back(monkeypatch: pytest.MonkeyPatch, faul
 @pytest.mark.slow
 def test_nan_in_one_process_is_skipped_in_both(tmp_path: Path) -> None:
     write_text(tmp_path / "text.jsonl")
-    weights, result = train_in_two(tmp_path, steps=12, batch_size=4, poisoned_call=3)
+    weights, result = train_in_two(tmp_path, steps=6, batch_size=8, poisoned_call=3)
     assert [point["skipped"] for point in result["curve"]] == [0, 0, 1, 0, 0, 0]
     assert all(value.isfinite().all() for value in weights.values())
 
@@ -214,8 +217,8 @@ def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
             "text": str(text),
             "tokens_per_round": 768,
             "sequence_length": 24,
+            "tokens_per_step": 192,
             "batch_size": 4,
-            "accumulation": 2,
             "learning_rate": 1e-3,
         },
     }
@@ -228,8 +231,6 @@ def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
         str(tmp_path / "run.yaml"),
         "--set",
         f"output={tmp_path / 'two'}",
-        "--set",
-        "distill.accumulation=1",
     )
     both = Run(tmp_path / "two")
     assert both.finish and alone.finish and len(both.rounds) == 2

@@ -11,6 +11,7 @@ from torch import nn
 
 from layerpeel.config.distill import DistillConfig
 from layerpeel.errors import InputError
+from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.training.recipe import TrainingRecipe, autocast
 from layerpeel.training.student import Student
 from tests.families import tiny_model
@@ -20,11 +21,49 @@ def recipe(processes: int = 1, **fields: Any) -> TrainingRecipe:
     return TrainingRecipe(DistillConfig(**fields), processes)
 
 
-def test_steps_and_rows_by_hand() -> None:
-    two = recipe(2, batch_size=4, accumulation=3, sequence_length=10, tokens_per_round=1000)
-    assert (two.micro_batches, two.step_tokens, two.steps(), two.rows) == (6, 240, 4, 96)
-    assert (two.steps(0), two.steps(1), two.steps(480)) == (0, 1, 2)
-    assert recipe(tokens_per_round=0).steps() == recipe(tokens_per_round=0).rows == 0
+def test_steps_by_hand() -> None:
+    two = recipe(2, batch_size=4, tokens_per_step=240, sequence_length=10, tokens_per_round=1000)
+    assert (two.step_tokens, two.steps()) == (240, 4)
+    for tokens, steps in ((0, 0), (1, 1), (359, 1), (361, 2)):
+        assert recipe(tokens_per_step=240, sequence_length=10, tokens_per_round=tokens).steps() == steps
+    assert recipe(tokens_per_step=100, sequence_length=256).step_tokens == 256  # never less than a row
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "step", "steps"),
+    [
+        (100_000, 512, 512, 195),  # of a row
+        (150_000, 256, 512, 293),
+        (400_000, 256, 1024, 391),
+        (100_000, 2048, 2048, 49),  # never less than a row
+        (5_000_000, 1024, 2**14, 305),
+        (10**9, 2048, 2**19, 1907),
+        (100, 16, 512, 1),
+    ],
+)
+def test_a_step_that_is_not_said_fits_the_budget(tokens: int, length: int, step: int, steps: int) -> None:
+    chosen = recipe(tokens_per_round=tokens, sequence_length=length)
+    assert (chosen.step_tokens, chosen.steps()) == (step, steps)
+    assert recipe(8, tokens_per_round=tokens, sequence_length=length).steps() == steps
+
+
+def test_a_micro_batch_is_no_larger_than_a_process_has_rows() -> None:
+    fields: dict[str, Any] = {"tokens_per_step": 1024, "sequence_length": 256, "batch_size": 3}
+    assert recipe(**fields).micro_batch_rows == 3 and recipe(**fields).accumulates
+    assert recipe(2, **fields).micro_batch_rows == 2 and not recipe(2, **fields).accumulates
+    assert recipe(8, **fields).micro_batch_rows == 1
+    assert recipe(8, **fields, packing="none").micro_batch_rows == 3  # documents of any length
+
+
+@pytest.mark.parametrize(
+    ("wanted", "keeps_apart", "packing"),
+    [("bfd", True, "bfd"), ("bfd", False, "none"), ("wrapped", False, "wrapped"), ("none", True, "none")],
+)
+def test_documents_are_packed_as_the_model_can(
+    wanted: str, keeps_apart: bool, packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LayerwiseModel, "runs_packed", keeps_apart)
+    assert recipe(packing=wanted).packing(LayerwiseModel(tiny_model("llama"))) == packing
 
 
 def test_layers_are_those_whose_parameters_train() -> None:

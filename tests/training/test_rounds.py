@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerpeel.config.distill import DistillConfig
+from layerpeel.config.distill import DistillConfig, Packing
 from layerpeel.config.fields import TextConfig
 from layerpeel.data.batches import load_rows
 from layerpeel.errors import RunError
 from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.processes.progress import print_once
 from layerpeel.training.forward import FINAL, run_both
 from layerpeel.training.optimizers import ScheduledOptimizers
 from layerpeel.training.result import Log, TrainingResult
@@ -22,7 +24,7 @@ from layerpeel.training.rounds import train_student
 from layerpeel.training.state import TrainingState
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache
-from tests.families import save_texts, tiny_ids, tiny_model, tiny_texts, tiny_tokenizer
+from tests.families import RECURRENT, save_texts, tiny_ids, tiny_model, tiny_texts, tiny_tokenizer
 
 
 def write_text(path: Path) -> Path:
@@ -36,22 +38,25 @@ def text(tmp_path: Path) -> Path:
 
 
 def train(text: Path, steps: int = 6, family: str = "llama", **options: Any) -> tuple[Student, TrainingResult]:
-    """Trains a student without layers 2 and 4 on unpacked documents, eight of them a step."""
+    """Trains a student without layers 2 and 4 (or `removed`) on unpacked documents, about eight of them a step."""
+    removed = options.pop("removed", [2, 4])
     call = {name: options.pop(name) for name in ("cache", "log", "state", "storage") if name in options}
     fields = {
         "text": str(text),
         "sequence_length": 24,
-        "packing": False,
-        "batch_size": 8,
+        "packing": "none",
+        "tokens_per_step": 128,
+        "batch_size": 16,
         "learning_rate": 1e-2,
         "warmup_steps": 2,
         "train": "neighbours",
         **options,
     }
     config = DistillConfig(**fields)
-    config.tokens_per_round = steps * config.batch_size * config.accumulation * config.sequence_length
+    assert config.tokens_per_step != "auto"
+    config.tokens_per_round = steps * config.tokens_per_step
     student = Student(tiny_model(family))
-    student.remove([2, 4])
+    student.remove(removed)
     return student, train_student(student, tiny_tokenizer(), config, **call)
 
 
@@ -62,22 +67,49 @@ def same(one: Student, other: Student, tolerance: float = 1e-5) -> None:
         assert (value - others[name]).norm() <= tolerance * value.norm() + 1e-9, name
 
 
-def test_accumulation_gives_the_step_of_one_batch(text: Path) -> None:
-    losses = {"kl": {"weight": 1.0}, "hidden_mse": {}, "cross_entropy": {"weight": 0.1}}
-    one, at_once = train(text, losses=losses)
-    for batch_size in (2, 1):
-        other, parts = train(text, losses=losses, batch_size=batch_size, accumulation=8 // batch_size)
+PACKINGS: list[Packing] = ["wrapped", "bfd", "none"]
+PAPER: dict[str, Any] = {"kl": {"reduction": "sum/100"}, "hidden_mse": {"relative": False}}
+OURS: dict[str, Any] = {"kl": {"weight": 1.0}, "hidden_mse": {}, "cross_entropy": {"weight": 0.1}}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("losses", [OURS, PAPER], ids=["ours", "the paper's"])
+def test_a_step_is_the_same_however_it_is_cut(text: Path, losses: dict[str, Any], packing: Packing) -> None:
+    one, at_once = train(text, losses=losses, packing=packing, batch_size=64)
+    for batch_size in (8, 2, 1):
+        other, parts = train(text, losses=losses, packing=packing, batch_size=batch_size)
         same(one, other)
         for a, b in zip(at_once.curve, parts.curve, strict=True):
             assert a == pytest.approx(b, rel=1e-5)
 
 
-def test_the_papers_reduction_weighs_by_the_micro_batch(text: Path) -> None:
-    def kl(weight: float) -> dict[str, Any]:
-        return {"kl": {"reduction": "sum/100", "weight": weight}}
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_round_trains_on_the_real_tokens_that_were_asked_for(text: Path, packing: Packing) -> None:
+    _, result = train(text, 5, packing=packing)
+    assert result.steps == len(result.curve) == 5
+    assert 5 * 128 <= result.tokens < 5 * 128 + 24
+    shares = [point["tokens"] for point in result.curve]
+    assert all(abs(tokens - 128 * step) <= 12 + 4 for step, tokens in enumerate(shares, start=1))
 
-    (one, _), (four, _) = train(text, losses=kl(1.0)), train(text, losses=kl(4.0), batch_size=2, accumulation=4)
-    same(one, four)
+
+def test_a_round_says_how_full_its_rows_are(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_once.cache_clear()
+    for packing in PACKINGS:
+        train(text, 5, packing=packing)
+    said = capsys.readouterr().err
+    assert "5 steps of 128 tokens: rows 100 % full" in said
+    full = [int(percent) for percent in re.findall("5 steps of 128 tokens: rows ([0-9]+) % full", said)]
+    assert full == sorted(full, reverse=True) and len(full) == 3
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_recurrent_models_train_on_wrapped_rows(text: Path, family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options: dict[str, Any] = {"train": "all", "learning_rate": 1e-3, "removed": [2, 3]}
+    student, result = train(text, 2, family=family, packing="wrapped", **options)
+    assert result.steps == 2 and result.tokens == 264  # 11 rows of 24
+    assert all(math.isfinite(point["loss"]) and point["gradient_norm"] > 0 for point in result.curve)
+    assert "cannot keep documents" not in capsys.readouterr().err
+    assert all(value.isfinite().all() for value in student.trained_state().values())
 
 
 def test_recomputing_activations_changes_nothing(text: Path) -> None:
@@ -223,10 +255,16 @@ def test_each_optimizer_trains_in_its_way(text: Path) -> None:
     assert len(set(losses)) == 3
 
 
-@pytest.mark.parametrize("bad", [set(), {2, 3, 4}], ids=["plain", "begun again with half the rate"])
-def test_training_goes_on_where_it_was_to_the_last_bit(text: Path, tmp_path: Path, bad: set[int]) -> None:
+@pytest.mark.parametrize(
+    ("bad", "packing"),
+    [(set(), "none"), ({2, 3, 4}, "none"), (set(), "bfd"), (set(), "wrapped")],
+    ids=["plain", "begun again with half the rate", "bfd", "wrapped"],
+)
+def test_training_goes_on_where_it_was_to_the_last_bit(
+    text: Path, tmp_path: Path, bad: set[int], packing: Packing
+) -> None:
     def run(**options: Any) -> tuple[Student, TrainingResult]:
-        return train(text, 8, max_skipped_steps=2, balance_losses=True, train_head=True, **options)
+        return train(text, 8, max_skipped_steps=2, balance_losses=True, train_head=True, packing=packing, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         Poison(patch, bad)
@@ -264,7 +302,7 @@ def test_a_damaged_state_is_not_used(text: Path, tmp_path: Path, capsys: pytest.
 def test_out_of_memory_makes_smaller_micro_batches_of_the_same_step(
     text: Path, monkeypatch: pytest.MonkeyPatch, losses: dict[str, Any]
 ) -> None:
-    uninterrupted, expected = train(text, losses=losses)
+    uninterrupted, expected = train(text, losses=losses, batch_size=8)
 
     def small(student: Student, batch: Any, *arguments: Any, **options: Any) -> Any:
         outputs = run_both(student, batch, *arguments, **options)
@@ -273,7 +311,7 @@ def test_out_of_memory_makes_smaller_micro_batches_of_the_same_step(
         return outputs
 
     monkeypatch.setattr("layerpeel.training.gradients.run_both", small)
-    other, result = train(text, losses=losses)
+    other, result = train(text, losses=losses, batch_size=8)
     same(uninterrupted, other)
     assert result.halved == 2 and result.summary().halved == 2
     for a, b in zip(expected.curve, result.curve, strict=True):
@@ -305,7 +343,7 @@ def test_with_the_cache_a_second_round_has_the_same_losses_to_bf16(text: Path, t
     _, first = train(text, cache=cache, fresh_text=False)
     files = list(tmp_path.rglob("*.safetensors"))
     source = [TextConfig(path=str(text))]
-    rows = load_rows(source, tiny_tokenizer(), sequence_length=24, packing=False, max_tokens=first.rows * 24)
+    rows = load_rows(source, tiny_tokenizer(), sequence_length=24, packing="none", max_tokens=6 * 128)
     assert first.cached < 1 and len(files) == len({tuple(ids) for ids in rows.input_ids.tolist()})
     cache.hits = cache.misses = 0
     _, second = train(text, cache=cache, fresh_text=False)

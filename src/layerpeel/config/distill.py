@@ -7,13 +7,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from layerpeel.config.fields import AS_BYTES, AS_COUNT, Section, Texts
+from layerpeel.config.fields import AS_BYTES, AS_COUNT, AutoCount, Section, Texts
 from layerpeel.config.presets import PRESETS
+
+Packing = Literal["wrapped", "bfd", "none"]
+"""How documents become rows, by TRL's names."""
 
 
 def _as_switch(value: Any) -> Any:
     """Converts the booleans that YAML makes of on and off back; leaves other values to pydantic."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def _packing_by_name(value: Any) -> Any:
+    """Refuses the booleans that packing once was; leaves other values to pydantic."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected wrapped, bfd or none; {str(value).lower()} is now {'bfd' if value else 'none'}")
+    return value
 
 
 class LossConfig(BaseModel):
@@ -29,7 +39,8 @@ class LastPassConfig(Section):
     """The training after the last removal, where it differs from that of the rounds."""
 
     tokens: Annotated[int, Field(ge=1), AS_COUNT] | None = None
-    """How many to train on, with `when: each_round`; with `end` and `half` they follow from tokens_per_round."""
+    """How many to train on, with `when: each_round`, padding not counted; with `end` and `half` they follow from
+    tokens_per_round."""
     train: str | None = None
     """Which parameters, as in `distill.train`; those of the rounds if not given."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -47,21 +58,23 @@ class DistillConfig(Section):
     text: Texts = []
     """What to train on; sources are mixed document by document."""
     tokens_per_round: Annotated[int, Field(ge=0), AS_COUNT] = 400_000
-    """Tokens to train on in each round; 0 for no training."""
+    """Real tokens, without padding, to train on in each round; 0 for no training."""
     when: Literal["each_round", "end", "half"] = "each_round"
     """each_round: train after each removal. end: train once after the last, on tokens_per_round for each layer that
     went. half: on half of tokens_per_round after each removal, and once after the last on the other half for each layer
     that went."""
     sequence_length: Annotated[int, Field(ge=2), AS_COUNT] = 256
     """Tokens in a row."""
+    tokens_per_step: AutoCount = "auto"
+    """Real tokens in an optimizer step, over all processes, never less than sequence_length; auto: a 400th of what is
+    trained on, as a power of two from 512 to 524,288."""
     batch_size: Annotated[int, Field(ge=1), AS_COUNT] = 16
-    """Rows in a micro-batch."""
-    accumulation: Annotated[int, Field(ge=1), AS_COUNT] = 1
-    """Micro-batches in an optimizer step."""
-    packing: bool = True
-    """Several documents in a row, each whole where it fits and none seeing another; else one document a row,
-    padded. One longer than a row is cut into several rows. Models that cannot keep documents of a row apart (recurrent
-    ones) get one a row in any case."""
+    """Rows in a micro-batch, at the most: it bounds memory, and has no other effect on a step."""
+    packing: Annotated[Packing, BeforeValidator(_packing_by_name)] = "bfd"
+    """How documents become rows. wrapped: joined, each after the end-of-text token of the one before, and cut, as in
+    pretraining: no padding, and no mask but the causal one. bfd: several in a row, each whole where it fits and none
+    seeing another; models that cannot keep them apart (recurrent ones) get one a row. none: one a row, padded. With
+    bfd and none, a document longer than a row is cut into several rows."""
     fresh_text: bool = True
     """Each round goes on in the text where the last one stopped, and begins again at its end; else every round
     trains on the same text, and the teacher's hidden states can be kept (see teacher_cache)."""
@@ -116,8 +129,15 @@ class DistillConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, given: Any) -> Any:
-        """Adds the preset's values of the fields that are not given; what is no preset is left to pydantic."""
-        name = given.get("preset") if isinstance(given, dict) else None
+        """Refuses old fields, and adds the preset's values of those not given; what is no preset is pydantic's."""
+        if not isinstance(given, dict):
+            return given
+        if "accumulation" in given:
+            raise ValueError(
+                "accumulation: set tokens_per_step instead, the real tokens of an optimizer step over all processes; "
+                "micro-batches of batch_size rows follow from it"
+            )
+        name = given.get("preset")
         return PRESETS[name] | given if isinstance(name, str) and name in PRESETS else given
 
     @model_validator(mode="after")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from layerpeel.config.yaml_values import abbreviated
 
 NUMBER = r"[0-9]{1,18}(?:\.[0-9]{0,18})?"
 EXACT = {"k": Decimal(10**3), "m": Decimal(10**6), "b": Decimal(10**9)}
@@ -34,6 +36,16 @@ def _parse_bytes(value: Any) -> Any:
     return int(Decimal(match[1]) * 2 ** (10 * " KMGT".index(match[2].upper() or " "))) if match else value
 
 
+def _count_or_auto(value: Any) -> Any:
+    """As `_parse_count`, for a field that takes auto, too: one message instead of pydantic's two."""
+    value = _parse_count(value)
+    if (isinstance(value, str) and value.strip().isdecimal()) or (isinstance(value, float) and value.is_integer()):
+        value = int(value)
+    if value != "auto" and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"expected auto, or a whole number of at least 1, found {abbreviated(value)}")
+    return value
+
+
 def _expand_home(path: Path) -> Path:
     """Replaces a leading `~`.
 
@@ -50,6 +62,8 @@ AS_COUNT = BeforeValidator(_parse_count)
 """Of a field for a number of tokens, rows, steps or the like; 2M, 40k, 1.5B and 1e6 are understood."""
 AS_BYTES = BeforeValidator(_parse_bytes)
 """Of a field for a number of bytes; 8GB is understood."""
+AutoCount = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_count_or_auto)]
+"""A count of at least 1, or auto."""
 Folder = Annotated[Path, AfterValidator(_expand_home)]
 """A folder, with ~ expanded."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 # Kovalev and Tikhomirov (arXiv 2511.05085) and their published script: what they train, on which losses, with which
-# optimizer. Their sum over a micro-batch depends on its size: eight rows of 512 tokens weigh as their two of 2,048.
+# optimizer, and a step of the tokens that each of their GPUs had: four micro-batches of two rows of 2,048.
 PAPER: dict[str, Any] = {
     "when": "each_round",
     "last_pass": None,
@@ -18,8 +18,7 @@ PAPER: dict[str, Any] = {
         "hidden_mse": {"weight": 1.0, "relative": False, "layers": "last", "final": True},
     },
     "balance_losses": False,
-    "batch_size": 8,
-    "accumulation": 1,
+    "tokens_per_step": 16_384,
     "optimizer": "AdamW",
     "optimizer_options": {},
     "learning_rate": 1e-4,

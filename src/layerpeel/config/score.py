@@ -64,7 +64,7 @@ class ScoreConfig(Section):
     text: Texts | None = None
     """Text for the metrics that read it; that of `distill` if not given."""
     tokens: Annotated[int, Field(ge=1), AS_COUNT] = 16_384
-    """How many tokens of it."""
+    """How many tokens of it; padding does not count."""
     race: RaceConfig | None = None
     """Stop early on candidates that are surely worse; for metrics that run tasks."""
     heal: HealConfig | None = None

@@ -1,14 +1,15 @@
 """Documents to rows of tokens, and rows to batches.
 
-Documents that share a row are kept apart: a token attends to its own document only, and positions restart at 0 in each.
-A model takes that from the positions (`positions_of`, `LayerwiseModel.runs_packed`).
+Documents that share a row are kept apart, unless they are joined (`packing.py`): a token attends to its own document
+only, and positions restart at 0 in each. A model takes that from the positions (`positions_of`,
+`LayerwiseModel.runs_packed`).
 
 Shapes: N rows, B batch, T tokens.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from layerpeel.config.distill import Packing
 from layerpeel.config.fields import TextConfig
 from layerpeel.data.chats import write_chat
 from layerpeel.data.documents import PlacedDocument, mix_documents
+from layerpeel.data.packing import pack
 from layerpeel.data.rows import Rows, TokenRow
 from layerpeel.data.tokenizing import start_tokens, with_start
 from layerpeel.errors import InputError, reason_of
@@ -26,8 +29,6 @@ from layerpeel.processes.progress import print_once
 
 DOCUMENTS_PER_CALL = 512
 USUAL_CHARACTERS = 6  # of a token at most; a text with more of them may have lost some
-# Rows that are filled at the same time: more of them leave less padding, and read further ahead.
-OPEN_ROWS = 64
 
 
 def load_rows(
@@ -35,35 +36,31 @@ def load_rows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     sequence_length: int,
-    packing: bool = True,
+    packing: Packing = "bfd",
     max_tokens: int | None = None,
     seed: int = 0,
-    skip_rows: int = 0,
+    skip_tokens: int = 0,
 ) -> Rows:
-    """Reads, mixes and tokenises text to rows of `sequence_length`, up to `max_tokens` (at least one row).
+    """Reads, mixes and tokenises text to rows of `sequence_length`, until they hold `max_tokens` (or the text ends).
 
-    Packed rows hold several documents, each followed by the end-of-text token and whole if it fits into a row; longer
-    ones are cut into several rows, so that all of a document is used. Unpacked rows hold one document each, or a piece
-    of one, padded. No more is read than the rows asked for need
-    (and `TextConfig.shuffle` documents of each source, and what fills `OPEN_ROWS`).
+    No more is read than the rows asked for need (and `TextConfig.shuffle` documents of each source, and what fills
+    `OPEN_ROWS`).
 
     Args:
-        skip_rows: how many rows to leave out first. At its end the text starts again, in the same order, but no row is
-            given twice. So, with the same seed, round n of rounds of k rows each gets new rows by `skip_rows=n * k`,
-            until the text is used up.
+        packing: how documents become rows, as `distill.packing` says; the model has to keep those of a row apart.
+        max_tokens: real ones, padding does not count; the last row may exceed them.
+        skip_tokens: how many real tokens to leave out first, in whole rows. At its end the text starts again, in the
+            same order, but no row is given twice. So, with the same seed, each round gets new rows if it skips what
+            the rounds before it were given, until the text is used up.
 
     Raises:
         InputError: there is no text.
     """
 
     def read() -> Iterator[TokenRow]:
-        documents = tokenize(mix_documents(sources, seed), tokenizer)
-        if packing:
-            return _packed(documents, sequence_length)
-        return ([piece] for document in documents for piece in document.split(sequence_length))
+        return pack(tokenize(mix_documents(sources, seed), tokenizer), sequence_length, packing)
 
-    limit = None if max_tokens is None else max(1, max_tokens // sequence_length)
-    rows = _from_row(read, skip_rows, limit)
+    rows = _from_token(read, skip_tokens, math.inf if max_tokens is None else max_tokens)
     if not rows:
         raise InputError("no text: no source is given", hint="give at least one (distill.text)")
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -105,55 +102,75 @@ def _loses_text(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -
     return 2 * len("".join(back.split())) < len("".join(text.split()))
 
 
-def cycle_batches(
-    rows: Rows, batch_size: int, *, seed: int, steps: int, start: int = 0, rank: int = 0, world: int = 1
-) -> Iterator[dict[str, Tensor]]:
-    """Batches `start` to `steps` of a process, the rows shuffled anew in each pass over them, the same for a seed.
+def step_rows(rows: Rows, *, tokens: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """The rows of each optimizer step, shuffled anew in each pass over them, the same for a seed.
 
-    Batch i of process `rank` of `world` is batch `i * world + rank` of a single process. So an optimizer step sees the
-    same rows on `world` processes that accumulate n batches each, and on one that accumulates `n * world`.
+    Each step takes as many rows as bring the count of real tokens so far nearest to its share of all, but at least
+    one; so padding takes nothing of the tokens, and short rows make a step of many. Rows that hold more than
+    `tokens` are all taken.
+
+    Args:
+        tokens: real ones, in all steps.
+
+    Yields:
+        indices of rows, [rows].
     """
+    lengths, taken = rows.lengths.tolist(), 0
+    tokens = max(tokens, rows.tokens)
+    order = _shuffled(len(rows), seed)
+    row = next(order)
+    for step in range(1, steps + 1):
+        chosen: list[int] = []
+        while not chosen or 2 * (tokens * step // steps - taken) > lengths[row]:
+            chosen.append(row)
+            taken += lengths[row]
+            row = next(order)
+        yield torch.tensor(chosen)
+
+
+def micro_batches(rows: Rows, chosen: Tensor, most: int, *, rank: int = 0, world: int = 1) -> list[dict[str, Tensor]]:
+    """The micro-batches of a step that process `rank` of `world` runs, of at most `most` rows.
+
+    All processes get the same number of them: under FSDP2 they have to run their layers together. One for which no
+    row is left runs one of the step's with nothing in it that counts.
+
+    Args:
+        chosen: indices of the step's rows.
+    """
+    count = -(-len(chosen) // (most * world))
+    return [
+        rows.take(part) if len(part) else rows.take(chosen[:1], counts=False)
+        for part in chosen[rank::world].tensor_split(count)
+    ]
+
+
+def _shuffled(count: int, seed: int) -> Iterator[int]:
+    """All numbers below `count` in a random order, again and again."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.long)
-    for number in range(steps * world):
-        while len(order) < batch_size:
-            order = torch.cat([order, torch.randperm(len(rows), generator=generator)])
-        if number % world == rank and number // world >= start:
-            yield rows.take(order[:batch_size])
-        order = order[batch_size:]
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
 
 
-def _packed(documents: Iterator[Tensor], length: int) -> Iterator[TokenRow]:
-    """Best fit: a document goes into the open row with the least room that holds it, or else into a new one.
-
-    Rows are given in the order in which they were opened; otherwise the first would hold mostly long documents.
-    """
-    rows: deque[TokenRow] = deque()
-    room: deque[int] = deque()
-    for piece in (piece for document in documents for piece in document.split(length)):
-        size = len(piece)
-        fits = [left for left in room if left >= size]
-        if not fits:
-            rows.append([])
-            room.append(length)
-        place = room.index(min(fits, default=length))
-        rows[place].append(piece)
-        room[place] -= size
-        if len(rows) > OPEN_ROWS:
-            room.popleft()
-            yield rows.popleft()
-    yield from rows
-
-
-def _from_row(read: Callable[[], Iterator[TokenRow]], skip: int, limit: int | None) -> list[TokenRow]:
-    """Rows `skip` to `skip + limit` of a text that starts again at its end, none of them twice."""
+def _from_token(read: Callable[[], Iterator[TokenRow]], skip: int, limit: float) -> list[TokenRow]:
+    """The rows after `skip` tokens that hold `limit` of them, of a text that starts again at its end; none twice."""
     rows: list[TokenRow] = []
-    total = 0
-    for total, row in enumerate(read(), start=1):
-        if total > skip:
-            rows.append(row)
-        if len(rows) == limit:
+    total = given = 0
+    for row in read():
+        if given >= limit and rows:
             return rows
+        size = sum(map(len, row))
+        if total >= skip:
+            rows.append(row)
+            given += size
+        total += size
     if total and skip >= total:
-        return _from_row(read, skip % total, limit)
-    return rows + list(islice(read(), min(skip, (limit or total) - len(rows))))
+        return _from_token(read, skip % total, limit)
+    total = 0
+    for row in read():
+        if total >= skip or (given >= limit and rows):
+            break
+        size = sum(map(len, row))
+        rows.append(row)
+        given += size
+        total += size
+    return rows

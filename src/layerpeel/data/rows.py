@@ -46,11 +46,25 @@ class Rows:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def take(self, indices: Tensor) -> dict[str, Tensor]:
-        """A batch of rows: `input_ids`, `attention_mask` and `document`, each [B, T] of int64."""
+    @property
+    def lengths(self) -> Tensor:
+        """Real tokens of each row, [N]."""
+        return self.mask.sum(1)
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of all rows."""
+        return int(self.mask.sum())
+
+    def take(self, indices: Tensor, *, counts: bool = True) -> dict[str, Tensor]:
+        """A batch of rows: `input_ids`, `attention_mask` and `document`, each [B, T] of int64.
+
+        Args:
+            counts: whether their tokens are real ones; else the mask says that all are padding.
+        """
         return {
             "input_ids": self.input_ids[indices].long(),
-            "attention_mask": self.mask[indices].long(),
+            "attention_mask": self.mask[indices].long() * counts,
             "document": self.document[indices].long(),
         }
 

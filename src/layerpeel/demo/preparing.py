@@ -30,10 +30,8 @@ def demo_config(folder: Path) -> dict[str, object]:
         "tasks": [_task(name) for name in World().skills()],
         "distill": {
             "text": "world/text.jsonl",
-            "tokens_per_round": 200_000,
+            "tokens_per_round": 40_000,
             "sequence_length": 96,
-            "batch_size": 24,
-            "packing": False,
             "train": "all",
             "learning_rate": 1e-3,
         },

@@ -26,7 +26,6 @@ class StepOutputs:
         labels: [B, T], the next token of the text; NO_LABEL where there is none.
         student_head, teacher_head: the models whose heads turn final hidden states into logits.
         step_tokens, step_labels: real tokens, and labels, in all micro-batches of the optimizer step.
-        micro_batches: micro-batches in the optimizer step.
     """
 
     student_final: Tensor
@@ -39,7 +38,6 @@ class StepOutputs:
     teacher_head: LayerwiseModel
     step_tokens: int
     step_labels: int
-    micro_batches: int
 
 
 class Loss(BaseModel, ABC):

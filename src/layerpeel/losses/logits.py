@@ -19,6 +19,7 @@ from torch import Tensor
 from layerpeel.losses.base import Loss, StepOutputs
 from layerpeel.losses.head import Heads
 
+PAPER_TOKENS = 2 * 2048  # of a micro-batch, over which the authors' script sums (arXiv 2511.05085)
 BYTES_IN_CACHE = 4 * 2**20  # of one of the tensors that a loss makes of some rows of logits
 
 
@@ -32,8 +33,8 @@ class LogitLoss(Loss):
     reads_teacher: ClassVar[bool] = True
 
     reduction: Literal["token_mean", "sum/100"] = "token_mean"
-    """`token_mean`: over all real tokens of the optimizer step. `sum/100`: the paper's, summed over a micro-batch and
-    averaged over the micro-batches, so that its weight grows with the size of a micro-batch."""
+    """`token_mean`: over all real tokens of the optimizer step. `sum/100`: the paper's, summed over 4,096 tokens (its
+    micro-batch, two rows of 2,048) and divided by 100: 40.96 times the mean over tokens, however a step is cut."""
 
     @abstractmethod
     def value(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class LogitLoss(Loss):
         """The factor that makes the sum over a micro-batch its share of the step's loss."""
         if self.reduction == "token_mean":
             return 1 / max(self.step_count(outputs), 1)
-        return 1 / (100 * outputs.micro_batches)
+        return PAPER_TOKENS / (100 * max(outputs.step_tokens, 1))
 
     def step_count(self, outputs: StepOutputs) -> int:
         """The number of positions that `token_mean` averages over."""

@@ -40,7 +40,7 @@ def training_memory(
     if not trained:
         return {"weights": float(shape.parameters * shape.itemsize)}
     distill, master = recipe.config, MASTER_DTYPE.itemsize
-    tokens = distill.batch_size * distill.sequence_length
+    tokens = recipe.micro_batch_rows * distill.sequence_length
     kept = shape.kept * tokens
     if distill.activation_checkpointing:
         activations = graph * tokens * shape.width * shape.itemsize + kept
@@ -49,7 +49,7 @@ def training_memory(
     activations += max(kept, logit_bytes(shape, device))  # a layer runs, or the losses
     activations += STATES * tokens * shape.width * master
     gradients = master * trained / split
-    transient = activations + (gradients if distill.accumulation > 1 else 0)  # a step's first backward finds none
+    transient = activations + (gradients if recipe.accumulates else 0)  # a step's first backward finds none
     parts = {
         "weights": float(shape.parameters * shape.itemsize),
         "trained copies in fp32": master * trained / split,

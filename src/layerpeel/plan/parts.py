@@ -7,7 +7,7 @@ Counts what `run/loop.py` does round by round: scoring as `importance/work.py` c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -136,8 +136,9 @@ class Parts:
 
     def _training(self, removed: int, tokens: int) -> tuple[float, float]:
         """Layer calls, forward, and seconds of training with so many layers gone."""
-        recipe, speed, total = self.recipe, self.speed, self.shape.layers
-        steps = recipe.steps(tokens)
+        config = self.recipe.config.model_copy(update={"tokens_per_round": tokens})
+        recipe, speed, total = replace(self.recipe, config=config), self.speed, self.shape.layers
+        steps = recipe.steps()
         kept_layers = KeptLayers.full(total).without(_gap(total, removed))
         chosen = recipe.layers(kept_layers)
         trained = set(self.training.layers if chosen is None else chosen) & set(kept_layers.kept)
@@ -147,7 +148,7 @@ class Parts:
         frozen = graph - len(trained)
         again = graph * speed.layer if recipe.config.activation_checkpointing else 0.0
         each = total * speed.layer + len(trained) * speed.trained_layer + 2 * frozen * speed.layer + again
-        calls = steps * recipe.step_tokens * (total + graph)
+        calls = tokens * (total + graph)
         updated = self.training.parameters * len(trained) / max(len(self.training.layers), 1)
         updates = steps * updated * speed.update * recipe.processes  # not shared: each process updates all
-        return float(calls), steps * recipe.step_tokens * (each + speed.head_loss) + updates
+        return float(calls), tokens * (each + speed.head_loss) + updates

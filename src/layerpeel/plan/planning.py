@@ -81,7 +81,7 @@ def plan_run(
         InputError: the config selects nothing to train.
     """
     recipe, model = TrainingRecipe(config.distill, gpus), empty_model(teacher, dtype)
-    shape = shape_of(model, config.distill.batch_size, config.distill.sequence_length)
+    shape = shape_of(model, recipe.micro_batch_rows, config.distill.sequence_length)
     student = Outline(model, _gap(shape.layers, 1))
     training = _training(student, recipe)
     rounds, trained = _rounds(config, shape), training.parameters

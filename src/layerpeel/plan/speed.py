@@ -101,10 +101,10 @@ class _Timed:
 
     def __init__(self, model: PreTrainedModel, recipe: TrainingRecipe) -> None:
         self.model, self.recipe, self.layerwise = model, recipe, LayerwiseModel(model)
-        rows, length = recipe.config.batch_size, recipe.config.sequence_length
+        rows, length = recipe.micro_batch_rows, recipe.config.sequence_length
         self.ids = torch.randint(0, self.layerwise.vocab_size, (rows, length), device=model.device)
         packed = torch.arange(length).remainder(max(1, length // 2)).expand(rows, -1)
-        positions = packed if recipe.packs(self.layerwise) else None
+        positions = packed if recipe.packing(self.layerwise) == "bfd" else None
         self.hidden, self.arguments = self.layerwise.begin(self.ids, positions)
         self.losses = LossSum(recipe.config.losses)
 
@@ -143,7 +143,6 @@ class _Timed:
                 teacher_head=self.layerwise,
                 step_tokens=self.ids.numel(),
                 step_labels=self.ids.numel(),
-                micro_batches=1,
             )
             self.losses(outputs)[0].backward()
 

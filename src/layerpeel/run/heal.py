@@ -21,8 +21,9 @@ def heal_candidates(student: Student, inputs: ScoringInputs, scores: LayerScores
     """
     assert config.score.heal and inputs.reference
     started = time.monotonic()
-    tokens = config.score.heal.steps * TrainingRecipe(config.distill).step_tokens
-    distill = config.distill.model_copy(update={"tokens_per_round": tokens})
+    step = TrainingRecipe(config.distill).step_tokens
+    sizes = {"tokens_per_step": step, "tokens_per_round": config.score.heal.steps * step}
+    distill = config.distill.model_copy(update=sizes)
     teacher = inputs.reference.aggregate(inputs.reference, config.aggregate)
     for layer in scores.ranked()[: config.score.heal.keep]:
         trial = student.fork()

@@ -183,9 +183,10 @@ def _check_sizes(config: RunConfig, teacher: PretrainedConfig, *, training: bool
         training: whether anything will train; else only what scoring takes is looked at.
     """
     distill, text = config.distill, text_config(teacher)
-    row = distill.sequence_length * distill.batch_size
-    hidden = 2 * 2 * row * getattr(text, "hidden_size", 0) if distill.text else 0  # in 16 bits, of two models
-    steps = config.score.heal.steps * distill.accumulation if config.score.heal else 0
+    recipe = TrainingRecipe(distill)
+    tokens = distill.sequence_length * recipe.micro_batch_rows
+    hidden = 2 * 2 * tokens * getattr(text, "hidden_size", 0) if distill.text else 0  # in 16 bits, of two models
+    steps = config.score.heal.steps if config.score.heal else 0
     last = (distill.last_pass and distill.last_pass.tokens) or 0
     in_memory = least_parameters(teacher) if config.score.weights == "memory" else 0
     needs = {
@@ -193,7 +194,7 @@ def _check_sizes(config: RunConfig, teacher: PretrainedConfig, *, training: bool
         "distill.sequence_length x distill.batch_size": hidden,
         "distill.tokens_per_round": BYTES_PER_TOKEN * distill.tokens_per_round,
         "distill.last_pass.tokens": BYTES_PER_TOKEN * last,
-        "score.heal.steps": BYTES_PER_TOKEN * row * steps,
+        "score.heal.steps": BYTES_PER_TOKEN * recipe.step_tokens * steps,
         "score.tokens": BYTES_PER_TOKEN * config.score.tokens,
         "score.memory": config.score.memory or 0,
     }

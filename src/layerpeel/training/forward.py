@@ -24,7 +24,6 @@ def run_both(
     *,
     step_tokens: int,
     step_labels: int,
-    micro_batches: int = 1,
     recompute: bool = False,
     teacher_states: Mapping[int, Tensor] | None = None,
 ) -> StepOutputs:
@@ -33,7 +32,7 @@ def run_both(
     Args:
         batch: `input_ids`, `attention_mask`, `document` and `labels`, [B, T], right-padded.
         layers: teacher indices of the layers whose outputs are wanted, of those in training.
-        step_tokens, step_labels, micro_batches: of the optimizer step, as in `StepOutputs`.
+        step_tokens, step_labels: of the optimizer step, as in `StepOutputs`.
         recompute: keep only what enters each of the student's layers, and run them again in the backward pass.
         teacher_states: the teacher's, if they need not be computed: [B, T, D] of those layers, and of FINAL.
     """
@@ -59,7 +58,6 @@ def run_both(
         teacher_head=teacher,
         step_tokens=step_tokens,
         step_labels=step_labels,
-        micro_batches=micro_batches,
     )
 
 

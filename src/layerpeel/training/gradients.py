@@ -52,10 +52,6 @@ class StepGradients:
         }
         return sum_numbers(counts, self.device)
 
-    def rows(self, halved: int) -> int:
-        """Rows of a micro-batch after it was halved so many times."""
-        return max(1, self.config.batch_size >> halved)
-
     def compute(
         self, batches: Sequence[Mapping[str, Tensor]], counts: Mapping[str, float], halved: int
     ) -> tuple[dict[str, float], int]:
@@ -70,10 +66,11 @@ class StepGradients:
             RunError: memory does not suffice for one row; or for the rows, where layers are split between processes,
                 which then are not at the same place.
         """
-        while not (totals := self._accumulate(batches, counts, self.rows(halved))):
-            self._check_can_halve(self.rows(halved))
+        most = max(len(batch["input_ids"]) for batch in batches)
+        while not (totals := self._accumulate(batches, counts, rows := max(1, most >> halved))):
+            self._check_can_halve(rows)
             halved += 1
-            console.print(f"out of memory: {self.rows(halved)} rows at a time from here")
+            console.print(f"out of memory: micro-batches of {max(1, most >> halved)} rows from here")
             for parameter in self.student.model.parameters():
                 parameter.grad = None
             if self.device.type == "cuda":
@@ -101,7 +98,7 @@ class StepGradients:
         if rows == 1 or any(isinstance(parameter, DTensor) for parameter in self.student.model.parameters()):
             raise RunError(
                 f"out of memory in training, with {rows} rows of {self.config.sequence_length} tokens at a time",
-                hint="lower distill.batch_size (with more distill.accumulation) or distill.sequence_length, or set "
+                hint="lower distill.batch_size (the steps stay the same) or distill.sequence_length, or set "
                 "distill.activation_checkpointing: true",
             )
 
@@ -117,7 +114,6 @@ class StepGradients:
                 teacher_states=states,
                 step_tokens=int(counts["tokens"]),
                 step_labels=int(counts["labels"]),
-                micro_batches=self.recipe.micro_batches,
                 recompute=self.config.activation_checkpointing,
             )
             if self.cache and states is None:

@@ -5,6 +5,7 @@ The trainer does what a recipe says, and `layerpeel.plan` counts it from the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from layerpeel.config.distill import DistillConfig
+from layerpeel.config.distill import DistillConfig, Packing
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.training.optimizer_state import collect
@@ -34,6 +35,10 @@ from layerpeel.training.optimizers import (
 from layerpeel.training.student import Student
 from layerpeel.training.trainable import layers_to_train, parameters_to_train
 
+# An optimizer step of `tokens_per_step: auto`. At small budgets many small steps beat few large ones, down to about 512
+# tokens, below which a step hardly gets cheaper; a large budget has steps to spare, and larger ones use a GPU better.
+STEPS = 400
+FEWEST_STEP_TOKENS, MOST_STEP_TOKENS = 512, 2**19
 MASTER_DTYPE = torch.float32  # of parameters while they train, of their gradients, and of what is made from them
 
 
@@ -65,33 +70,34 @@ class TrainingRecipe:
     # What a step is
 
     @property
-    def micro_batches(self) -> int:
-        """In a step, over all processes."""
-        return self.config.accumulation * self.processes
-
-    @property
     def step_tokens(self) -> int:
-        """Tokens in a step, padding included, over all processes."""
-        return self.config.batch_size * self.config.sequence_length * self.micro_batches
+        """Real tokens of an optimizer step, over all processes."""
+        config, tokens = self.config, self.config.tokens_per_step
+        if tokens == "auto":
+            power = round(math.log2(max(config.tokens_per_round / STEPS, 1)))
+            return max(min(max(2**power, FEWEST_STEP_TOKENS), MOST_STEP_TOKENS), config.sequence_length)
+        return max(tokens, config.sequence_length)
 
-    def steps(self, tokens: int | None = None) -> int:
-        """Optimizer steps for so many tokens (a round's, if not given): at least one, unless there are none."""
-        tokens = self.config.tokens_per_round if tokens is None else tokens
-        return max(1, tokens // self.step_tokens) if tokens else 0
+    def steps(self) -> int:
+        """Optimizer steps of a round: at least one, unless there are no tokens."""
+        tokens = self.config.tokens_per_round
+        return max(1, round(tokens / self.step_tokens)) if tokens else 0
 
     @property
-    def step_rows(self) -> int:
-        """Rows in a step, over all processes."""
-        return self.config.batch_size * self.micro_batches
+    def micro_batch_rows(self) -> int:
+        """The most rows of a micro-batch, if rows are full; documents of their own may be as short as a token."""
+        shortest = 1 if self.config.packing == "none" else self.config.sequence_length
+        return min(self.config.batch_size, -(-self.step_tokens // (shortest * self.processes)))
 
     @property
-    def rows(self) -> int:
-        """Rows of text that a round trains on."""
-        return self.steps() * self.step_rows
+    def accumulates(self) -> bool:
+        """Whether a process runs several micro-batches in a step of full rows."""
+        return self.step_tokens > self.config.batch_size * self.config.sequence_length * self.processes
 
-    def packs(self, teacher: LayerwiseModel) -> bool:
-        """Whether rows hold several documents: where that is wanted, and the model can keep them apart."""
-        return self.config.packing and teacher.runs_packed
+    def packing(self, teacher: LayerwiseModel) -> Packing:
+        """How documents become rows: as is wanted, but one a row if the model cannot keep them apart."""
+        wanted = self.config.packing
+        return "none" if wanted == "bfd" and not teacher.runs_packed else wanted
 
     # What trains
 

@@ -18,9 +18,7 @@ class TrainingCounts:
         layers: teacher indices of the trained layers.
         parameters: how many numbers trained.
         steps: optimizer steps.
-        tokens: real tokens seen, by all processes.
-        rows: of text, seen by all processes; those seen again count again.
-        row_length: their length in tokens; 0 if each holds one document, cut or padded.
+        tokens: real tokens seen, by all processes; those seen again count again.
         skipped: steps that were skipped, since their loss or gradient was not finite.
         restarts: how often the round began again with half the learning rate, after too many of them.
         halved: how often a micro-batch was halved, since memory had run out.
@@ -33,8 +31,6 @@ class TrainingCounts:
     parameters: int = 0
     steps: int = 0
     tokens: int = 0
-    rows: int = 0
-    row_length: int = 0
     skipped: int = 0
     restarts: int = 0
     halved: int = 0

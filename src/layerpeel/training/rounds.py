@@ -65,7 +65,6 @@ def train_student(
     stored = storage if isinstance(storage, StoredDtypes) else StoredDtypes(storage)
     student.load_trained({n: value.to(stored.of(n)) for n, value in student.trained_state().items() if n in names})
     result.seconds += time.monotonic() - started
-    result.rows, result.row_length = recipe.rows, text.row_length
     return result
 
 

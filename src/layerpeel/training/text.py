@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from layerpeel.config.distill import Packing
 from layerpeel.data.batches import load_rows
 from layerpeel.data.rows import Rows
-from layerpeel.processes.progress import console
+from layerpeel.processes.progress import console, print_once
 from layerpeel.training.recipe import TrainingRecipe
 from layerpeel.training.result import TrainingSummary
 from layerpeel.training.student import Student
@@ -25,42 +26,43 @@ class TrainingText:
 
     Attributes:
         recipe: of the training.
-        packing: whether rows hold several documents.
-        skip: how many rows, as this training has them, others have read before.
+        packing: how documents become rows.
+        skip: how many real tokens of the text others have read before.
     """
 
     recipe: TrainingRecipe
-    packing: bool
+    packing: Packing
     skip: int
 
     @classmethod
     def after(cls, before: Iterable[TrainingSummary], recipe: TrainingRecipe, student: Student) -> TrainingText:
         """Goes on after other trainings of a student, or begins again, as `distill.fresh_text` says."""
-        packing = recipe.packs(student.teacher)
+        packing = recipe.packing(student.teacher)
         if packing != recipe.config.packing:
-            console.print("distill.packing: this model cannot keep documents of a row apart; one document a row")
-        return cls(recipe, packing, rows_before(before, recipe, packing) if recipe.config.fresh_text else 0)
-
-    @property
-    def row_length(self) -> int:
-        """In tokens; 0 where a row is a document, however long."""
-        return self.recipe.config.sequence_length if self.packing else 0
+            console.print(
+                "distill.packing: this model cannot keep documents of a row apart; one document a row, padded "
+                "(packing: wrapped would fill the rows)"
+            )
+        return cls(recipe, packing, sum(each.tokens for each in before) if recipe.config.fresh_text else 0)
 
     def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> Rows:
-        """Reads and tokenises the rows.
+        """Reads and tokenises the rows, and says how full they are.
 
         Raises:
             InputError: there is no text.
         """
-        return load_rows(
+        rows = load_rows(
             self.recipe.config.text,
             tokenizer,
             sequence_length=self.recipe.config.sequence_length,
             packing=self.packing,
-            max_tokens=self.recipe.steps() * self.recipe.step_tokens,
+            max_tokens=self.recipe.config.tokens_per_round,
             seed=seed,
-            skip_rows=self.skip,
+            skip_tokens=self.skip,
         )
+        steps = f"{self.recipe.steps():,} step{'s' * (self.recipe.steps() > 1)} of {self.recipe.step_tokens:,} tokens"
+        print_once(f"{steps}: rows {rows.tokens / rows.mask.numel():.0%} full".replace("%", " %"))
+        return rows
 
     def settings(self, seed: int, round_number: int) -> str:
         """A hash of what the steps of the training depend on, but for the weights and the content of the text."""
@@ -69,12 +71,3 @@ class TrainingText:
             del source["path"]
         values = [fields, self.recipe.processes, seed, round_number, self.skip]
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def rows_before(before: Iterable[TrainingSummary], recipe: TrainingRecipe, packing: bool) -> int:
-    """How many rows of text, as a training has them, earlier ones have read, whatever their sizes were."""
-    length, total = recipe.config.sequence_length, 0
-    for training in before:
-        rows = training.rows or training.steps * recipe.step_rows
-        total += -(-rows * training.row_length // length) if packing and training.row_length else rows
-    return total

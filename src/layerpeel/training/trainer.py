@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from layerpeel.data.batches import cycle_batches
+from layerpeel.data.batches import micro_batches, step_rows
 from layerpeel.data.rows import Rows
 from layerpeel.errors import RunError
 from layerpeel.losses.loss_sum import LossSum
@@ -172,18 +172,11 @@ class Trainer:
 
     def _batches(self, rows: Rows, seed: int, done: int) -> Iterator[list[dict[str, Tensor]]]:
         """This process's micro-batches of each step that is left."""
-        processes, accumulation = processes_of(self.device), self.config.accumulation
-        batches = cycle_batches(
-            rows,
-            self.config.batch_size,
-            seed=seed,
-            steps=self.steps * accumulation,
-            start=done * accumulation,
-            rank=processes.process_index,
-            world=processes.num_processes,
-        )
-        while micro_batches := list(islice(batches, accumulation)):
-            yield micro_batches
+        processes = processes_of(self.device)
+        rank, world = processes.process_index, processes.num_processes
+        chosen = step_rows(rows, tokens=self.config.tokens_per_round, steps=self.steps, seed=seed)
+        for indices in islice(chosen, done, None):
+            yield micro_batches(rows, indices, self.config.batch_size, rank=rank, world=world)
 
     @contextmanager
     def _in_master_dtype(self, checkpoint: Checkpoint | None) -> Iterator[None]:
