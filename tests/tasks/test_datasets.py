@@ -10,6 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from layerpeel.config.reading import load_config
+from layerpeel.losses.hidden_mse import HiddenMSE
+from layerpeel.losses.kl import KL
 from layerpeel.losses.loss_sum import LossSum
 from layerpeel.tasks.registry import make_tasks
 from tests.tasks.conftest import score_of, task_of
@@ -104,6 +106,5 @@ def test_the_papers_settings() -> None:
     settings = (distill.train, distill.radius, distill.learning_rate, distill.weight_decay, distill.warmup_steps)
     assert settings == ("neighbours", 1, 1e-4, 0.05, 8)
     assert (distill.tokens_per_step, distill.sequence_length, distill.max_grad_norm) == (8 * 2048, 2048, 0.3)
-    LossSum(distill.losses)
-    assert distill.losses["kl"].model_extra == {"reduction": "sum/100"}
-    assert distill.losses["hidden_mse"].model_extra == {"relative": False}
+    losses = LossSum(distill.losses).losses
+    assert losses == {"kl": KL(reduction="sum/100"), "hidden_mse": HiddenMSE(relative=False)}

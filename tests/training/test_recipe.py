@@ -111,7 +111,7 @@ def test_the_rate_falls_in_a_line_or_not_at_all(kind: str, after: list[float]) -
 
 def test_which_steps_are_averaged() -> None:
     for share, steps in ((0.0, []), (0.25, [4]), (0.5, [3, 4]), (0.01, [4]), (1.0, [1, 2, 3, 4])):
-        four = recipe(average_last=share, tokens_per_round=4 * 16 * 256)
+        four = recipe(average_last=share, tokens_per_step=512, tokens_per_round=4 * 512)
         assert [step for step in range(1, 5) if four.averages(step)] == steps
 
 

@@ -104,7 +104,7 @@ def test_a_round_says_how_full_its_rows_are(text: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("family", RECURRENT)
 def test_recurrent_models_train_on_wrapped_rows(text: Path, family: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options: dict[str, Any] = {"train": "all", "learning_rate": 1e-3, "removed": [2, 3]}
+    options: dict[str, Any] = {"train": "all", "learning_rate": 1e-3, "removed": [3, 4]}
     student, result = train(text, 2, family=family, packing="wrapped", **options)
     assert result.steps == 2 and result.tokens == 264  # 11 rows of 24
     assert all(math.isfinite(point["loss"]) and point["gradient_norm"] > 0 for point in result.curve)
