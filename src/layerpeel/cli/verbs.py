@@ -62,6 +62,7 @@ from layerpeel.run.results_json import evaluation_to_json
 from layerpeel.storage.outputs import beside
 from layerpeel.tasks.evaluation import evaluate
 from layerpeel.training.rounds import distill
+from layerpeel.training.teacher_text import with_teacher_text
 
 
 @app.command()
@@ -93,6 +94,8 @@ def score(
     layerwise, tokenizer = load_layerwise(settings)
     key = fingerprint(settings.teacher, layerwise.model.dtype, settings.revision)
     answer_cache = AnswerCache(folder / f"answers.{RANK}.jsonl", key)
+    if reads_text(settings.score):
+        settings, _ = with_teacher_text(settings, layerwise, tokenizer, folder / "text", training=False)
     scores = score_layers(
         layerwise,
         tokenizer,
@@ -138,6 +141,7 @@ def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Override
     check_new_folder(output_, settings.teacher)
     check_room(output_, settings.teacher, len(chosen), **teacher_options(settings))
     teacher, tokenizer = load_teacher(settings)
+    settings, _ = with_teacher_text(settings, teacher, tokenizer, beside(output_, "-text"), scoring=False)
     kept = KeptLayers.full(len(find_architecture(teacher).layers)).without(chosen)
     origin = teacher_origin(settings).with_layers(kept.kept)
     storage = stored_dtypes(origin, teacher)

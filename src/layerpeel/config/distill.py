@@ -121,3 +121,8 @@ class DistillConfig(Section):
         """What is done after so many removals, if anything."""
         tokens = self.tokens_per_round * removed
         return LastPassConfig(tokens=tokens, train=self.train) if self.when == "end" and tokens else self.last_pass
+
+    def text_tokens(self, removed: int) -> int:
+        """Tokens of text that the trainings of so many removals read, without reading any twice."""
+        rounds = removed if self.fresh_text or self.when == "end" else 1
+        return self.tokens_per_round * rounds + (self.last_pass.tokens if self.last_pass and self.fresh_text else 0)

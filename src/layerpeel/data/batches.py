@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from layerpeel.config.fields import TextConfig
+from layerpeel.config.fields import TextConfig, TextSource
 from layerpeel.data.chats import write_chat
 from layerpeel.data.documents import PlacedDocument, mix_documents
 from layerpeel.data.rows import Rows, TokenRow
+from layerpeel.data.token_documents import check_vocabulary
 from layerpeel.data.tokenizing import start_tokens, with_start
 from layerpeel.errors import InputError
 from layerpeel.processes.progress import print_once
@@ -30,7 +32,7 @@ OPEN_ROWS = 64
 
 
 def load_rows(
-    sources: Sequence[TextConfig],
+    sources: Sequence[TextSource],
     tokenizer: PreTrainedTokenizerBase,
     *,
     sequence_length: int,
@@ -52,8 +54,11 @@ def load_rows(
             until the text is used up.
 
     Raises:
-        InputError: there is no text.
+        InputError: there is no text, or token ids are of another tokenizer.
     """
+    for source in sources:
+        if isinstance(source, TextConfig):
+            check_vocabulary(Path(source.path), tokenizer)
 
     def read() -> Iterator[TokenRow]:
         documents = tokenize(mix_documents(sources, seed), tokenizer)
@@ -70,16 +75,24 @@ def load_rows(
 
 
 def tokenize(documents: Iterator[PlacedDocument], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
-    """Token ids; texts with the tokenizer's beginning- and end-of-text tokens, chats with those of their template.
+    """Token ids; those that are such already, as they are; texts with the tokenizer's beginning- and end-of-text tokens, chats with those of their template.
 
     Texts that a template has rendered already have some of these tokens, and get no second ones.
     """
     start, end = start_tokens(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     unknown, all_known = tokenizer.unk_token_id, True
     while chunk := list(islice(documents, DOCUMENTS_PER_CALL)):
-        texts = [text if isinstance(text, str) else write_chat(text, tokenizer, where) for where, text in chunk]
-        token_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for (where, document), ids in zip(chunk, token_ids, strict=True):
+        texts = [
+            document if isinstance(document, str) else write_chat(document, tokenizer, where)
+            for where, document in chunk
+            if not isinstance(document, Tensor)
+        ]
+        token_ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+        for where, document in chunk:
+            if isinstance(document, Tensor):
+                yield document
+                continue
+            ids = next(token_ids)
             if all_known and unknown is not None and ids and 2 * ids.count(unknown) >= len(ids):
                 all_known = False
                 print_once(f"{where}: the tokenizer does not know at least half of this text (others are not named)")
