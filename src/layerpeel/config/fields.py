@@ -120,10 +120,8 @@ SOURCES = {kind.__name__: kind for kind in (TextConfig, TeacherTextConfig)}
 
 
 def _kind_of_source(value: Any) -> str:
-    is_teacher = isinstance(value, TeacherTextConfig) or (
-        isinstance(value, dict) and bool({"from", "from_"} & {*value})
-    )
-    return (TeacherTextConfig if is_teacher else TextConfig).__name__
+    says_so = isinstance(value, dict) and ("from" in value or "from_" in value)
+    return (TeacherTextConfig if says_so or isinstance(value, TeacherTextConfig) else TextConfig).__name__
 
 
 def _as_list(value: Any) -> Any:

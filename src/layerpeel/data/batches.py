@@ -75,9 +75,10 @@ def load_rows(
 
 
 def tokenize(documents: Iterator[PlacedDocument], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
-    """Token ids; those that are such already, as they are; texts with the tokenizer's beginning- and end-of-text tokens, chats with those of their template.
+    """Token ids; texts with the tokenizer's beginning- and end-of-text tokens, chats with those of their template.
 
-    Texts that a template has rendered already have some of these tokens, and get no second ones.
+    What is token ids already stays as it is. Texts that a template has rendered already have some of these tokens, and
+    get no second ones.
     """
     start, end = start_tokens(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     unknown, all_known = tokenizer.unk_token_id, True

@@ -1,4 +1,4 @@
-"""Documents that are token ids already, as the teacher wrote them: a folder of safetensors files and what is said of them.
+"""Documents that are token ids already, as the teacher wrote them: a folder of safetensors files, and what they are.
 
 FOLDER/00000.safetensors   documents in order: `tokens`, all of them joined, and `lengths`, both int32
        tokens.json           once it is complete: how many documents count, the files' checksums, and of what tokenizer

@@ -76,8 +76,8 @@ class Beginnings:
         if not self.fixed:
             raise InputError(
                 "text from the teacher: its tokenizer has neither a beginning-of-text nor an end-of-text token",
-                hint="say what its documents begin with: {from: teacher, prompts: prompts.jsonl}; or name other sources "
-                "beside it, whose first tokens it goes on from",
+                hint="say what documents begin with: {from: teacher, prompts: prompts.jsonl}; or name other sources "
+                "beside it, from whose first tokens it goes on",
             )
         return [self.fixed]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.inference.finite import NotFiniteError, refuse_nan
-from layerpeel.inference.kv_cache import is_plain
+from layerpeel.inference.kv_cache import selected
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.skipping import skipping_by_row
 from layerpeel.model.layer_inputs import CACHE_ARGUMENTS
@@ -156,14 +156,6 @@ def left_padded(sequences: Sequence[Sequence[int]], repeat_first: bool = False) 
     input_ids = [[pad] * (width - len(tokens)) + list(tokens) for pad, tokens in zip(padding, sequences, strict=True)]
     mask = [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in sequences]
     return torch.tensor(input_ids), torch.tensor(mask)
-
-
-def selected(cache: Cache | None, rows: Tensor) -> Cache | None:
-    """The rows of a cache that continue; None, for a new prefill, where rows of a family's cache cannot be selected."""
-    if cache is None or not is_plain(cache):
-        return None
-    cache.batch_select_indices(rows)
-    return cache
 
 
 @contextmanager

@@ -10,6 +10,7 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,15 +21,16 @@ from torch.nn import functional
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from layerpeel.inference.budget import Budget
-from layerpeel.inference.decoding import cache_argument, left_padded, plain_generation, selected, text_end_tokens
+from layerpeel.inference.decoding import cache_argument, plain_generation, text_end_tokens
 from layerpeel.inference.finite import refuse_nan
+from layerpeel.inference.growing import GrowingBatch, GrowingDocument
 from layerpeel.inference.kv_cache import supports_prefill
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.processes.interrupts import stop_if_asked
 
 BLOCK = 256  # tokens of the vocabulary whose probabilities are summed before the cumulative sum
-# Documents that have ended leave a batch once they are this share of it; where a cache cannot be selected from, what
-# the others hold is read again for that.
+# Documents that have ended leave a batch once they are this share of it; where rows of a cache cannot be selected, the
+# others are read again for that.
 LEAVE, LEAVE_AND_READ = 0.25, 0.5
 
 
@@ -58,8 +60,8 @@ class Sampler:
         self.temperature, self.top_p = temperature, top_p
         self.budget = budget or Budget(None, layerwise.device)
         self.ends = text_end_tokens(layerwise.model, tokenizer)
+        self.selectable = supports_prefill(layerwise.model.config, len(layerwise.layers))
         self._cache_argument = cache_argument(layerwise.model)
-        self._leave = LEAVE if supports_prefill(layerwise.model.config, len(layerwise.layers)) else LEAVE_AND_READ
 
     def sample(
         self,
@@ -79,99 +81,77 @@ class Sampler:
             RunError: memory does not suffice for a single document.
             Interrupted: a stop was asked for.
         """
-        documents: dict[int, list[int]] = {}
-        order = sorted(range(len(numbers)), key=lambda index: len(beginnings[index]))
-        while left := [index for index in order if index not in documents]:
-            batch = left[: max(1, self.budget.tokens(self.layerwise, 1) // self.length)]
+        documents = [
+            GrowingDocument(list(beginning), uniform_numbers(self.seed, number, self.length), self.ends)
+            for beginning, number in zip(beginnings, numbers, strict=True)
+        ]
+        while left := [document for document in documents if not document.has_ended]:
             try:
-                written = self._batch(
-                    [beginnings[index] for index in batch], [numbers[index] for index in batch], advance
-                )
+                self._write(sorted(left, key=lambda document: len(document.tokens)), advance)
             except Exception as error:
                 self.budget.shrink(error, self.layerwise, 1, self.length)
-            else:
-                documents |= zip(batch, written, strict=True)
-        return [documents[index] for index in range(len(numbers))]
+        return [document.tokens for document in documents]
 
     @torch.no_grad()
-    def _batch(
-        self, beginnings: Sequence[Sequence[int]], numbers: Sequence[int], advance: Callable[[int], None]
-    ) -> list[list[int]]:
-        """The documents of a batch, which get their tokens together."""
-        documents = [list(tokens) for tokens in beginnings]
-        uniforms = [uniform_numbers(self.seed, number, self.length) for number in numbers]
-        rows, cache = list(range(len(documents))), None
-        input_ids, mask = left_padded(documents)
-        while rows:
-            lengths = [len(documents[row]) for row in rows]
-            steps = _Steps(self, lengths, [uniforms[row] for row in rows], advance)
-            output = self._generate(input_ids, mask, cache, steps)
-            for row, new in zip(rows, output.sequences[:, input_ids.shape[1] :].tolist(), strict=True):
-                documents[row] = self._cut(documents[row], new)
-            left = [index for index, row in enumerate(rows) if not self._has_ended(documents[row])]
-            rows = [rows[index] for index in left]
-            if not rows:
-                break
-            cache = selected(output.past_key_values, torch.tensor(left, device=self.layerwise.device))
-            if cache is None:
-                input_ids, mask = left_padded([documents[row] for row in rows])
-            else:
-                mask = functional.pad(mask, (0, output.sequences.shape[1] - mask.shape[1]), value=1)[left]
-                input_ids = output.sequences[left].cpu()
-        return documents
+    def _write(self, documents: Sequence[GrowingDocument], advance: Callable[[int], None]) -> None:
+        """Writes documents to their ends; where some leave the batch, others take their places."""
+        most = max(1, self.budget.tokens(self.layerwise, 1) // self.length)
+        waiting, batch = deque(documents), GrowingBatch([], torch.zeros(0, 1), torch.zeros(0, 1))
+        while waiting or batch.documents:
+            new = [waiting.popleft() for _ in range(min(len(waiting), most - len(batch.documents)))]
+            if batch.cache is None:
+                batch = GrowingBatch.of([*batch.documents, *new])
+            elif new:
+                batch = batch.joined(self._advanced(GrowingBatch.of(new), advance, most_steps=1))
+            batch = self._advanced(batch, advance).without_ended()
 
-    def _has_ended(self, document: Sequence[int]) -> bool:
-        """Whether a document with at least one new token is over."""
-        return len(document) >= self.length or document[-1] in self.ends
-
-    def _cut(self, document: list[int], new: Sequence[int]) -> list[int]:
-        """The document with its new tokens, up to the first that ends it, with it, or to the length."""
-        last = next((index for index, token in enumerate(new) if token in self.ends), len(new))
-        return [*document, *new[: last + 1]][: self.length]
-
-    def _generate(self, input_ids: Tensor, mask: Tensor, cache: Any, steps: _Steps) -> Any:
-        """The output of `generate`, until enough documents have ended; `cache` is of those before, if there is one."""
+    def _advanced(
+        self, batch: GrowingBatch, advance: Callable[[int], None], most_steps: int | None = None
+    ) -> GrowingBatch:
+        """The batch with new tokens, until enough of its documents have ended."""
+        steps = _Steps(self, batch.documents, advance)
+        if not steps.most:
+            return batch
+        ends = list(self.ends)
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=int(steps.room.max()),
-            eos_token_id=list(self.ends) or None,
-            pad_token_id=self.ends[0] if self.ends else 0,
+            max_new_tokens=min(steps.most, most_steps or steps.most),
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
             use_cache=True,
             return_dict_in_generate=True,
         )
         with plain_generation(self.layerwise.model):
-            return self.layerwise.model.generate(
-                input_ids.to(self.layerwise.device),
-                attention_mask=mask.to(self.layerwise.device),
+            output: Any = self.layerwise.model.generate(
+                batch.input_ids.to(self.layerwise.device),
+                attention_mask=batch.mask.to(self.layerwise.device),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([refuse_nan, steps.choose]),
                 stopping_criteria=StoppingCriteriaList([steps.stop]),
-                **({} if cache is None else {self._cache_argument: cache}),
+                **({} if batch.cache is None else {self._cache_argument: batch.cache}),
             )
+        return batch.extended(output.sequences, output.past_key_values if self.selectable else None)
 
 
 class _Steps:
     """What happens at each step of a call of `generate`: tokens are drawn, and documents end.
 
-    Args:
-        lengths: of the documents so far.
-        uniforms: of each document, a number for each of its tokens.
+    Attributes:
+        most: steps, until all documents have ended.
     """
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        lengths: Sequence[int],
-        uniforms: Sequence[numpy.ndarray],
-        advance: Callable[[int], None],
-    ) -> None:
+    def __init__(self, sampler: Sampler, documents: Sequence[GrowingDocument], advance: Callable[[int], None]) -> None:
         self.sampler, self.advance, self.count = sampler, advance, 0
-        self.room = sampler.length - torch.tensor(lengths)
-        self.ended = torch.zeros(len(lengths), dtype=torch.bool)
-        self.uniforms = torch.zeros(len(lengths), int(self.room.max()), dtype=torch.float64)
-        for row, (length, numbers) in enumerate(zip(lengths, uniforms, strict=True)):
-            self.uniforms[row, : sampler.length - length] = torch.from_numpy(numbers[length:])
-        self._ends = torch.tensor(sampler.ends)
+        self.room = torch.tensor([document.room for document in documents])
+        self.most = int(self.room.max())
+        self.ended = self.room == 0
+        self.uniforms = torch.zeros(len(documents), self.most, dtype=torch.float64)
+        for row, document in enumerate(documents):
+            self.uniforms[row, : document.room] = torch.from_numpy(
+                document.uniforms[-document.room or self.sampler.length :]
+            )
+        self._ends = torch.tensor(sampler.ends, dtype=torch.long)
+        self._enough = LEAVE if sampler.selectable else LEAVE_AND_READ
 
     def choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores, [B, V], of which the highest is the token drawn."""
@@ -187,8 +167,8 @@ class _Steps:
         self.advance(int((~self.ended).sum()))
         self.count += 1
         self.ended |= torch.isin(input_ids[:, -1].cpu(), self._ends) | (self.room <= self.count)
-        enough = self.ended.float().mean() >= self.sampler._leave
-        return torch.full((len(input_ids),), bool(enough), device=input_ids.device)
+        enough = bool(self.ended.float().mean() >= self._enough)
+        return torch.full((len(input_ids),), enough, device=input_ids.device)
 
 
 def uniform_numbers(seed: int, document: int, count: int) -> numpy.ndarray:
@@ -206,8 +186,8 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 def invert(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """The tokens at which the cumulative distributions exceed the uniform numbers.
 
-    Sums are over blocks of the vocabulary first, so that few are made in float64, in which a cumulative sum over it is
-    exact enough for its last tokens.
+    Blocks of the vocabulary are summed first, so that a cumulative sum in float64, exact enough for the last of many
+    tokens, is made over few numbers.
 
     Args:
         probabilities: [B, V]; they need not sum to 1.

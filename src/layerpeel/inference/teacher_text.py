@@ -98,7 +98,7 @@ class TeacherWriter:
         self.written: dict[Path, WrittenText] = {}
 
     def resolve(self, sources: Sequence[TextSource]) -> list[TextSource]:
-        """The sources, with each of the teacher's replaced by the folder of its text, which is written unless it is there.
+        """The sources, with each of the teacher's replaced by the folder of its text, which is written if need be.
 
         Raises:
             InputError: there is nothing for a document to begin with; or the disk has no room.

@@ -73,7 +73,7 @@ class Peeling:
         self.cache = cache_for(self.config, self.teacher, self.run.folder)
 
     def _write_text(self) -> None:
-        """Lets the teacher write the text that the config wants of it, as far as it is not there; from then on it is read."""
+        """Lets the teacher write the text that the config wants of it, as far as it is not there, and reads it."""
         if not self.config.has_teacher_text:
             return
         target, layers = self.config.stop.target_layers, len(self.student.kept_layers)

@@ -9,7 +9,9 @@ from layerpeel.run.record import RunRecord
 
 # Shares of the documents, from which on it is worth to say so, where there are so many documents.
 LOOPING, ALIKE, EMPTY, ENDED, LEAST_DOCUMENTS = 0.1, 0.5, 0.5, 0.05, 20
-OTHER_BEGINNINGS = "look at the samples in the report; give prompts ({from: teacher, prompts: FILE}) or text of your own, or leave it out"
+OTHER_BEGINNINGS = (
+    "look at the samples in the report; give prompts ({from: teacher, prompts: FILE}), or text of your own in its place"
+)
 
 
 def degenerate_text(run: RunRecord) -> Iterator[Finding]:
@@ -24,30 +26,31 @@ def _signs(text: TeacherText) -> Iterator[Finding]:
         yield _finding(
             "looping_text",
             "warning",
-            f"{text.looping:.0%} of the {text.documents:,} documents that the teacher wrote repeat themselves over and over",
+            f"{text.looping:.0%} of the {text.documents:,} documents that the teacher wrote repeat themselves",
             "raise temperature or top_p towards 1, with which loops are rare; " + OTHER_BEGINNINGS,
         )
     if text.alike > ALIKE:
         yield _finding(
             "uniform_text",
             "warning",
-            f"{text.alike:.0%} of the {text.documents:,} documents that the teacher wrote begin with the same words: they "
-            "are of one kind, and what they lack may be forgotten",
+            f"{text.alike:.0%} of the {text.documents:,} documents that the teacher wrote begin with the same words: "
+            "they are of one kind, and what they lack may be forgotten",
             OTHER_BEGINNINGS,
         )
     if text.empty > EMPTY:
         yield _finding(
             "empty_text",
             "warning",
-            f"{text.empty:.0%} of the {text.documents:,} documents that the teacher wrote are empty: it ends them at once",
+            f"{text.empty:.0%} of the {text.documents:,} documents that the teacher wrote are empty: it ended them at "
+            "once",
             OTHER_BEGINNINGS,
         )
     if text.ended < ENDED:
         yield _finding(
             "endless_text",
             "note",
-            f"the teacher ended only {text.ended:.0%} of the {text.documents:,} documents that it wrote: the others were "
-            "cut at distill.sequence_length",
+            f"the teacher ended only {text.ended:.0%} of the {text.documents:,} documents that it wrote: the others "
+            "were cut at distill.sequence_length",
             "raise distill.sequence_length if longer documents matter; a model without an end of text never ends one",
         )
 
