@@ -115,7 +115,8 @@ def test_the_inverse_of_a_distribution_is_found_by_counting() -> None:
     probabilities[:, ::3] = 0
     uniforms = torch.rand(50, generator=generator, dtype=torch.float64)
     uniforms[:3] = torch.tensor([0.0, 1 - 2**-53, 0.5])
-    for row, uniform, token in zip(probabilities.double().tolist(), uniforms.tolist(), invert(probabilities, uniforms)):
+    drawn = invert(probabilities, uniforms)
+    for row, uniform, token in zip(probabilities.double().tolist(), uniforms.tolist(), drawn, strict=True):
         target, total = uniform * sum(row), 0.0
         expected = next(index for index, value in enumerate(row) if (total := total + value) > target or index == 999)
         assert abs(int(token) - expected) <= 1 and row[int(token)] > 0
@@ -125,7 +126,7 @@ def test_random_numbers_are_those_of_seed_and_document() -> None:
     numbers = uniform_numbers(7, 3, 100)
     assert list(uniform_numbers(7, 3, 40)) == list(numbers[:40])
     assert len({float(uniform_numbers(seed, document, 1)[0]) for seed in range(9) for document in range(99)}) == 891
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
 
 
 def test_numbers_that_are_not_finite_are_no_text() -> None:
