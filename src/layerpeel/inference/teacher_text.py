@@ -183,7 +183,7 @@ class _Text:
         lengths: list[list[int]] = []  # of the documents of each shard
         checksums: list[str] = []
         made, started = 0, time.monotonic()
-        with progress("text from the teacher", self.tokens) as advance:
+        with progress("text from the teacher", -(-self.tokens // self.processes.num_processes)) as advance:
             size = min(FIRST, -(-self.tokens // self.writer.length))
             while sum(map(sum, lengths)) < self.tokens:
                 # The first shard is written alone: it says how many documents the others need.

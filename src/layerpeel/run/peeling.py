@@ -83,6 +83,7 @@ class Peeling:
             self.tokenizer,
             self.run.text_folder,
             removals=1 if target is None else layers - target,
+            teacher_files=self.run.start.teacher_files if self.run.start else None,
         )
         for text in texts:
             self.run.record_teacher_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ def with_teacher_text(
     removals: int = 1,
     training: bool = True,
     scoring: bool = True,
+    teacher_files: Mapping[str, str] | None = None,
 ) -> tuple[RunConfig, list[WrittenText]]:
     """A config in which each source `from: teacher` is the folder of the text; and the texts, written if need be.
 
@@ -28,6 +30,7 @@ def with_teacher_text(
         model: the teacher.
         folder: where texts are kept.
         removals: how many layers go, by which the trainings' need of text is known.
+        teacher_files: a digest of each of the teacher's files, if they are known.
         training, scoring: which of the two will read text; what neither reads is not written.
 
     Raises:
@@ -39,7 +42,7 @@ def with_teacher_text(
         model,
         tokenizer,
         folder,
-        teacher=digests(config.teacher, config.revision),
+        teacher=dict(teacher_files or digests(config.teacher, config.revision)),
         length=config.distill.sequence_length,
         tokens=max(training * config.distill.text_tokens(removals), scoring * config.score.tokens),
         seed=config.seed,
