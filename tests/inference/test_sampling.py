@@ -144,7 +144,7 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_no_text(monkeypatch: 
     def scarce(input_ids: torch.Tensor, **options: object) -> object:
         calls.append(len(input_ids))
         if len(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
         return generate(input_ids, **options)
 
     monkeypatch.setattr(sampled.layerwise.model, "generate", scarce)
