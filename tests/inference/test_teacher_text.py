@@ -178,6 +178,7 @@ def test_chats_go_on_with_what_the_assistant_says(tmp_path: Path) -> None:
     path.write_text(json.dumps({"messages": chats[1][1:]}))
     with pytest.raises(InputError, match="a chat without a message that an assistant could answer"):
         write(tmp_path / "other", prompts=str(path), tokenizer=tokenizer)
+    path.write_text(json.dumps({"messages": chats[0]}))
     with pytest.raises(InputError, match="the tokenizer has no chat template"):
         write(tmp_path / "other", prompts=str(path))
 
