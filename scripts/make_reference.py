@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from layerpeel.cli.verbs import app
 from layerpeel.config.distill import DistillConfig, LastPassConfig, LossConfig
-from layerpeel.config.fields import TextConfig
+from layerpeel.config.fields import TeacherTextConfig, TextConfig
 from layerpeel.config.presets import PRESETS
 from layerpeel.config.run import RunConfig, StopConfig, TaskConfig
 from layerpeel.config.score import HealConfig, ProtectConfig, RaceConfig, ScoreConfig, ShortlistConfig
@@ -41,6 +41,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("tasks", TaskConfig),
     ("distill", DistillConfig),
     ("distill.text", TextConfig),
+    ("distill.text from the teacher", TeacherTextConfig),
     ("distill.last_pass", LastPassConfig),
     ("distill.losses", LossConfig),
 ]
@@ -154,7 +155,11 @@ def _declared(parameter: Parameter, hint: Any) -> tuple[str, str, str]:
 
 
 def _heading(name: str) -> str:
-    return f"{name} {{ #{name.lower().replace('.', '-').replace(' ', '-')} }}"
+    return f"{name} {{ #{_anchor(name)} }}"
+
+
+def _anchor(name: str) -> str:
+    return name.lower().replace(".", "-").replace(" ", "-")
 
 
 def _summary(kind: type[Any]) -> str:
@@ -173,7 +178,8 @@ def _fields(model: type[BaseModel], without: set[str] = frozenset()) -> str:  # 
         if name not in without:
             default = "needed" if field.is_required() else _default(field.get_default(call_default_factory=True))
             description = _one_line(_said_of(name, model))
-            rows.append((f"`{name}`", _type(schema["properties"][name], schema), default, description))
+            written = field.alias or name
+            rows.append((f"`{written}`", _type(schema["properties"][written], schema), default, description))
     return _table(("field", "type", "default", "what it is"), rows)
 
 
@@ -210,13 +216,13 @@ def _type(field: dict[str, Any], schema: dict[str, Any]) -> str:
     if "$ref" in field:
         name = field["$ref"].rsplit("/", 1)[1]
         where = WHERE[name]
-        return f"[{where}](#{where.replace('.', '-')})"
+        return f"[{where}](#{_anchor(where)})"
     if "allOf" in field:
         return _type(field["allOf"][0], schema)
     if "enum" in field or "const" in field:
         return " or ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
-    if "anyOf" in field:
-        return " or ".join(dict.fromkeys(_type(each, schema) for each in field["anyOf"] if each.get("type") != "null"))
+    if kinds := field.get("anyOf", field.get("oneOf")):
+        return " or ".join(dict.fromkeys(_type(each, schema) for each in kinds if each.get("type") != "null"))
     if field.get("type") == "array" and field.get("items"):
         return f"list of {_type(field['items'], schema)}"
     inner = field.get("additionalProperties")

@@ -338,7 +338,7 @@ def test_configs_and_rows_can_be_read(page: str, folder: Path) -> None:
         LossSum({name: loss for name, loss in found.distill.losses.items() if not name.startswith("my_")})
         if not found.score.decide.startswith("my_"):
             make_metric(found.score.decide)
-        for source in found.distill.text:
+        for source in found.files_of_text().values():
             next(read_documents(source))
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from layerpeel.config.distill import DistillConfig, LossConfig
+from layerpeel.config.fields import TeacherTextConfig
 from layerpeel.config.presets import PRESETS
 from layerpeel.config.reading import load_config, parse_config
 from layerpeel.data.reading import expand
@@ -101,6 +102,23 @@ def test_sizes_in_words(tmp_path: Path, written: str | int, count: int) -> None:
     assert load_config(write(tmp_path, stop={"max_params": written})).stop.max_params == count
 
 
+def test_the_teacher_may_write_the_text(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").touch()
+    sources = ["a.txt", {"from": "teacher", "tokens": "50M", "prompts": "p.jsonl", "weight": 2}]
+    config = load_config(write(tmp_path, distill={"text": sources}, score={"text": {"from": "teacher"}}))
+    _, source = config.distill.text
+    assert isinstance(source, TeacherTextConfig) and config.has_teacher_text
+    assert (source.tokens, source.temperature, source.top_p, source.weight) == (50_000_000, 1.0, 1.0, 2.0)
+    prompts = str(tmp_path / "p.jsonl")
+    assert {place: text.path for place, text in config.files_of_text().items()} == {
+        "distill.text.0": "a.txt",
+        "distill.text.1.prompts": prompts,
+    }
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(again) == config
+
+
 @pytest.mark.parametrize("text", ["a.txt", {"path": "a.txt"}, ["a.txt"], [{"path": "a.txt"}]])
 def test_text_may_be_one_or_several(tmp_path: Path, text: Any) -> None:
     config = load_config(write(tmp_path, distill={"text": text}, score={"text": text}))
@@ -180,6 +198,23 @@ def test_paths_are_of_the_configs_folder_first(tmp_path: Path, monkeypatch: pyte
         (
             {"distill": {"tokens_per_round": 0, "last_pass": {"tokens": 5}}},
             "distill.text: expected text to train on (or no distill.last_pass)",
+        ),
+        ({"distill": {"text": [{}]}}, "distill.text.0.path: expected a path, or `from: teacher`; found neither"),
+        ({"score": {"text": [{"from": "student"}]}}, "score.text.0.from: input should be 'teacher', found 'student'"),
+        ({"distill": {"text": {"from": "teacher", "path": "a"}}}, "distill.text.0.path: unknown key"),
+        (
+            {"distill": {"text": {"from": "teacher", "prompt": "a"}}},
+            "distill.text.0.prompt: unknown key; did you mean 'prompts'",
+        ),
+        (
+            {"distill": {"text": {"from": "teacher", "prompts": {"path": "a", "colum": "b"}}}},
+            "distill.text.0.prompts.colum: unknown key; did you mean 'column'",
+        ),
+        ({"distill": {"text": {"from": "teacher", "temperature": 0}}}, "distill.text.0.temperature: input should be"),
+        ({"distill": {"text": {"from": "teacher", "top_p": 1.5}}}, "distill.text.0.top_p: input should be less than"),
+        (
+            {"tasks": [{"kind": "perplexity", "data": {"from": "teacher"}}]},
+            "tasks.0: data: expected a path; a task cannot be made of text that the teacher writes",
         ),
         ({"aggregate": "median"}, "aggregate: input should be 'mean' or 'relative', found 'median'"),
     ],

@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from layerpeel.config.distill import DistillConfig
+from layerpeel.config.fields import TeacherTextConfig, TextConfig
 from layerpeel.config.reading import parse_config
 from layerpeel.config.run import RunConfig
 from layerpeel.config.score import ScoreConfig
@@ -67,6 +68,18 @@ def test_layer_calls_by_hand(config: RunConfig) -> None:
     assert planned.layer_tokens["training"] == 320 * (6 + 5) + 320 * (6 + 4)
     assert planned.seconds["scoring"] == planned.layer_tokens["scoring"]
     assert plan(config, gpus=2).seconds["scoring"] == planned.seconds["scoring"] / 2
+
+
+def test_text_from_the_teacher_by_hand(config: RunConfig) -> None:
+    assert "sampling" not in plan(config).seconds
+    config.distill.text = [TeacherTextConfig(), TextConfig(path="none", weight=3.0)]
+    planned = plan(config, replace(UNIT, head=0.5, decode_call=100.0))
+    # A quarter of what two rounds train on, through 6 layers; few tokens share a step's call of a layer.
+    assert planned.layer_tokens["sampling"] == 160 * 6
+    rows = 2**17 // 16
+    assert planned.seconds["sampling"] == pytest.approx(160 * (6 * (1 + 100 / rows) + 0.5))
+    config.distill.text = [TeacherTextConfig(tokens=5000)]
+    assert plan(config).layer_tokens["sampling"] == 5000 * 6
 
 
 def test_ranking_once_and_training_once(config: RunConfig) -> None:

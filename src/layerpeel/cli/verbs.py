@@ -72,6 +72,7 @@ def score(
         from layerpeel.inference.answer_cache import AnswerCache
         from layerpeel.model.digests import fingerprint
         from layerpeel.run.preflight import check_score
+        from layerpeel.training.teacher_text import with_teacher_text
 
     settings = load_config(config, set_)
     tasks = check_score(settings)
@@ -80,6 +81,8 @@ def score(
     layerwise, tokenizer = load_layerwise(settings)
     key = fingerprint(settings.teacher, layerwise.model.dtype, settings.revision)
     answer_cache = AnswerCache(folder / f"answers.{RANK}.jsonl", key)
+    if reads_text(settings.score):
+        settings, _ = with_teacher_text(settings, layerwise, tokenizer, folder / "text", training=False)
     scores = score_layers(
         layerwise,
         tokenizer,
@@ -133,6 +136,7 @@ def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Override
         from layerpeel.model.surgery import KeptLayers
         from layerpeel.run.removal_card import TrainingFacts, write_removal_card
         from layerpeel.training.rounds import distill
+        from layerpeel.training.teacher_text import with_teacher_text
 
     settings = load_config(config, set_)
     chosen = parse_layers(layers)
@@ -141,6 +145,7 @@ def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Override
     check_new_folder(output_, settings.teacher)
     check_room(output_, settings.teacher, len(chosen), **teacher_options(settings))
     teacher, tokenizer = load_teacher(settings)
+    settings, _ = with_teacher_text(settings, teacher, tokenizer, beside(output_, "-text"), scoring=False)
     kept = KeptLayers.full(len(find_architecture(teacher).layers)).without(chosen)
     origin = teacher_origin(settings).with_layers(kept.kept)
     storage = stored_dtypes(origin, teacher)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from layerpeel.config.distill import DistillConfig, LastPassConfig, LossConfig
-from layerpeel.config.fields import Section, TextConfig
+from layerpeel.config.fields import Section, TeacherTextConfig, TextConfig, TextSource
 from layerpeel.config.reading import (
     describe,
     load_config,
@@ -29,7 +29,9 @@ __all__ = [
     "ShortlistConfig",
     "StopConfig",
     "TaskConfig",
+    "TeacherTextConfig",
     "TextConfig",
+    "TextSource",
     "describe",
     "load_config",
     "override",

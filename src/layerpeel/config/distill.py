@@ -180,6 +180,13 @@ class DistillConfig(Section):
         tokens = changes.pop("tokens", left)
         return self.model_copy(update=changes | {"tokens_per_round": tokens}) if tokens else None
 
+    def text_tokens(self, removed: int) -> int:
+        """Tokens of text that the trainings of so many removals read, without reading any twice."""
+        in_rounds, at_end = self.in_rounds().tokens_per_round, self.at_end(removed)
+        if not self.fresh_text:
+            return max(in_rounds, at_end.tokens_per_round if at_end else 0)
+        return in_rounds * removed + (at_end.tokens_per_round if at_end else 0)
+
 
 def _check_pattern(field: str, train: str) -> None:
     try:

@@ -7,7 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from layerpeel.config.yaml_values import abbreviated
 
@@ -64,6 +64,8 @@ AS_BYTES = BeforeValidator(_parse_bytes)
 """Of a field for a number of bytes; 8GB is understood."""
 AutoCount = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_count_or_auto)]
 """A count of at least 1, or auto."""
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""Of a source of text."""
 Folder = Annotated[Path, AfterValidator(_expand_home)]
 """A folder, with ~ expanded."""
 
@@ -75,7 +77,7 @@ class Section(BaseModel):
 
 
 class TextConfig(Section):
-    """Where text comes from."""
+    """Where text comes from: a file, a folder, a dataset."""
 
     path: Annotated[str, Field(min_length=1)]
     """A .txt, .jsonl (.ndjson, .jsonlines), .json, .csv, .tsv, .parquet or .arrow file (or a .gz of one), a folder of
@@ -90,7 +92,7 @@ class TextConfig(Section):
     """The split, where there are splits."""
     name: str | None = None
     """The subset of a hub dataset."""
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    weight: Weight = 1.0
     """How often the next document is from this source, against the weights of the others. A source that ends is drawn
     from no more: the others go on, by their weights, until all have ended. Then the text begins again."""
     shuffle: Annotated[int, Field(ge=0), AS_COUNT] = 2048
@@ -98,10 +100,56 @@ class TextConfig(Section):
     beginning; 0: in order. Lower it where documents are books."""
 
 
+def _as_source(value: Any) -> Any:
+    """Makes a mapping from a path; leaves other values to pydantic."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+class TeacherTextConfig(Section):
+    """Text that the teacher writes: sampled once, before it is first needed, and kept beside the run."""
+
+    model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
+
+    from_: Annotated[Literal["teacher"], Field(alias="from")] = "teacher"
+    """Says that it is this kind of source; there is no other yet."""
+    tokens: Annotated[int, Field(ge=1), AS_COUNT] | None = None
+    """How many to sample. If not given, as many as the trainings read of this source by its weight, so that none comes
+    twice (one round's, without `stop.target_layers` or with `fresh_text: false`); but 50M at most."""
+    prompts: Annotated[TextConfig | None, BeforeValidator(_as_source)] = None
+    """What its documents begin with: a path, or a source of texts or chats; a chat goes on with what the assistant says
+    next, in the tokenizer's chat template. If there are more documents than prompts, these come again. If not given,
+    documents begin with the beginning-of-text token; where the tokenizer has none, with the first 8 tokens of
+    documents of the other sources beside it, or else with the end-of-text token."""
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    """Divides the logits: below 1 the text is more probable, and less diverse."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Below 1: draw only from the most probable tokens that have this share of the probability (nucleus sampling)."""
+    weight: Weight = 1.0
+    """As that of any other source."""
+
+
+SOURCES = {kind.__name__: kind for kind in (TextConfig, TeacherTextConfig)}
+"""The kinds of sources of text, by the names that pydantic's errors have for them."""
+
+
+def _kind_of_source(value: Any) -> str:
+    says_so = isinstance(value, dict) and ("from" in value or "from_" in value)
+    return (TeacherTextConfig if says_so or isinstance(value, TeacherTextConfig) else TextConfig).__name__
+
+
 def _as_list(value: Any) -> Any:
     """Makes a list of mappings from one source or several, each a mapping or a path."""
     values = [value] if isinstance(value, (str, dict)) else value
-    return [{"path": item} if isinstance(item, str) else item for item in values] if isinstance(values, list) else value
+    return [_as_source(item) for item in values] if isinstance(values, list) else value
 
 
-Texts = Annotated[list[TextConfig], BeforeValidator(_as_list)]
+TextSource = TextConfig | TeacherTextConfig
+Texts = Annotated[
+    list[
+        Annotated[
+            Annotated[TextConfig, Tag("TextConfig")] | Annotated[TeacherTextConfig, Tag("TeacherTextConfig")],
+            Discriminator(_kind_of_source),
+        ]
+    ],
+    BeforeValidator(_as_list),
+]

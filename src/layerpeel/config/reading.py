@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from layerpeel.config.fields import SOURCES
 from layerpeel.config.run import RunConfig
 from layerpeel.config.yaml_values import abbreviated, read_yaml
 from layerpeel.errors import InputError, nearest
@@ -79,10 +80,12 @@ def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """The first of pydantic's errors, unknown keys last, as a message that names the field."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    field = ".".join(str(part) for part in first["loc"])
+    field = ".".join(str(part) for part in first["loc"] if part not in SOURCES)
     if first["type"] == "extra_forbidden":
         section = _section(model, first["loc"][:-1])
         return f"{field}: unknown key{nearest(str(first['loc'][-1]), section.model_fields)}"
+    if first["loc"][-2:] == ("TextConfig", "path") and first["type"] == "missing":
+        return f"{field}: expected a path, or `from: teacher`; found neither"
     message = first["msg"].removeprefix("Value error, ")
     value = "" if first["type"] in ("missing", "value_error") else f", found {abbreviated(first['input'])}"
     values = first["input"] if isinstance(first["input"], list) else [first["input"]]
@@ -94,7 +97,7 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
 def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
     """Replaces, in place, each path of a config that exists relative to `folder` or the working folder."""
     config.teacher = _resolve(config.teacher, folder)
-    for text in [*config.distill.text, *(config.score.text or [])]:
+    for text in config.files_of_text().values():
         text.path = _resolve(text.path, folder)
     for task in config.tasks:
         extra = task.model_extra or {}
@@ -150,6 +153,7 @@ def read_override(text: str) -> tuple[str, Any]:
 def _section(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:
     """The section of the config that a pydantic error location is in."""
     for part in location:
+        model = SOURCES.get(part, model)
         field = model.model_fields.get(str(part))
         sections = sections_in(field.annotation) if field else []
         model = sections[0] if sections else model

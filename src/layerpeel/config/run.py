@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from layerpeel.config.distill import DistillConfig
-from layerpeel.config.fields import AS_BYTES, AS_COUNT, Folder, Section
+from layerpeel.config.fields import AS_BYTES, AS_COUNT, Folder, Section, TeacherTextConfig, TextConfig
 from layerpeel.config.score import ScoreConfig
 
 
@@ -43,6 +43,16 @@ class TaskConfig(BaseModel):
         """Its keys that may hold a path."""
         names = ("data", "fewshot_data", "include_path", *(["task"] if self.kind == "harness" else []))
         return [name for name in names if isinstance((self.model_extra or {}).get(name), str)]
+
+    @model_validator(mode="after")
+    def _not_from_the_teacher(self) -> TaskConfig:
+        for key, value in (self.model_extra or {}).items():
+            if isinstance(value, dict) and "from" in value:
+                raise ValueError(
+                    f"{key}: expected a path; a task cannot be made of text that the teacher writes, "
+                    "which has no right answers but the teacher's own"
+                )
+        return self
 
     @model_validator(mode="after")
     def _name(self) -> TaskConfig:
@@ -98,3 +108,21 @@ class RunConfig(Section):
         if twice:
             raise ValueError(f"tasks: expected different names, found '{twice[0]}' twice")
         return self
+
+    @property
+    def has_teacher_text(self) -> bool:
+        """Whether the teacher writes some of the text."""
+        sources = [*self.distill.text, *(self.score.text or [])]
+        return any(isinstance(source, TeacherTextConfig) for source in sources)
+
+    def files_of_text(self) -> dict[str, TextConfig]:
+        """The sources of text that are files, those of prompts among them, each by its place in the config."""
+        files = {}
+        for section, sources in (("distill", self.distill.text), ("score", self.score.text or [])):
+            for number, source in enumerate(sources):
+                place = f"{section}.text.{number}"
+                if isinstance(source, TextConfig):
+                    files[place] = source
+                elif source.prompts:
+                    files[f"{place}.prompts"] = source.prompts
+        return files

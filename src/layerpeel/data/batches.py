@@ -12,17 +12,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from layerpeel.config.distill import Packing
-from layerpeel.config.fields import TextConfig
-from layerpeel.data.chats import write_chat
+from layerpeel.config.fields import TextConfig, TextSource
+from layerpeel.data.chats import Messages, write_chat
 from layerpeel.data.documents import PlacedDocument, mix_documents
 from layerpeel.data.packing import pack
 from layerpeel.data.rows import Rows, TokenRow
+from layerpeel.data.token_documents import check_vocabulary
 from layerpeel.data.tokenizing import start_tokens, with_start
 from layerpeel.errors import InputError, reason_of
 from layerpeel.processes.progress import print_once
@@ -32,7 +34,7 @@ USUAL_CHARACTERS = 6  # of a token at most; a text with more of them may have lo
 
 
 def load_rows(
-    sources: Sequence[TextConfig],
+    sources: Sequence[TextSource],
     tokenizer: PreTrainedTokenizerBase,
     *,
     sequence_length: int,
@@ -54,8 +56,11 @@ def load_rows(
             the rounds before it were given, until the text is used up.
 
     Raises:
-        InputError: there is no text.
+        InputError: there is no text, or token ids are of another tokenizer.
     """
+    for source in sources:
+        if isinstance(source, TextConfig):
+            check_vocabulary(Path(source.path), tokenizer)
 
     def read() -> Iterator[TokenRow]:
         return pack(tokenize(mix_documents(sources, seed), tokenizer), sequence_length, packing)
@@ -70,20 +75,18 @@ def load_rows(
 def tokenize(documents: Iterator[PlacedDocument], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
     """Token ids; texts with the tokenizer's beginning- and end-of-text tokens, chats with those of their template.
 
-    Texts that a template has rendered already have some of these tokens, and get no second ones.
+    What is token ids already stays as it is. Texts that a template has rendered already have some of these tokens, and
+    get no second ones.
     """
     start, end = start_tokens(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     unknown, all_known = tokenizer.unk_token_id, True
     while chunk := list(islice(documents, DOCUMENTS_PER_CALL)):
-        texts = [text if isinstance(text, str) else write_chat(text, tokenizer, where) for where, text in chunk]
-        try:
-            token_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        except Exception as error:  # of tokenizers' own, for words that a vocabulary without an unknown token lacks
-            raise InputError(
-                f"{chunk[0][0]}: the tokenizer cannot read this text or one soon after it ({reason_of(error)})",
-                hint="give it a token for the unknown (unk_token), or other text",
-            ) from None
+        texts = [text if isinstance(text, str) else _written(text, tokenizer, where) for where, text in chunk]
+        token_ids = _encode(texts, tokenizer, chunk[0][0])
         for at, ((where, document), text, ids) in enumerate(zip(chunk, texts, token_ids, strict=True)):
+            if isinstance(document, Tensor):
+                yield document
+                continue
             if all_known and unknown is not None and ids and 2 * ids.count(unknown) >= len(ids):
                 all_known = False
                 print_once(f"{where}: the tokenizer does not know at least half of this text (others are not named)")
@@ -94,6 +97,30 @@ def tokenize(documents: Iterator[PlacedDocument], tokenizer: PreTrainedTokenizer
             if isinstance(document, str):
                 ids = with_start(ids, start) + (end if ids[-1:] != end else [])
             yield torch.tensor(ids, dtype=torch.int32)
+
+
+def _written(document: Messages | Tensor, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """A chat as its template writes it; nothing of what is token ids already."""
+    return "" if isinstance(document, Tensor) else write_chat(document, tokenizer, where)
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, where: str) -> list[list[int]]:
+    """The token ids of texts, without special tokens.
+
+    Args:
+        where: how a message about the first of them begins.
+
+    Raises:
+        InputError: the tokenizer cannot read them.
+    """
+    try:
+        token_ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # of tokenizers' own, for words that a vocabulary without an unknown token lacks
+        raise InputError(
+            f"{where}: the tokenizer cannot read this text or one soon after it ({reason_of(error)})",
+            hint="give it a token for the unknown (unk_token), or other text",
+        ) from None
+    return token_ids
 
 
 def _loses_text(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> bool:

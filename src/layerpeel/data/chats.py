@@ -35,8 +35,11 @@ def messages_of(row: TableRow, column: str, where: str) -> Messages:
     return [_message(message, f"{where}, message {number}") for number, message in enumerate(messages, start=1)]
 
 
-def write_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+def write_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str, *, to_go_on: bool = False) -> str:
     """A chat as text, by the tokenizer's chat template, with its special tokens.
+
+    Args:
+        to_go_on: whether it ends with what the assistant's next message begins with.
 
     Raises:
         InputError: there is no template, or it refuses the chat.
@@ -47,7 +50,7 @@ def write_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: st
             hint="give text in place of chats, or put the chat template of the model into the teacher's folder",
         )
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_go_on))
     except Exception as error:  # a template is a program, and may raise anything
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(

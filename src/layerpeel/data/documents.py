@@ -1,17 +1,21 @@
-"""Documents from rows: plain text or chats, of one source or of a weighted mixture of several."""
+"""Documents from rows: plain text, chats or token ids, of one source or of a weighted mixture of several."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from layerpeel.config.fields import TextConfig
+from torch import Tensor
+
+from layerpeel.config.fields import TextConfig, TextSource
 from layerpeel.data.cells import TableRow, located, text_of
 from layerpeel.data.chats import Messages, messages_of
 from layerpeel.data.reading import read_rows
+from layerpeel.data.token_documents import find_token_text, read_token_documents
 from layerpeel.errors import InputError
 
-Document = str | Messages  # a text, or a chat
+Document = str | Messages | Tensor  # a text, a chat, or token ids, [tokens] of int32
 PlacedDocument = tuple[str, Document]  # with how messages about it begin
 
 TEXT, CHATS = "text", ("messages", "conversations")  # the default columns
@@ -26,17 +30,18 @@ def read_documents(source: TextConfig) -> Iterator[Document]:
     return (document for _, document in _placed_documents(source))
 
 
-def mix_documents(sources: Sequence[TextConfig], seed: int) -> Iterator[PlacedDocument]:
+def mix_documents(sources: Sequence[TextSource], seed: int) -> Iterator[PlacedDocument]:
     """The documents of all sources, each with the place that it is from, until all are used up.
 
     Each next one is from a source drawn at random, by weight, among those that have not ended. So the first documents
     are a fair mixture too. The same seed gives the same order.
     """
     rng = random.Random(seed)
-    pending = [
-        (source, _shuffled(_placed_documents(source), source.shuffle, random.Random(f"{seed}/{number}")))
-        for number, source in enumerate(sources)
-    ]
+    pending = []
+    for number, source in enumerate(sources):
+        assert isinstance(source, TextConfig), "text from the teacher is read once it is written"
+        shuffled = _shuffled(_placed_documents(source), source.shuffle, random.Random(f"{seed}/{number}"))
+        pending.append((source, shuffled))
     while pending:
         (chosen,) = rng.choices(pending, [source.weight for source, _ in pending])
         document = next(chosen[1], None)
@@ -47,6 +52,9 @@ def mix_documents(sources: Sequence[TextConfig], seed: int) -> Iterator[PlacedDo
 
 
 def _placed_documents(source: TextConfig) -> Iterator[PlacedDocument]:
+    if find_token_text(Path(source.path)):
+        yield from ((source.path, document) for document in read_token_documents(Path(source.path)))
+        return
     count = 0
     for row in read_rows(source.path, split=source.split, name=source.name, stream=True):
         chat = _chat_column(row, source)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.inference.finite import NotFiniteError, refuse_nan
-from layerpeel.inference.kv_cache import is_plain
+from layerpeel.inference.kv_cache import selected
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.skipping import skipping_by_row
 from layerpeel.model.layer_inputs import CACHE_ARGUMENTS
@@ -49,8 +49,7 @@ class Decoder:
         ends = text_end_tokens(layerwise.model, tokenizer)
         self.end_tokens = _end_tokens(tokenizer, stops, ends)
         self.text_ends = ends if plain else tuple(end for end in ends if end == tokenizer.eos_token_id)
-        accepted = signature(layerwise.model.forward).parameters
-        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in accepted), "past_key_values")
+        self._cache_argument = cache_argument(layerwise.model)
 
     @torch.no_grad()
     def decode(
@@ -77,7 +76,7 @@ class Decoder:
         if not rows:
             return written
         sequences = [[*prompts[row], *written[row]] for row in rows]
-        input_ids, mask = _left_padded(sequences, repeat_first=bool(self.options))
+        input_ids, mask = left_padded(sequences, repeat_first=bool(self.options))
         cache = cache_of(rows, [len(sequence) for sequence in sequences])
         while rows:
             count = min(STEP, max(self.limit - len(written[row]) for row in rows))
@@ -94,7 +93,7 @@ class Decoder:
             rows = [rows[index] for index in left.tolist()]
             input_ids = output.sequences[left.to(output.sequences.device)].cpu()
             mask = torch.cat([mask, mask.new_ones(len(mask), input_ids.shape[1] - mask.shape[1])], dim=1)[left]
-            cache = _selected(output.past_key_values, left.to(self.layerwise.device)) if rows else None
+            cache = selected(output.past_key_values, left.to(self.layerwise.device)) if rows else None
         return written
 
     def has_ended(self, tokens: Sequence[int]) -> bool:
@@ -140,7 +139,13 @@ class Decoder:
             )
 
 
-def _left_padded(sequences: Sequence[Sequence[int]], repeat_first: bool = False) -> tuple[Tensor, Tensor]:
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name by which a model's forward takes a cache."""
+    accepted = signature(model.forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in accepted), "past_key_values")
+
+
+def left_padded(sequences: Sequence[Sequence[int]], repeat_first: bool = False) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, [B, T] each.
 
     Args:
@@ -151,14 +156,6 @@ def _left_padded(sequences: Sequence[Sequence[int]], repeat_first: bool = False)
     input_ids = [[pad] * (width - len(tokens)) + list(tokens) for pad, tokens in zip(padding, sequences, strict=True)]
     mask = [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in sequences]
     return torch.tensor(input_ids), torch.tensor(mask)
-
-
-def _selected(cache: Cache | None, rows: Tensor) -> Cache | None:
-    """The rows of a cache that continue; None, for a new prefill, where rows of a family's cache cannot be selected."""
-    if cache is None or not is_plain(cache):
-        return None
-    cache.batch_select_indices(rows)
-    return cache
 
 
 @contextmanager

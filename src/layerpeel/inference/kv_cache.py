@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -100,3 +101,29 @@ class PrefillCache:
 def is_plain(cache: Cache | None) -> bool:
     """Whether a cache holds all keys and values of all layers, so that rows can be selected from it."""
     return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def selected(cache: Cache | None, rows: Tensor, drop: int = 0) -> Cache | None:
+    """The rows of a cache that continue; None, for a new prefill, where rows of a family's cache cannot be selected.
+
+    Args:
+        drop: tokens to leave out at the left, where all of these rows are padded.
+    """
+    if cache is None or not is_plain(cache):
+        return None
+    cache.batch_select_indices(rows)
+    for layer in cache.layers if drop else ():
+        layer.keys, layer.values = layer.keys[:, :, drop:], layer.values[:, :, drop:]
+    return cache
+
+
+def joined(caches: Sequence[Cache], tokens: int) -> Cache:
+    """One plain cache of the rows of several, each padded at the left to so many tokens."""
+    first, *others = caches
+    for position, layer in enumerate(first.layers):
+        rows = [layer, *(cache.layers[position] for cache in others)]
+        for name in ("keys", "values"):
+            states = [getattr(each, name) for each in rows]
+            padded = [functional.pad(state, (0, 0, tokens - state.shape[2], 0)) for state in states]
+            setattr(layer, name, torch.cat(padded))
+    return first

@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from layerpeel.config.fields import TeacherTextConfig
 from layerpeel.config.run import RunConfig
 from layerpeel.importance.metrics import make_metric
 from layerpeel.importance.work import count_work
 from layerpeel.inference.budget import Budget, bytes_of_token
 from layerpeel.inference.requests import Generation, Request
+from layerpeel.inference.teacher_text import SHARD, tokens_of
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.plan.shape import Shape
 from layerpeel.plan.speed import Speed
@@ -73,13 +75,16 @@ class Parts:
         self.budget = Budget(config.score.memory or default, torch.device("cpu")).bytes
 
     def totals(self, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Layer calls, and seconds, of scoring, evaluation and training."""
-        calls, seconds = (dict.fromkeys(("scoring", "evaluation", "training"), 0.0) for _ in range(2))
+        """Layer calls, and seconds, of scoring, evaluation, training, and sampling where the teacher writes text."""
+        parts = ["scoring", "evaluation", "training", *(["sampling"] if self.config.has_teacher_text else [])]
+        calls, seconds = (dict.fromkeys(parts, 0.0) for _ in range(2))
 
         def add(part: str, work: tuple[float, float]) -> None:
             calls[part] += work[0]
             seconds[part] += work[1] / self.recipe.processes
 
+        if self.config.has_teacher_text:
+            add("sampling", self._sampling(rounds))
         distill, every, total = self.config.distill, self.config.score.every, self.shape.layers
         add("evaluation", self._answering("task_quality", total, []))
         for removed in range(rounds):
@@ -133,6 +138,21 @@ class Parts:
                 batches = -(-len(generations) // max(1, tokens // longest))
                 steps += batches * max(request.max_new_tokens for request in generations)
         return steps
+
+    def _sampling(self, rounds: int) -> tuple[float, float]:
+        """Layer calls and seconds of the text that the teacher writes."""
+        config, shape, speed = self.config, self.shape, self.speed
+        total = max(config.distill.text_tokens(rounds if config.stop.target_layers else 1), config.score.tokens)
+        tokens = sum(
+            tokens_of(source, sources, total)
+            for sources in (config.distill.text, config.score.text or [])
+            for source in sources
+            if isinstance(source, TeacherTextConfig)
+        )
+        length = config.distill.sequence_length
+        rows = max(1, min(SHARD, self.budget // bytes_of_token(1, shape.width, shape.itemsize)) // length)
+        each = shape.layers * (speed.decode_row + speed.decode_call / rows) + speed.head
+        return float(tokens * shape.layers), tokens * each
 
     def _training(self, removed: int, tokens: int) -> tuple[float, float]:
         """Layer calls, forward, and seconds of training with so many layers gone."""

@@ -32,7 +32,7 @@ class Plan:
         trained: parameters that train in the first round.
         training_memory, scoring_memory: bytes on each device, by what they are for.
         layer_tokens: tokens through a layer in all, of `scoring`, `evaluation` (of teacher and students on the tasks)
-            and `training` (teacher and student, forward).
+            and `training` (teacher and student, forward); and of `sampling`, where the teacher writes text.
         seconds: of the same.
         gpus: how many share the work.
     """

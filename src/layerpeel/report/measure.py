@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from layerpeel.config.fields import TextConfig
 from layerpeel.config.run import RunConfig
 from layerpeel.data.batches import tokenize
 from layerpeel.data.documents import mix_documents
@@ -82,7 +83,7 @@ def measure_run(run: Run) -> Measurements:
     """
     teacher, tokenizer = load_run_teacher(run)
     rounds = range(len(run.rounds) + 1)
-    prompts = sample_prompts(run.config, tokenizer)
+    prompts = sample_prompts(run.config, tokenizer, run.kept_texts)
     times: dict[int, list[tuple[float, float]]] = {number: [] for number in rounds}
     peaks: dict[int, int] = {}
     texts: dict[int, list[str]] = {}
@@ -188,8 +189,14 @@ def most_allocated(profile: torch.profiler.profile) -> int:
     return peak
 
 
-def sample_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, Generation]]:
-    """A few prompts of the run's generation tasks, else beginnings of its text, each with its source."""
+def sample_prompts(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, kept_texts: Sequence[TextConfig] = ()
+) -> list[tuple[str, Generation]]:
+    """A few prompts of the run's generation tasks, else beginnings of its text, each with its source.
+
+    Args:
+        kept_texts: text that the teacher wrote, which is read where there is no other.
+    """
     prompts: list[tuple[str, Request]] = []
     for task in (task for task in make_tasks(config.tasks) if isinstance(task, Generate)):
         try:
@@ -199,7 +206,8 @@ def sample_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     if prompts:
         alternating = prompts[::2] + prompts[1::2]  # one of each task before a second one
         return [(name, _cut(request)) for name, request in alternating[:SAMPLES]]
-    text = config.distill.text or config.score.text or []
+    sources = config.distill.text or config.score.text or []
+    text = [source for source in sources if isinstance(source, TextConfig)] or kept_texts
     try:
         documents = list(islice(tokenize(mix_documents(text, config.seed), tokenizer), 2))
     except (LayerpeelError, OSError):

@@ -108,6 +108,7 @@ def _context(
         "measured": measured if isinstance(measured, Measurements) else None,
         "problem": measured.problem if isinstance(measured, NotMeasured) else None,
         "findings": run.findings,
+        "teacher_texts": run.teacher_texts,
         **provenance(run.start),
         "started": run.start.time if run.start else None,
         "ended": run.events[-1].time if run.events else None,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from jinja2 import Environment, StrictUndefined
 
+from layerpeel.config.fields import TeacherTextConfig, TextConfig, TextSource
+from layerpeel.config.run import RunConfig
 from layerpeel.model.layer_cycles import out_of_cycle
 from layerpeel.model.loading import load_config_of
 from layerpeel.processes.text import count, number, one_line, percent
@@ -55,7 +57,8 @@ def _cycle(run: Run, folder: Path) -> str | None:
 def card_metadata(config: RunConfig) -> ModelCardData:
     """The card's head: what the hub files the model under."""
     carried = {key: value for key, value in teacher_metadata(config.teacher).items() if key in CARRIED and value}
-    datasets = sorted({text.path for text in config.distill.text if _is_hub_name(text.path)})
+    files = [text for text in config.distill.text if isinstance(text, TextConfig)]
+    datasets = sorted({text.path for text in files if _is_hub_name(text.path)})
     return ModelCardData(
         base_model=teacher_name(config.teacher),
         library_name="transformers",
@@ -105,7 +108,7 @@ def card_facts(run: Run, round_number: int, metadata: ModelCardData, last_pass: 
         "last_pass": last_pass,
         "in_rounds": run.config.distill.in_rounds(),
         "at_end": run.config.distill.at_end(len(removed)),
-        "sources": [_source(text) for text in run.config.distill.text],
+        "sources": [source_name(text) for text in run.config.distill.text],
         "errors": [
             model.evaluation.aggregate_stderr(run.reference, run.config.aggregate) for model in (run.teacher, student)
         ],
@@ -113,7 +116,10 @@ def card_facts(run: Run, round_number: int, metadata: ModelCardData, last_pass: 
     }
 
 
-def _source(text: TextConfig) -> str:
+def source_name(text: TextSource) -> str:
+    """What a card calls a source of text."""
+    if isinstance(text, TeacherTextConfig):
+        return "text that the teacher wrote"
     return text.path if _is_hub_name(text.path) else Path(text.path).name
 
 

@@ -114,6 +114,30 @@ class TeacherRecord(Event, Quality):
     """How many it has."""
 
 
+class TeacherText(Event):
+    """The teacher has written a text, and it is on the disk."""
+
+    event: Literal["teacher_text"] = "teacher_text"
+    folder: str
+    """Where it is, in the run's folder."""
+    documents: int
+    """How many."""
+    tokens: int
+    """Of all documents, with what they begin with."""
+    tokens_per_second: float
+    """At which it was written."""
+    ended: float
+    """The share of the documents that the teacher ended; the others were cut at `distill.sequence_length`."""
+    empty: float
+    """The share of those that it ended at once."""
+    looping: float
+    """The share of those that repeat themselves over and over."""
+    alike: float
+    """The share of the most frequent beginning."""
+    samples: list[str]
+    """The beginnings of a few documents."""
+
+
 class Scored(Event):
     """The layers were scored, and with that the next to go was chosen."""
 
@@ -225,7 +249,7 @@ class Back(Event):
     """The file's path in the run's folder."""
 
 
-AnyEvent = Start | TeacherRecord | Scored | RoundEnd | Finish | Finding | Resume | Changed | Moved | Back
+AnyEvent = Start | TeacherRecord | TeacherText | Scored | RoundEnd | Finish | Finding | Resume | Changed | Moved | Back
 _EVENT: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="event")])
 
 

@@ -5,6 +5,7 @@ NAME/journal.jsonl           one line an event, flushed and fsynced; the only tr
      rounds/03/              scores.json, training.json, trained.safetensors (the student's trained weights)
            .answers/         what tasks were answered in the round that is running
            .training.safetensors  the state of the training that is running
+     text/teacher-HASH/      text that the teacher wrote, as token ids (see `data.token_documents`)
      student/                the Hugging Face checkpoint, with its model card
      report/                 the page, its figures and tables, and what was measured for it
 
@@ -22,6 +23,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from layerpeel.config.fields import TextConfig
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError, RunError
 from layerpeel.run.events import AnyEvent, Finish, RoundEnd, check_version, event_from_json
@@ -74,6 +76,16 @@ class Run(RunRecord):
     def student_folder(self) -> Path:
         """Where the resulting checkpoint is, once the run has finished."""
         return self.folder / "student"
+
+    @property
+    def text_folder(self) -> Path:
+        """Where the texts are that the teacher writes."""
+        return self.folder / "text"
+
+    @property
+    def kept_texts(self) -> list[TextConfig]:
+        """The texts that the teacher wrote, as sources to read."""
+        return [TextConfig(path=str(self.folder / each.folder)) for each in self.teacher_texts]
 
     def round_folder(self, number: int) -> Path:
         """Where the files of a round are."""

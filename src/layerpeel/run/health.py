@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from layerpeel.processes.progress import console, shown
 from layerpeel.run.events import Finding, TeacherRecord
 from layerpeel.run.record import Round, RunRecord
+from layerpeel.run.text_health import degenerate_text
 from layerpeel.run.writing import OpenRun
 
 # The paper calls an aggregate under 0.3 after four removals a failure; its teacher scored 0.636.
@@ -49,6 +50,7 @@ def findings(run: RunRecord) -> list[Finding]:
         no_gradient,
         idle_loss,
         copy_collapse,
+        degenerate_text,
     )
     return sorted((each for check in checks for each in check(run)), key=lambda each: each.round or 0)
 

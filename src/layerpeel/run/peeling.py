@@ -26,6 +26,7 @@ from layerpeel.training.result import TrainingResult
 from layerpeel.training.rounds import train_last, train_student
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache, cache_for
+from layerpeel.training.teacher_text import with_teacher_text
 
 
 class Peeling:
@@ -33,11 +34,11 @@ class Peeling:
 
     Attributes:
         run: the record, which knows how far the run is.
-        config: how to go on.
+        config: how to go on; once the teacher has written text, with the folders of that.
         tasks: what the models are evaluated on.
         teacher, tokenizer: as loaded.
         student: the teacher without the layers that are gone, as trained so far.
-        text: what metrics read; None if the config has no text.
+        text: what metrics read; None if the config has no text, or the teacher has not written it yet.
         origin: the teacher's checkpoint.
         storage: the dtypes that the student's tensors will be saved in.
         cache: the teacher's hidden states on disk; None if they are computed each time.
@@ -60,15 +61,33 @@ class Peeling:
             check_trained(self.student, config.distill)
             self.origin = teacher_origin(pinned)
             self.storage = stored_dtypes(self.origin, self.teacher)
-            self.text = scoring_text(config, self.tokenizer)
+            self.text = None if config.has_teacher_text else scoring_text(config, self.tokenizer)
 
     def begin(self) -> None:
         """Evaluates the teacher, unless that was done, and brings the student to the end of the last round."""
         if not self.run.teacher:
             self.run.record_teacher(self.student, self.evaluate())
+        self._write_text()
         self.run.restore(self.student)
         note_findings(self.run)
         self.cache = cache_for(self.config, self.teacher, self.run.folder)
+
+    def _write_text(self) -> None:
+        """Lets the teacher write the text that the config wants of it, as far as it is not there, and reads it."""
+        if not self.config.has_teacher_text:
+            return
+        target, layers = self.config.stop.target_layers, len(self.student.kept_layers)
+        self.config, texts = with_teacher_text(
+            self.config,
+            self.student.teacher,
+            self.tokenizer,
+            self.run.text_folder,
+            removals=1 if target is None else layers - target,
+            teacher_files=self.run.start.teacher_files if self.run.start else None,
+        )
+        for text in texts:
+            self.run.record_teacher_text(text)
+        self.text = scoring_text(self.config, self.tokenizer)
 
     def stop_reason(self) -> str | None:
         """Why the run is over: the name of the stop that holds, or `no_candidates`; None to go on."""

@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from layerpeel.config.fields import TextConfig
 from layerpeel.config.reading import load_config, read_override, resolve_paths
 from layerpeel.config.run import RunConfig
 from layerpeel.data.digests import digest_of_text
@@ -26,7 +25,7 @@ def data_digests(config: RunConfig, tasks: Iterable[Task]) -> DataDigests:
     """What the tasks and the texts of a config hold now."""
     return DataDigests(
         tasks={task.name: digest for task in tasks if (digest := task.digest())},
-        text={place: digest for place, source in _texts(config) if (digest := digest_of_text(source))},
+        text={place: digest for place, source in config.files_of_text().items() if (digest := digest_of_text(source))},
     )
 
 
@@ -37,7 +36,7 @@ def changed_data(config: RunConfig, before: DataDigests, now: DataDigests) -> di
         for name, digest in before.tasks.items()
         if now.tasks.get(name, digest) != digest
     }
-    for place, source in _texts(config):
+    for place, source in config.files_of_text().items():
         if before.text.get(place, now.text.get(place)) != now.text.get(place) and place in now.text:
             section = place.rpartition(".")[0]
             changes[place] = f"{section}: the text in {source.path} is another than when the run began"
@@ -58,8 +57,11 @@ def with_places_of(
         before["teacher"] = wanted["teacher"]
     for section in ("distill", "score"):
         for number, (old, new) in enumerate(_pairs(before[section]["text"], wanted[section]["text"])):
-            if _both(recorded.text, now.text, f"{section}.text.{number}"):
+            place = f"{section}.text.{number}"
+            if _both(recorded.text, now.text, place):
                 old["path"] = new["path"]
+            if _both(recorded.text, now.text, f"{place}.prompts"):
+                old["prompts"]["path"] = new["prompts"]["path"]
     for old, new in _pairs(before["tasks"], wanted["tasks"]):
         if old["name"] == new["name"] and _both(recorded.tasks, now.tasks, old["name"]):
             paths = ("data", "fewshot_data", "include_path", *(["task"] if os.path.isfile(new.get("task", "")) else []))
@@ -163,7 +165,7 @@ def _moved(config: RunConfig, run: Run) -> RunConfig:
         gone = changed_files(run, digests(teacher)) if os.path.isdir(teacher) and os.path.isdir(beside) else []
         teacher = beside if gone and not changed_files(run, digests(beside)) else teacher
     config.teacher = teacher
-    for _, source in _texts(config):
+    for source in config.files_of_text().values():
         source.path = place(source.path)
     for task in config.tasks:
         for key in task.paths:
@@ -173,12 +175,6 @@ def _moved(config: RunConfig, run: Run) -> RunConfig:
 
 def _leads_somewhere(path: str) -> bool:
     return os.path.exists(path) or (glob.has_magic(path) and bool(glob.glob(path)))
-
-
-def _texts(config: RunConfig) -> Iterator[tuple[str, TextConfig]]:
-    """The texts of a config, each with its place in it."""
-    for section, sources in (("distill", config.distill.text), ("score", config.score.text or [])):
-        yield from ((f"{section}.text.{number}", source) for number, source in enumerate(sources))
 
 
 def _pairs(before: list[Any] | None, wanted: list[Any] | None) -> Iterator[tuple[Any, Any]]:

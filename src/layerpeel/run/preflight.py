@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from layerpeel.config.distill import DistillConfig
-from layerpeel.config.fields import TextConfig
+from layerpeel.config.fields import TeacherTextConfig, TextConfig, TextSource
 from layerpeel.config.run import RunConfig, StopConfig
 from layerpeel.data.documents import read_documents
 from layerpeel.errors import InputError
@@ -42,7 +42,7 @@ def check(config: RunConfig) -> list[Task]:
     """
     tasks = check_plan(config)
     check_output(config.output, config.teacher)
-    _check_text([*config.distill.text, *(config.score.text or [])])
+    _check_text(config.files_of_text().values())
     return tasks
 
 
@@ -91,7 +91,8 @@ def check_score(config: RunConfig) -> list[Task]:
     text = config.score.text or config.distill.text
     check_metrics(config.score, has_text=bool(text), has_tasks=bool(tasks))
     if reads_text(config.score):
-        _check_text(text)
+        _check_text(_files(text))
+        _check_streamed(config, text)
     return tasks
 
 
@@ -102,6 +103,25 @@ def _teacher_of(config: RunConfig) -> tuple[PretrainedConfig, int]:
     if not isinstance(total, int) or total < 2:
         raise InputError(f"{config.teacher}: a model of {total} layers has none to spare", hint="name a deeper one")
     return teacher, total
+
+
+def _files(sources: Iterable[TextSource]) -> list[TextConfig]:
+    """The sources that are files, and the prompts of the others."""
+    files = [source if isinstance(source, TextConfig) else source.prompts for source in sources]
+    return [source for source in files if source]
+
+
+def _check_streamed(config: RunConfig, text: Iterable[TextSource]) -> None:
+    """Refuses text that a teacher would have to write whose layers are not in memory.
+
+    Raises:
+        InputError: it would.
+    """
+    if config.score.weights == "stream" and any(isinstance(source, TeacherTextConfig) for source in text):
+        raise InputError(
+            "score.weights: stream reads every layer from disk for every token that the teacher would write",
+            hint="give text in place of {from: teacher}, or use score.weights: memory",
+        )
 
 
 def _check_text(sources: Iterable[TextConfig]) -> None:
@@ -137,7 +157,7 @@ def check_run(config: RunConfig) -> list[Task]:
         if not find_spec(name):
             raise InputError(f"trackers: {name} is not installed", hint=f"pip install {name}")
     tasks = check(config)
-    for folder in (config.output / name for name in ("rounds", "student", "report", "cache")):
+    for folder in (config.output / name for name in ("rounds", "student", "report", "cache", "text")):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"output: {folder} is a file, where a folder of the run has to be", hint="move it away")
     note_cycle(config, load_teacher_config(config))

@@ -23,6 +23,7 @@ from layerpeel.run.events import (
     Start,
     StudentRecord,
     TeacherRecord,
+    TeacherText,
 )
 from layerpeel.tasks.scores import Evaluation
 from layerpeel.training.result import TrainingSummary
@@ -148,6 +149,11 @@ class RunRecord:
         """The teacher's scores on the tasks."""
         assert self.teacher
         return self.teacher.evaluation
+
+    @property
+    def teacher_texts(self) -> list[TeacherText]:
+        """The texts that the teacher has written, each as it was written last."""
+        return list({event.folder: event for event in self.live if isinstance(event, TeacherText)}.values())
 
     @property
     def rounds(self) -> list[Round]:

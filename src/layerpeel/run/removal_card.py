@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.processes.text import count
-from layerpeel.run.card import CARRIED, _source, markdown, teacher_metadata, teacher_name
+from layerpeel.run.card import CARRIED, markdown, source_name, teacher_metadata, teacher_name
 from layerpeel.storage.files import write_whole
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class TrainingFacts:
 
     @classmethod
     def of(cls, config: RunConfig, result: TrainingResult) -> TrainingFacts:
-        return cls(config.distill, result.tokens, [_source(text) for text in config.distill.text])
+        return cls(config.distill, result.tokens, [source_name(text) for text in config.distill.text])
 
 
 def write_removal_card(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 from layerpeel.importance.scores import LayerScores
 from layerpeel.inference.answer_cache import AnswerCache
+from layerpeel.inference.teacher_text import WrittenText
 from layerpeel.model.architecture import count_parameters
 from layerpeel.processes.distributed import RANK
 from layerpeel.run.events import (
@@ -20,6 +22,7 @@ from layerpeel.run.events import (
     Scored,
     StudentRecord,
     TeacherRecord,
+    TeacherText,
     event_from_json,
     event_to_json,
 )
@@ -55,6 +58,21 @@ class OpenRun(Run):
         """Appends the teacher's event, from a student that nothing has been removed from."""
         quality = self._quality(student, evaluation, evaluation)
         self.record(TeacherRecord(layers=len(student.kept_layers), **dict(quality)))
+
+    def record_teacher_text(self, written: WrittenText) -> None:
+        """Appends the event of a text that the teacher wrote, unless that is on record."""
+        folder = written.folder.relative_to(self.folder).as_posix()
+        if folder not in [each.folder for each in self.teacher_texts]:
+            self.record(
+                TeacherText(
+                    folder=folder,
+                    documents=written.text.documents,
+                    tokens=written.text.tokens,
+                    tokens_per_second=round(written.tokens_per_second, 1),
+                    samples=written.samples,
+                    **asdict(written.signs),
+                )
+            )
 
     def record_scores(self, scores: LayerScores) -> None:
         """Appends the running round's scores, and with them the choice of the layer to remove."""

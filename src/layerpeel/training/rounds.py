@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from layerpeel.config.distill import DistillConfig
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError
+from layerpeel.inference.teacher_text import TeacherWriter
 from layerpeel.model.origin import StoredDtypes
 from layerpeel.processes.distributed import processes_of
 from layerpeel.training.recipe import TrainingRecipe
@@ -114,6 +117,8 @@ def distill(
 ) -> tuple[PreTrainedModel, TrainingResult]:
     """Removes layers from a teacher and distils the gap, for one round.
 
+    Text that the teacher is to write (`from: teacher`) is kept only as long as that takes.
+
     Args:
         teacher: stays as it is; the student shares all its weights but those that train.
         removed: teacher layers to remove, counted from 0.
@@ -127,5 +132,16 @@ def distill(
     """
     student = Student(teacher)
     student.remove(removed)
-    result = train_student(student, tokenizer, config, seed=seed, storage=storage or teacher.dtype)
+    with TemporaryDirectory() as folder:
+        writer = TeacherWriter(
+            student.teacher,
+            tokenizer,
+            Path(folder),
+            teacher=None,
+            length=config.sequence_length,
+            tokens=config.text_tokens(1),
+            seed=seed,
+        )
+        config = config.model_copy(update={"text": writer.resolve(config.text)})
+        result = train_student(student, tokenizer, config, seed=seed, storage=storage or teacher.dtype)
     return student.model, result

@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from layerpeel.config.distill import Packing
 from layerpeel.data.batches import load_rows
 from layerpeel.data.rows import Rows
+from layerpeel.data.token_documents import token_text_digest
 from layerpeel.processes.progress import console, print_once
 from layerpeel.training.recipe import TrainingRecipe
 from layerpeel.training.result import TrainingSummary
@@ -68,6 +70,7 @@ class TrainingText:
         """A hash of what the steps of the training depend on, but for the weights and the content of the text."""
         fields = self.recipe.config.model_dump(mode="json", exclude=WITHOUT_EFFECT)
         for source in fields["text"]:
-            del source["path"]
+            # What a file holds is told by its digest in the run's record; a text of the teacher's, by its own.
+            source["path"] = token_text_digest(Path(source["path"]))
         values = [fields, self.recipe.processes, seed, round_number, self.skip]
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
