@@ -130,7 +130,7 @@ def test_what_a_layer_keeps_is_what_it_keeps(family: str) -> None:
 
 
 def test_a_processor_by_its_figures() -> None:
-    shape = Shape(4, 8, 100, 1000, 200, 800, 2, 1.0, 1)
+    shape = Shape(4, 8, 100, 1000, 200, 16, 800, 2, 1.0, 1)
     speed = Speed.of_processor(shape, flops=1e3, bandwidth=1e2)
     assert (speed.layer, speed.trained_layer, speed.head, speed.head_loss) == pytest.approx((0.4, 1.2, 1.6, 4.8))
     assert (speed.decode_call, speed.decode_row, speed.update) == pytest.approx((4.0, 0.4, 0.28))

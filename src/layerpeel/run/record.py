@@ -25,7 +25,7 @@ from layerpeel.run.events import (
     TeacherRecord,
 )
 from layerpeel.tasks.scores import Evaluation
-from layerpeel.training.result import TrainingSummary
+from layerpeel.training.result import RepairResult, TrainingSummary
 
 E = TypeVar("E", bound=Event)
 
@@ -64,6 +64,10 @@ class Round:
     @property
     def parameters(self) -> int:
         return self.end.parameters
+
+    @property
+    def repair(self) -> RepairResult | None:
+        return self.end.repair
 
     @property
     def training(self) -> TrainingSummary:
