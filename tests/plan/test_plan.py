@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
-from layerpeel.config.distill import DistillConfig
+from layerpeel.config.distill import DistillConfig, RepairConfig
 from layerpeel.config.reading import parse_config
 from layerpeel.config.run import RunConfig
 from layerpeel.config.score import ScoreConfig
@@ -67,6 +67,19 @@ def test_layer_calls_by_hand(config: RunConfig) -> None:
     assert planned.layer_tokens["training"] == 320 * (6 + 5) + 320 * (6 + 4)
     assert planned.seconds["scoring"] == planned.layer_tokens["scoring"]
     assert plan(config, gpus=2).seconds["scoring"] == planned.seconds["scoring"] / 2
+
+
+def test_repair_by_hand(config: RunConfig) -> None:
+    config.distill.repair = RepairConfig(tokens=1000)
+    planned = plan(config)
+    # The teacher's 6 layers once, and the student's from layer 1 on three times: 4 of 5 layers, then 3 of 4.
+    assert planned.layer_tokens["repair"] == 1000 * (6 + 3 * 4) + 1000 * (6 + 3 * 3)
+    assert planned.seconds["repair"] > planned.layer_tokens["repair"]  # sums and solutions besides
+    # Of the MLP's projection, 48 inputs and 32 outputs: sums of two kinds of tokens in fp32, four times as much in fp64.
+    assert planned.repair_memory["sums and factors of a projection"] == (48 * 48 + 48 * 32) * (2 * 4 + 4 * 8)
+    assert planned.repair_memory["hidden states of teacher and student"] == 2 * 1000 * 32 * 4
+    config.distill.repair = False
+    assert "repair" not in plan(config).seconds and not plan(config).repair_memory
 
 
 def test_ranking_once_and_training_once(config: RunConfig) -> None:
