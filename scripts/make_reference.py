@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel
 
 from layerpeel.cli.verbs import app
-from layerpeel.config.distill import DistillConfig, LastPassConfig, LossConfig
+from layerpeel.config.distill import DistillConfig, LastPassConfig, LossConfig, RepairConfig
 from layerpeel.config.fields import TeacherTextConfig, TextConfig
 from layerpeel.config.presets import PRESETS
 from layerpeel.config.run import RunConfig, StopConfig, TaskConfig
@@ -42,6 +42,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("distill", DistillConfig),
     ("distill.text", TextConfig),
     ("distill.text from the teacher", TeacherTextConfig),
+    ("distill.repair", RepairConfig),
     ("distill.last_pass", LastPassConfig),
     ("distill.losses", LossConfig),
 ]
@@ -211,6 +212,10 @@ def _value(value: Any) -> str:
     return f"`{written}`" if written.strip() else "a space" if written else "–"
 
 
+def _as_yaml(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value
+
+
 def _type(field: dict[str, Any], schema: dict[str, Any]) -> str:
     """A JSON schema's type in words."""
     if "$ref" in field:
@@ -220,7 +225,7 @@ def _type(field: dict[str, Any], schema: dict[str, Any]) -> str:
     if "allOf" in field:
         return _type(field["allOf"][0], schema)
     if "enum" in field or "const" in field:
-        return " or ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+        return " or ".join(f"`{value}`" for value in map(_as_yaml, field.get("enum", [field.get("const")])))
     if kinds := field.get("anyOf", field.get("oneOf")):
         return " or ".join(dict.fromkeys(_type(each, schema) for each in kinds if each.get("type") != "null"))
     if field.get("type") == "array" and field.get("items"):

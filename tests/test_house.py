@@ -49,7 +49,7 @@ MOST_ROOMS = 18
 MOST_MODULE_LINES = 300
 MOST_FUNCTION_LINES = 45
 
-PUBLIC = {"RunConfig", "peel", "score_layers", "remove_layers", "distill", "evaluate", "load_model", "Run"}
+PUBLIC = {"RunConfig", "peel", "score_layers", "remove_layers", "distill", "evaluate", "load_model", "Run"} | {"repair"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 every_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -5,6 +5,6 @@ from layerpeel.model.surgery import remove_layers
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
 from layerpeel.tasks.evaluation import evaluate
-from layerpeel.training.rounds import distill
+from layerpeel.training.rounds import distill, repair
 
-__all__ = ["Run", "RunConfig", "distill", "evaluate", "load_model", "peel", "remove_layers", "score_layers"]
+__all__ = ["Run", "RunConfig", "distill", "evaluate", "load_model", "peel", "remove_layers", "repair", "score_layers"]

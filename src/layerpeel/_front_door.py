@@ -17,6 +17,7 @@ HOMES = {
     "load_model": "layerpeel.model.loading",
     "peel": "layerpeel.run.loop",
     "remove_layers": "layerpeel.model.surgery",
+    "repair": "layerpeel.training.rounds",
     "score_layers": "layerpeel.importance.scoring",
 }
 __all__ = list(HOMES)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
-from layerpeel.config.distill import DistillConfig
+from layerpeel.config.distill import DistillConfig, RepairConfig
 from layerpeel.config.fields import TeacherTextConfig, TextConfig
 from layerpeel.config.reading import parse_config
 from layerpeel.config.run import RunConfig
@@ -82,6 +82,19 @@ def test_text_from_the_teacher_by_hand(config: RunConfig) -> None:
     assert plan(config).layer_tokens["sampling"] == 5000 * 6
 
 
+def test_repair_by_hand(config: RunConfig) -> None:
+    config.distill.repair = RepairConfig(tokens=1000)
+    planned = plan(config)
+    # The teacher's 6 layers once, and the student's from layer 1 on three times: 4 of 5 layers, then 3 of 4.
+    assert planned.layer_tokens["repair"] == 1000 * (6 + 3 * 4) + 1000 * (6 + 3 * 3)
+    assert planned.seconds["repair"] > planned.layer_tokens["repair"]  # sums and solutions besides
+    # Of the MLP's projection, 48 inputs and 32 outputs: sums of two kinds of tokens in fp32, four such in fp64.
+    assert planned.repair_memory["sums and factors of a projection"] == (48 * 48 + 48 * 32) * (2 * 4 + 4 * 8)
+    assert planned.repair_memory["hidden states of teacher and student"] == 2 * 1000 * 32 * 4
+    config.distill.repair = False
+    assert "repair" not in plan(config).seconds and not plan(config).repair_memory
+
+
 def test_ranking_once_and_training_once(config: RunConfig) -> None:
     config.score.every = 0
     planned = plan(config)
@@ -143,7 +156,7 @@ def test_what_a_layer_keeps_is_what_it_keeps(family: str) -> None:
 
 
 def test_a_processor_by_its_figures() -> None:
-    shape = Shape(4, 8, 100, 1000, 200, 800, 2, 1.0, 1)
+    shape = Shape(4, 8, 100, 1000, 200, 16, 800, 2, 1.0, 1)
     speed = Speed.of_processor(shape, flops=1e3, bandwidth=1e2)
     assert (speed.layer, speed.trained_layer, speed.head, speed.head_loss) == pytest.approx((0.4, 1.2, 1.6, 4.8))
     assert (speed.decode_call, speed.decode_row, speed.update) == pytest.approx((4.0, 0.4, 0.28))

@@ -159,7 +159,7 @@ def test_a_run_can_be_compared_with_others_and_written_elsewhere(run: Run, finis
     assert names == ["run", "other"] and {row["run"] for row in rows_of(tmp_path / "both", "quality")} == set(names)
     assert names_of([run, Run(finished)]) == [f"{tmp_path.name}/run", f"{finished.parent.name}/run"]
     svg = (tmp_path / "both/figures/quality.svg").read_text(encoding="utf-8")
-    assert all(f"{name} (block_influence, 128 tokens a round)" in svg for name in names)
+    assert all(f"{name} (block_influence, repair, 128 tokens a round)" in svg for name in names)
     assert not (run.folder / "report").exists()
 
 

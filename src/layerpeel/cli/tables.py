@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from layerpeel.run.events import Quality
     from layerpeel.run.folder import Run
     from layerpeel.tasks.scores import Evaluation
+    from layerpeel.training.result import RepairResult
 
 
 def run_table(run: Run) -> Table:
@@ -37,6 +38,16 @@ def run_table(run: Run) -> Table:
     add("-", "-", teacher.layers, teacher)
     for each in run.rounds:
         add(str(each.number), str(each.removed), each.layers, each.end)
+    return table
+
+
+def repair_table(result: RepairResult) -> Table:
+    """What a repair did to each projection."""
+    heads = ["layer", "projection", "error before", "after", "ridge"]
+    table = Table(*heads, box=None, header_style="bold")
+    for each in result.projections:
+        ridge = "as it was" if each.ridge is None else f"{each.ridge:g}"
+        table.add_row(str(each.layer), shown(each.name), f"{each.before:.4f}", f"{each.after:.4f}", ridge)
     return table
 
 
@@ -60,9 +71,11 @@ def score_table(scores: LayerScores) -> Table:
 
 def plan_tables(plan: Plan) -> list[Table | str]:
     """What a plan says of memory and of work."""
-    memory = Table("memory of each device", "training", "scoring", box=None, header_style="bold")
-    phases = plan.training_memory, plan.scoring_memory
-    for part in dict.fromkeys([*plan.training_memory, *plan.scoring_memory]):
+    heads, phases = ["training", "scoring"], [plan.training_memory, plan.scoring_memory]
+    if plan.repair_memory:
+        heads, phases = ["repair", *heads], [plan.repair_memory, *phases]
+    memory = Table("memory of each device", *heads, box=None, header_style="bold")
+    for part in dict.fromkeys(part for phase in phases for part in phase):
         memory.add_row(part, *(size(phase[part]) if part in phase else "" for phase in phases))
     memory.add_row("in all", *(size(sum(phase.values())) for phase in phases), style="bold")
     work = Table("work", "tokens × layers", "time", box=None, header_style="bold")

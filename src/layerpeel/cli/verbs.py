@@ -33,9 +33,7 @@ from layerpeel.cli.inputs import (
 from layerpeel.cli.output import finish_run, print_estimates, stdout, write_scores
 from layerpeel.cli.removal import removal_lines
 from layerpeel.cli.tables import evaluation_table, plan_tables
-from layerpeel.errors import InputError
 from layerpeel.processes.distributed import RANK, is_main_process
-from layerpeel.processes.progress import shown
 from layerpeel.storage.outputs import beside, check_output
 
 
@@ -125,42 +123,22 @@ def remove(
 
 @app.command(name="distill")
 def distill_(config: ConfigFile, layers: Layers, output_: Folder, set_: Overrides = []) -> None:  # noqa: B006
-    """Remove layers from the config's teacher, distil the gap once as its `distill` says, and write the student."""
+    """Remove layers from the config's teacher, heal the gap once as its `distill` says, and write the student."""
     with importing():
+        from layerpeel.cli.one_round import distill_once
         from layerpeel.config.reading import load_config
-        from layerpeel.model.architecture import count_parameters, find_architecture
-        from layerpeel.model.layer_cycles import broken_cycle
-        from layerpeel.model.loading import load_teacher, teacher_options
-        from layerpeel.model.origin import stored_dtypes, teacher_origin
-        from layerpeel.model.saving import save_model
-        from layerpeel.model.surgery import KeptLayers
-        from layerpeel.run.removal_card import TrainingFacts, write_removal_card
-        from layerpeel.training.rounds import distill
-        from layerpeel.training.teacher_text import with_teacher_text
 
-    settings = load_config(config, set_)
-    chosen = parse_layers(layers)
-    if not settings.distill.tokens_per_round:
-        raise InputError("distill.tokens_per_round: 0, so there is nothing to do", hint="set it, or use `remove`")
-    check_new_folder(output_, settings.teacher)
-    check_room(output_, settings.teacher, len(chosen), **teacher_options(settings))
-    teacher, tokenizer = load_teacher(settings)
-    settings, _ = with_teacher_text(settings, teacher, tokenizer, beside(output_, "-text"), scoring=False)
-    kept = KeptLayers.full(len(find_architecture(teacher).layers)).without(chosen)
-    origin = teacher_origin(settings).with_layers(kept.kept)
-    storage = stored_dtypes(origin, teacher)
-    student, result = distill(teacher, tokenizer, chosen, settings.distill, seed=settings.seed, storage=storage)
-    save_model(student, tokenizer, output_, storage.main, origin)
-    sizes = count_parameters(student), count_parameters(teacher)
-    cycle = broken_cycle(teacher.config, kept.kept)
-    write_removal_card(output_, settings.teacher, kept, *sizes, TrainingFacts.of(settings, result), cycle)
-    if cycle:
-        stdout.print(f"note     {shown(cycle)}", soft_wrap=True)
-    ends = result.summary()
-    stdout.print(
-        f"{len(find_architecture(student).layers)} layers, loss {ends.first_loss:.4f} -> {ends.last_loss:.4f} "
-        f"over {result.tokens:,} tokens in {result.seconds:.0f} s: {shown(output_)}"
-    )
+    distill_once(load_config(config, set_), parse_layers(layers), output_)
+
+
+@app.command(name="repair")
+def repair_(config: ConfigFile, layers: Layers, output_: Folder, set_: Overrides = []) -> None:  # noqa: B006
+    """Remove layers from the config's teacher, repair the gap in closed form (no training), and write the student."""
+    with importing():
+        from layerpeel.cli.one_round import repair_once
+        from layerpeel.config.reading import load_config
+
+    repair_once(load_config(config, set_), parse_layers(layers), output_)
 
 
 @app.command(name="eval")

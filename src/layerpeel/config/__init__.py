@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerpeel.config.distill import DistillConfig, LastPassConfig, LossConfig
+from layerpeel.config.distill import DistillConfig, LastPassConfig, LossConfig, RepairConfig
 from layerpeel.config.fields import Section, TeacherTextConfig, TextConfig, TextSource
 from layerpeel.config.reading import (
     describe,
@@ -23,6 +23,7 @@ __all__ = [
     "LossConfig",
     "ProtectConfig",
     "RaceConfig",
+    "RepairConfig",
     "RunConfig",
     "ScoreConfig",
     "Section",

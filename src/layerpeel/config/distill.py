@@ -35,6 +35,25 @@ class LossConfig(BaseModel):
     """Its factor in the sum."""
 
 
+class RepairConfig(Section):
+    """Repair in closed form, after a removal and before training; no gradients.
+
+    The output projections of attention and MLP, from the layer before the gap upward, are solved for what the teacher's
+    hidden states need.
+    """
+
+    tokens: Annotated[int, Field(ge=1), AS_COUNT] = 131_072
+    """Of the text of `distill`, to solve on."""
+    ridge: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """How much weights are held where they are, in units of the mean square of what enters them; auto: each
+    projection's own, by what does best on an eighth of the tokens, held back."""
+
+
+def _as_repair(value: Any) -> Any:
+    """Makes the defaults of true; leaves other values to pydantic."""
+    return {} if value is True else value
+
+
 class LastPassConfig(Section):
     """The training after the last removal, where it differs from that of the rounds."""
 
@@ -87,6 +106,8 @@ class DistillConfig(Section):
     """Train the final norm, too."""
     train_head: bool = False
     """Train the head, too. If it is tied to the embeddings they train with it, and no layer is shared any more."""
+    repair: Annotated[RepairConfig | Literal[False], BeforeValidator(_as_repair)] = RepairConfig()
+    """Repair in closed form before training, where there is text; false: none."""
     last_pass: LastPassConfig | None = None
     """A training after the last removal: one more, on `tokens`, or how that of `when: end` and `half` differs from the
     rounds."""
@@ -140,6 +161,17 @@ class DistillConfig(Section):
         name = given.get("preset")
         return PRESETS[name] | given if isinstance(name, str) and name in PRESETS else given
 
+    @property
+    def repairs(self) -> RepairConfig | None:
+        """How students are repaired, if they are."""
+        return self.repair if self.repair and self.text else None
+
+    @model_validator(mode="after")
+    def _repairable(self) -> DistillConfig:
+        if self.repair and "repair" in self.model_fields_set and not self.text:
+            raise ValueError("text: expected text to repair on (or repair: false)")
+        return self
+
     @model_validator(mode="after")
     def _trainable(self) -> DistillConfig:
         if self.trains and not self.losses:
@@ -181,11 +213,11 @@ class DistillConfig(Section):
         return self.model_copy(update=changes | {"tokens_per_round": tokens}) if tokens else None
 
     def text_tokens(self, removed: int) -> int:
-        """Tokens of text that the trainings of so many removals read, without reading any twice."""
+        """Tokens of text that the trainings of so many removals read, without reading any twice; or repair, if more."""
         in_rounds, at_end = self.in_rounds().tokens_per_round, self.at_end(removed)
-        if not self.fresh_text:
-            return max(in_rounds, at_end.tokens_per_round if at_end else 0)
-        return in_rounds * removed + (at_end.tokens_per_round if at_end else 0)
+        last = at_end.tokens_per_round if at_end else 0
+        trained = in_rounds * removed + last if self.fresh_text else max(in_rounds, last)
+        return max(trained, self.repairs.tokens if self.repairs else 0)
 
 
 def _check_pattern(field: str, train: str) -> None:

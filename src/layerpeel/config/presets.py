@@ -9,6 +9,7 @@ from typing import Any
 PAPER: dict[str, Any] = {
     "when": "each_round",
     "last_pass": None,
+    "repair": False,
     "train": "neighbours",
     "radius": 1,
     "train_norm": False,

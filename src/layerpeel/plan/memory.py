@@ -63,6 +63,23 @@ def training_memory(
     return parts | _unused(activations, device)
 
 
+def repair_memory(shape: Shape, tokens: int, device: str) -> dict[str, float]:
+    """Memory of a repair in closed form, on so many tokens.
+
+    The hidden states are in the host's memory, or in a file where they are large; here they are counted.
+    """
+    numbers = shape.inner * (shape.inner + shape.width)
+    states = {"hidden states of teacher and student": 2.0 * tokens * shape.width * shape.itemsize}
+    parts = {
+        "weights": float(shape.parameters * shape.itemsize),
+        "sums and factors of a projection": float(numbers * (2 * 4 + 4 * 8)),
+        "a layer's inputs and outputs": float(
+            tokens_per_call(shape.width, device) * (shape.kept + 2 * 4 * (shape.inner + 3 * shape.width))
+        ),
+    }
+    return parts | (states if device == "cpu" else {})
+
+
 def resident_bytes() -> float:
     """Of this process, without what has been freed and not given back, where libc can tell."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):

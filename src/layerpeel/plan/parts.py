@@ -24,6 +24,7 @@ from layerpeel.plan.speed import Speed
 from layerpeel.training.recipe import TrainingRecipe
 
 PADDED = 1.2  # positions in rows for each token of a task: on the stories, rows are filled to 75 to 86 %
+RIDGES_TRIED, FP64 = 5, 2  # in a repair, of each projection; how much longer its arithmetic takes than the layers'
 SCORING_BYTES_ON_GPU = 8 * 2**30  # of the branches, where `score.memory` does not say
 
 
@@ -75,8 +76,10 @@ class Parts:
         self.budget = Budget(config.score.memory or default, torch.device("cpu")).bytes
 
     def totals(self, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Layer calls, and seconds, of scoring, evaluation, training, and sampling where the teacher writes text."""
-        parts = ["scoring", "evaluation", "training", *(["sampling"] if self.config.has_teacher_text else [])]
+        """Layer calls, and seconds, of scoring, evaluation, repair, training, and text that the teacher writes."""
+        repair = ["repair"] if self.config.distill.repairs else []
+        sampling = ["sampling"] if self.config.has_teacher_text else []
+        parts = ["scoring", "evaluation", *repair, "training", *sampling]
         calls, seconds = (dict.fromkeys(parts, 0.0) for _ in range(2))
 
         def add(part: str, work: tuple[float, float]) -> None:
@@ -92,6 +95,8 @@ class Parts:
             if not removed or (every and removed % every == 0):
                 for name, candidates in self._scorings(kept_layers):
                     add("scoring", self._answering(name, len(kept_layers), candidates))
+            if distill.repairs:
+                add("repair", self._repair(removed + 1, distill.repairs.tokens))
             add("training", self._training(removed + 1, distill.in_rounds().tokens_per_round))
             add("evaluation", self._answering("task_quality", len(kept_layers) - 1, []))
         if last := distill.at_end(rounds):
@@ -153,6 +158,24 @@ class Parts:
         rows = max(1, min(SHARD, self.budget // bytes_of_token(1, shape.width, shape.itemsize)) // length)
         each = shape.layers * (speed.decode_row + speed.decode_call / rows) + speed.head
         return float(tokens * shape.layers), tokens * each
+
+    def _repair(self, removed: int, tokens: int) -> tuple[float, float]:
+        """Layer calls and seconds of a repair with so many layers gone, from the layer before the gap on.
+
+        Sums and solutions are counted by their multiply-adds, which take as long as those of a layer: for each of two
+        projections, X^T X and X^T E for each token; and for each ridge a factor, a solution and an error.
+        """
+        shape, layer = self.shape, self.speed.layer
+        kept_layers = KeptLayers.full(shape.layers).without(_gap(shape.layers, removed))
+        start = max(0, kept_layers.first_changed - 1)
+        repaired = len(kept_layers) - start
+        calls = tokens * (shape.layers + 3 * repaired)
+        inputs = (shape.width, shape.inner)
+        sums = tokens * sum(size * (size + shape.width) for size in inputs)
+        solved = RIDGES_TRIED * FP64 * sum(size**3 / 3 + 2 * size**2 * shape.width for size in inputs)
+        each = layer / shape.layer_parameters  # seconds of a multiply-add
+        alone = self.recipe.processes  # each process solves all
+        return float(calls), calls * layer + repaired * each * (sums + alone * solved)
 
     def _training(self, removed: int, tokens: int) -> tuple[float, float]:
         """Layer calls, forward, and seconds of training with so many layers gone."""

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from layerpeel.config.run import RunConfig
 from layerpeel.inference.requests import Request
 from layerpeel.model.surgery import KeptLayers
-from layerpeel.plan.memory import resident_bytes, scoring_memory, training_memory
+from layerpeel.plan.memory import repair_memory, resident_bytes, scoring_memory, training_memory
 from layerpeel.plan.parts import Parts, Training, _candidates, _gap
 from layerpeel.plan.shape import Outline, Shape, empty_model, shape_of
 from layerpeel.plan.speed import Speed
@@ -30,9 +30,10 @@ class Plan:
         shape: the teacher's sizes.
         rounds: how many layers go.
         trained: parameters that train in the first round.
-        training_memory, scoring_memory: bytes on each device, by what they are for.
-        layer_tokens: tokens through a layer in all, of `scoring`, `evaluation` (of teacher and students on the tasks)
-            and `training` (teacher and student, forward); and of `sampling`, where the teacher writes text.
+        training_memory, scoring_memory, repair_memory: bytes on each device, by what they are for; none where there is
+            no repair.
+        layer_tokens: tokens through a layer in all, of `scoring`, `evaluation` (of teacher and students on the tasks),
+            `repair`, and `training` (teacher and student, forward); and of `sampling`, where the teacher writes text.
         seconds: of the same.
         gpus: how many share the work.
     """
@@ -42,6 +43,7 @@ class Plan:
     trained: int
     training_memory: dict[str, float]
     scoring_memory: dict[str, float]
+    repair_memory: dict[str, float]
     layer_tokens: dict[str, float]
     seconds: dict[str, float]
     gpus: int
@@ -49,7 +51,7 @@ class Plan:
     @property
     def peak(self) -> float:
         """The most bytes on each device."""
-        return max(sum(self.training_memory.values()), sum(self.scoring_memory.values()))
+        return max(sum(phase.values()) for phase in (self.training_memory, self.scoring_memory, self.repair_memory))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"peak": self.peak}
@@ -88,6 +90,7 @@ def plan_run(
     parts = Parts(config, shape, requests, speed(shape), training, recipe, device)
     # Read last: measuring has by now imported the libraries that a run uses.
     process = {"Python and its libraries": resident_bytes()} if device == "cpu" else {}
+    repairs = config.distill.repairs
     graph, split = shape.layers - 1 - student.shared_prefix, gpus if fsdp else 1
     return Plan(
         shape,
@@ -95,6 +98,7 @@ def plan_run(
         trained,
         training_memory(shape, recipe, trained, training.optimizer_bytes, graph, device, split) | process,
         scoring_memory(shape, config.score, requests, trained, parts.branches(), parts.budget, device) | process,
+        repair_memory(shape, repairs.tokens, device) | process if repairs else {},
         *parts.totals(rounds),
         gpus,
     )

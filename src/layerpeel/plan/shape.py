@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -31,6 +31,7 @@ class Shape:
         layers, width, vocabulary: L, D, V.
         parameters: of the model, tied ones once.
         layer_parameters: of the largest layer.
+        inner: what enters the widest projection to the hidden states, that of the MLP.
         head_parameters: of the head, though tied.
         itemsize: bytes of a frozen parameter.
         kept: bytes that a layer keeps for its backward pass, for each token of a training batch.
@@ -42,6 +43,7 @@ class Shape:
     vocabulary: int
     parameters: int
     layer_parameters: int
+    inner: int
     head_parameters: int
     itemsize: int
     kept: float
@@ -85,11 +87,18 @@ def shape_of(model: PreTrainedModel, rows: int, length: int) -> Shape:
         vocabulary=model.get_output_embeddings().weight.shape[0],
         parameters=count_parameters(model),
         layer_parameters=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        inner=max(size for layer in layers for size in _inner_sizes(layer, config.hidden_size)),
         head_parameters=sum(p.numel() for p in model.get_output_embeddings().parameters()),
         itemsize=model.dtype.itemsize,
         kept=_kept_bytes(model.config, model.dtype, rows, length) / (rows * length),
         cache=2 * heads * size * model.dtype.itemsize,
     )
+
+
+def _inner_sizes(layer: nn.Module, width: int) -> list[int]:
+    """The other sizes of a layer's matrices to or from the hidden states; the width itself, if it has none."""
+    shapes = [tuple(parameter.shape) for parameter in layer.parameters() if parameter.dim() == 2]
+    return [width, *(max(shape) for shape in shapes if width in shape)]
 
 
 def _kept_bytes(config: PretrainedConfig, dtype: torch.dtype, rows: int, length: int) -> int:

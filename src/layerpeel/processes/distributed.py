@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from layerpeel.errors import InputError
@@ -67,6 +67,15 @@ def sum_numbers(numbers: Mapping[str, float], device: torch.device) -> dict[str,
     values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
     distributed.all_reduce(values)
     return dict(zip(numbers, values.tolist(), strict=True))
+
+
+def sum_tensors(tensors: Iterable[torch.Tensor]) -> None:
+    """Adds up tensors over all processes, in place; every process has to call it."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
 
 
 def check_launcher() -> None:

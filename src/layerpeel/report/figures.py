@@ -189,13 +189,14 @@ def _smooth(curve: Sequence[Mapping[str, float]], key: str, most: int = 300) -> 
 
 
 def draw_costs(rows: Sequence[CostRow]) -> Figure:
-    """Seconds of scoring and training, above what each round lost."""
+    """Seconds of scoring, repair and training, above what each round lost."""
     rounds = [row.round for row in rows]
     with canvas(height=4.0, nrows=2, sharex=True) as (figure, (top, bottom)):
         base = np.zeros(len(rows))
         for label, colour, seconds in (
             ("scoring", COLOURS[0], [row.scoring_seconds for row in rows]),
             ("healing", COLOURS[2], [row.healing_seconds for row in rows]),
+            ("repair", COLOURS[4], [row.repair_seconds for row in rows]),
             ("training", COLOURS[1], [row.training_seconds for row in rows]),
         ):
             if any(seconds):

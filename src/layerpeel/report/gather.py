@@ -170,13 +170,16 @@ def cost_rows(run: Run) -> list[CostRow]:
         return []
     rows, aggregate = [], run.teacher.aggregate
     for each in run.rounds:
-        training = each.training
+        training, repair = each.training, each.repair
         rows.append(
             CostRow(
                 round=each.number,
                 removed=each.removed,
                 scoring_seconds=sum(scores.seconds for _, scores in _scorings(each)),
                 healing_seconds=each.scores.heal_seconds,
+                repair_seconds=repair.seconds if repair else 0.0,
+                error_before=repair.most.before if repair and repair.most else None,
+                error_after=repair.most.after if repair and repair.most else None,
                 training_seconds=training.seconds,
                 training_tokens=training.tokens,
                 first_loss=training.first_loss,
@@ -195,23 +198,25 @@ class Costs:
     Attributes:
         scoring_seconds: short trainings of candidates included.
         layer_tokens: tokens that went through a layer in scoring.
+        repair_seconds: of repairs in closed form.
         training_seconds: the last pass included.
         training_tokens: the last pass included.
     """
 
     scoring_seconds: float
     layer_tokens: int
+    repair_seconds: float
     training_seconds: float
     training_tokens: int
 
     @property
     def seconds(self) -> float:
-        """Of scoring and training."""
-        return self.scoring_seconds + self.training_seconds
+        """Of scoring, repair and training."""
+        return self.scoring_seconds + self.repair_seconds + self.training_seconds
 
 
 def costs_of(run: Run) -> Costs:
-    """What scoring and training took in all."""
+    """What scoring, repair and training took in all."""
     rows = cost_rows(run)
     trainings = [each.training for each in run.rounds]
     if run.last_pass:
@@ -219,6 +224,7 @@ def costs_of(run: Run) -> Costs:
     return Costs(
         scoring_seconds=sum(row.scoring_seconds + row.healing_seconds for row in rows),
         layer_tokens=sum(scores.layer_tokens for each in run.rounds for _, scores in _scorings(each)),
+        repair_seconds=sum(row.repair_seconds for row in rows),
         training_seconds=sum(training.seconds for training in trainings),
         training_tokens=sum(training.tokens for training in trainings),
     )
@@ -240,11 +246,12 @@ def state_of(run: Run) -> tuple[str, str]:
 
 
 def method_of(config: RunConfig) -> str:
-    """A short description of what a config does: metric, how often it ranks, how much it trains."""
+    """A short description of what a config does: metric, how often it ranks, repair, how much it trains."""
     tokens, every = config.distill.tokens_per_round, config.score.every
     ranked = {0: ", ranked once", 1: ""}.get(every, f", ranked every {every} rounds")
     trained = f", {tokens:,} tokens {WHEN[config.distill.when]}" if tokens else ", no training"
-    return config.score.decide + ranked + trained
+    repair = ", repair" if config.distill.repairs else ""
+    return config.score.decide + ranked + repair + trained
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:

@@ -136,7 +136,7 @@ def _costs(run: Run) -> Drawing:
     return Drawing(
         "costs",
         "Cost against loss",
-        "Time of scoring and training in each round, above the aggregate that the round lost (below 0: gained).",
+        "Time of scoring, repair and training in each round, above the aggregate it lost (below 0: gained).",
         figures.draw_costs(rows),
         tables.cost_table(rows),
     )

@@ -138,6 +138,9 @@ class CostRow(TableRow):
         removed: teacher index of the layer.
         scoring_seconds: of the shortlist's and the deciding metric.
         healing_seconds: of the short trainings of candidates.
+        repair_seconds: of the repair in closed form.
+        error_before, error_after: of the projection whose error fell most, relative to the teacher's hidden states;
+            None without repair.
         training_seconds: of the distillation.
         training_tokens: tokens of the distillation.
         first_loss, last_loss: means over the first and last tenth of the steps; None without training.
@@ -148,6 +151,9 @@ class CostRow(TableRow):
     removed: int
     scoring_seconds: float
     healing_seconds: float
+    repair_seconds: float
+    error_before: float | None
+    error_after: float | None
     training_seconds: float
     training_tokens: int
     first_loss: float | None

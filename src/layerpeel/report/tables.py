@@ -183,11 +183,17 @@ def heat_table(caption: str, rows: Sequence[ImportanceRow], removed: Sequence[in
 
 
 def cost_table(rows: Sequence[CostRow]) -> Table:
+    repair: list[Column[CostRow]] = [
+        column("repair", lambda row: row.repair_seconds, duration),
+        column("error before", lambda row: row.error_before, _number4),
+        column("error after", lambda row: row.error_after, _number4),
+    ]
     columns: list[Column[CostRow]] = [
         column("round", lambda row: row.round),
         column("layer removed", lambda row: row.removed),
         column("scoring", lambda row: row.scoring_seconds, duration),
         column("healing on trial", lambda row: row.healing_seconds, duration),
+        *(repair if any(row.error_before is not None for row in rows) else []),
         column("training", lambda row: row.training_seconds, duration),
         column("tokens trained on", lambda row: row.training_tokens, lambda tokens: f"{tokens:,}"),
         column("first loss", lambda row: row.first_loss, _number4),

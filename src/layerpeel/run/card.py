@@ -105,6 +105,7 @@ def card_facts(run: Run, round_number: int, metadata: ModelCardData, last_pass: 
         "removed": removed,
         "order": [each.removed for each in rounds],
         "tokens": sum(training.tokens for training in trainings),
+        "repaired": sum(each.repair.tokens for each in rounds if each.repair),
         "last_pass": last_pass,
         "in_rounds": run.config.distill.in_rounds(),
         "at_end": run.config.distill.at_end(len(removed)),

@@ -17,7 +17,7 @@ from layerpeel.errors import InputError, RunError
 from layerpeel.importance.scores import LayerScores
 from layerpeel.run.results_json import evaluation_from_json, evaluation_to_json, scores_from_json, scores_to_json
 from layerpeel.tasks.scores import Evaluation
-from layerpeel.training.result import TrainingSummary
+from layerpeel.training.result import RepairResult, TrainingSummary
 
 VERSION = 2
 """Of the record's form; a run of another version is refused."""
@@ -153,6 +153,8 @@ class Scored(Event):
 class StudentRecord(Quality):
     """A student that was trained and measured."""
 
+    repair: RepairResult | None = None
+    """What its repair in closed form did, if there was one."""
     training: TrainingSummary
     """What its training did."""
 

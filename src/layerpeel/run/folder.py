@@ -4,6 +4,7 @@ NAME/journal.jsonl           one line an event, flushed and fsynced; the only tr
      config.yaml             the config, resolved; a copy for readers
      rounds/03/              scores.json, training.json, trained.safetensors (the student's trained weights)
            .answers/         what tasks were answered in the round that is running
+           .repair/         the projections that the repair which is running has solved
            .training.safetensors  the state of the training that is running
      text/teacher-HASH/      text that the teacher wrote, as token ids (see `data.token_documents`)
      student/                the Hugging Face checkpoint, with its model card

@@ -1,4 +1,4 @@
-"""The loop of the paper (arXiv 2511.05085): score, remove, train, evaluate, record, until a stop holds."""
+"""The loop of the paper (arXiv 2511.05085): score, remove, repair, train, evaluate, record, until a stop holds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def _peel(peeling: Peeling) -> None:
     while not (reason := peeling.stop_reason()):
         layer = peeling.score()
         peeling.remove(layer)
+        repair = peeling.repair(layer)
         training = peeling.train()
         evaluation = peeling.evaluate()
-        peeling.record(training, evaluation)
+        peeling.record(repair, training, evaluation)
     peeling.finish(reason)

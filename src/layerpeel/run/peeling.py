@@ -22,7 +22,8 @@ from layerpeel.run.writing import OpenRun
 from layerpeel.tasks.base import Task
 from layerpeel.tasks.evaluation import evaluate
 from layerpeel.tasks.scores import Evaluation
-from layerpeel.training.result import TrainingResult
+from layerpeel.training.repairing import can_repair, repair_student
+from layerpeel.training.result import RepairResult, TrainingResult
 from layerpeel.training.rounds import train_last, train_student
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache, cache_for
@@ -59,6 +60,8 @@ class Peeling:
             self.teacher, self.tokenizer = load_teacher(pinned)
             self.student = Student(self.teacher)
             check_trained(self.student, config.distill)
+            if config.distill.repairs:
+                can_repair(self.student, config.distill)  # refused now, not after the first scores
             self.origin = teacher_origin(pinned)
             self.storage = stored_dtypes(self.origin, self.teacher)
             self.text = None if config.has_teacher_text else scoring_text(config, self.tokenizer)
@@ -121,6 +124,18 @@ class Peeling:
         """Removes a teacher layer from the student."""
         self.student.remove([layer])
 
+    def repair(self, layer: int) -> RepairResult | None:
+        """Repairs the student in closed form, from the layer before this one on; None if the config has no repair."""
+        return repair_student(
+            self.student,
+            self.tokenizer,
+            self.config.distill,
+            [layer],
+            seed=self.config.seed,
+            storage=self.storage,
+            state=self.run.repair_state(),
+        )
+
     def train(self) -> TrainingResult:
         """Distils the student against the teacher, as `distill` says for each round."""
         return train_student(
@@ -140,9 +155,9 @@ class Peeling:
         """The student's scores on the tasks."""
         return evaluate(self.student.model, self.tokenizer, self.tasks)
 
-    def record(self, training: TrainingResult, evaluation: Evaluation) -> None:
+    def record(self, repair: RepairResult | None, training: TrainingResult, evaluation: Evaluation) -> None:
         """Records the round, and the signs of failure that it shows."""
-        self.run.record_round(self.student, training, evaluation)
+        self.run.record_round(self.student, repair, training, evaluation)
         note_findings(self.run)
 
     def finish(self, reason: str) -> None:
@@ -191,4 +206,4 @@ class Peeling:
             state=self.run.training_state(),
             log=self.run.track,
         )
-        return self.run.student_record(self.student, training, self.evaluate())
+        return self.run.student_record(self.student, None, training, self.evaluate())

@@ -213,6 +213,7 @@ def _check_sizes(config: RunConfig, teacher: PretrainedConfig, *, training: bool
         "teacher": 2 * in_memory,
         "distill.sequence_length x distill.batch_size": hidden,
         "distill.tokens_per_round": BYTES_PER_TOKEN * distill.tokens_per_round,
+        "distill.repair.tokens": BYTES_PER_TOKEN * distill.repairs.tokens if distill.repairs else 0,
         "distill.last_pass.tokens": BYTES_PER_TOKEN * last,
         "score.heal.steps": BYTES_PER_TOKEN * recipe.step_tokens * steps,
         "score.tokens": BYTES_PER_TOKEN * config.score.tokens,

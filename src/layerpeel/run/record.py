@@ -26,7 +26,7 @@ from layerpeel.run.events import (
     TeacherText,
 )
 from layerpeel.tasks.scores import Evaluation
-from layerpeel.training.result import TrainingSummary
+from layerpeel.training.result import RepairResult, TrainingSummary
 
 E = TypeVar("E", bound=Event)
 
@@ -65,6 +65,10 @@ class Round:
     @property
     def parameters(self) -> int:
         return self.end.parameters
+
+    @property
+    def repair(self) -> RepairResult | None:
+        return self.end.repair
 
     @property
     def training(self) -> TrainingSummary:

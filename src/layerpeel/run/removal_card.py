@@ -1,4 +1,4 @@
-"""The model card of a student that no run made: layers were removed, and at most the gap was distilled once."""
+"""The model card of a student that no run made: layers were removed, and at most the gap was healed once."""
 
 from __future__ import annotations
 
@@ -18,22 +18,29 @@ from layerpeel.storage.files import write_whole
 if TYPE_CHECKING:
     from layerpeel.config.distill import DistillConfig
     from layerpeel.config.run import RunConfig
-    from layerpeel.training.result import TrainingResult
+    from layerpeel.training.result import RepairResult, TrainingResult
 
 TEMPLATE = Path(__file__).with_name("removal_card.md.jinja")
 
 
 @dataclass(frozen=True)
-class TrainingFacts:
-    """What a card says of a training."""
+class HealingFacts:
+    """What a card says of a repair and a training.
+
+    Attributes:
+        repaired: real tokens that the repair was solved on; 0 where there was none.
+        tokens: real tokens that were trained on; 0 where there was no training.
+    """
 
     config: DistillConfig
-    tokens: int
     sources: list[str]
+    repaired: int
+    tokens: int
 
     @classmethod
-    def of(cls, config: RunConfig, result: TrainingResult) -> TrainingFacts:
-        return cls(config.distill, result.tokens, [source_name(text) for text in config.distill.text])
+    def of(cls, config: RunConfig, repair: RepairResult | None, training: TrainingResult | None) -> HealingFacts:
+        sources = [source_name(text) for text in config.distill.text]
+        return cls(config.distill, sources, repair.tokens if repair else 0, training.tokens if training else 0)
 
 
 def write_removal_card(
@@ -42,7 +49,7 @@ def write_removal_card(
     layers: KeptLayers,
     parameters: int,
     teacher_parameters: int,
-    training: TrainingFacts | None = None,
+    healing: HealingFacts | None = None,
     cycle: str | None = None,
 ) -> Path:
     """Writes the README.md of a student into its folder; the main process does.
@@ -50,11 +57,11 @@ def write_removal_card(
     Args:
         teacher: its folder or hub name.
         layers: which of the teacher's the student has.
-        training: what was done after the removal, if anything.
+        healing: what was done after the removal, if anything.
         cycle: what the removal means for other runtimes, if it breaks a cycle of layers (`broken_cycle`).
     """
     path = folder / "README.md"
-    metadata = _metadata(teacher, bool(training))
+    metadata = _metadata(teacher, bool(healing))
     # Markdown, in which text from outside is escaped as such: escaping for HTML would show in code.
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.filters |= {"md": markdown, "count": count}
@@ -64,7 +71,7 @@ def write_removal_card(
         layers=layers,
         parameters=parameters,
         teacher_parameters=teacher_parameters,
-        training=training,
+        healing=healing,
         cycle=cycle,
         versions={name: version(name) for name in ("layerpeel", "torch", "transformers")},
     )

@@ -32,7 +32,8 @@ from layerpeel.run.tracking import Tracker
 from layerpeel.storage.files import hash_files, remove_paths, write_folder, write_json
 from layerpeel.storage.hash_chain import append, checksum, to_line
 from layerpeel.tasks.scores import Evaluation
-from layerpeel.training.result import TrainingResult
+from layerpeel.training.repair_states import RepairState
+from layerpeel.training.result import RepairResult, TrainingResult
 from layerpeel.training.state import TrainingState
 from layerpeel.training.student import Student
 
@@ -78,12 +79,14 @@ class OpenRun(Run):
         """Appends the running round's scores, and with them the choice of the layer to remove."""
         self.record(Scored(round=len(self.rounds) + 1, removed=scores.ranked()[0], scores=scores))
 
-    def record_round(self, student: Student, training: TrainingResult, evaluation: Evaluation) -> None:
+    def record_round(
+        self, student: Student, repair: RepairResult | None, training: TrainingResult, evaluation: Evaluation
+    ) -> None:
         """Writes a round's files, then its event; a round without its event never happened."""
         number = len(self.rounds) + 1
         write_folder(self.round_folder(number), lambda folder: self._write_round(folder, student, training))
         files = hash_files(self.round_folder(number), self.folder)
-        result = self.student_record(student, training, evaluation)
+        result = self.student_record(student, repair, training, evaluation)
         self.record(RoundEnd(round=number, kept=student.kept_layers.kept, files=files, **dict(result)))
         self._clear()
         self.track(
@@ -107,10 +110,12 @@ class OpenRun(Run):
         )
         self._clear()
 
-    def student_record(self, student: Student, training: TrainingResult, evaluation: Evaluation) -> StudentRecord:
-        """A student's size, how it was trained, and its quality beside the teacher's."""
+    def student_record(
+        self, student: Student, repair: RepairResult | None, training: TrainingResult, evaluation: Evaluation
+    ) -> StudentRecord:
+        """A student's size, how it was repaired and trained, and its quality beside the teacher's."""
         quality = self._quality(student, evaluation, self.reference)
-        return StudentRecord(training=training.summary(), **dict(quality))
+        return StudentRecord(repair=repair, training=training.summary(), **dict(quality))
 
     def track(self, values: Mapping[str, float]) -> None:
         """Sends numbers to the trackers that the config names."""
@@ -122,9 +127,18 @@ class OpenRun(Run):
 
     def training_state(self) -> TrainingState:
         """Where the running training saves how far it is: that of a removal, or the one after the last."""
+        path = self.folder / "rounds" / ".training.safetensors"
+        return TrainingState(path, self._before_training, self.config.distill.save_every)
+
+    def repair_state(self) -> RepairState:
+        """Where the running round keeps the projections that its repair has solved."""
+        return RepairState(self.folder / "rounds" / ".repair", self._before_training)
+
+    @property
+    def _before_training(self) -> str:
+        """What is on record before the student changes, and the text."""
         since = next((event.checksum for event in reversed(self.live) if hasattr(event, "round")), "")
-        since += "".join(sorted(self.data.text.values()))  # a changed text is accepted as a changed config is
-        return TrainingState(self.folder / "rounds" / ".training.safetensors", since, self.config.distill.save_every)
+        return since + "".join(sorted(self.data.text.values()))  # a changed text is accepted as a changed config is
 
     def _write_round(self, folder: Path, student: Student, training: TrainingResult) -> None:
         """Writes what an event has no room for."""
@@ -138,6 +152,7 @@ class OpenRun(Run):
         """Removes what only the round that was running needed."""
         remove_paths(self._answers_folder)
         self.training_state().clear()
+        self.repair_state().clear()
 
     def _quality(self, student: Student, evaluation: Evaluation, reference: Evaluation) -> Quality:
         aggregate = evaluation.aggregate(reference, self.config.aggregate)

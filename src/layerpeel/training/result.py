@@ -1,4 +1,4 @@
-"""What a training did."""
+"""What a training did, and a repair."""
 
 from __future__ import annotations
 
@@ -8,6 +8,53 @@ from dataclasses import asdict, dataclass, field
 NO_LOSS = ("learning_rate", "gradient_norm", "tokens", "skipped")  # of what a point of the curve holds
 
 Log = Callable[[dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class RepairedProjection:
+    """What repair did to one projection.
+
+    Attributes:
+        layer: the teacher's index.
+        name: of the projection in the layer.
+        before, after: its error on the calibration text: squared distance to the teacher's hidden states, relative to
+            their square, mean over tokens.
+        ridge: in units of the mean diagonal of the Gram matrix; None where the projection stays as it was.
+    """
+
+    layer: int
+    name: str
+    before: float
+    after: float
+    ridge: float | None
+
+
+@dataclass
+class RepairResult:
+    """What a repair in closed form did.
+
+    Attributes:
+        projections: from the first layer up.
+        tokens: real ones of the calibration text, by all processes.
+        seconds: wall-clock time.
+        unknown: layers that were left as they are, since their projections cannot be told.
+    """
+
+    projections: list[RepairedProjection] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    unknown: list[int] = field(default_factory=list)
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that were changed."""
+        return sorted({each.layer for each in self.projections if each.ridge is not None})
+
+    @property
+    def most(self) -> RepairedProjection | None:
+        """The projection whose error fell most; None where nothing was changed."""
+        changed = [each for each in self.projections if each.ridge is not None]
+        return max(changed, key=lambda each: each.before - each.after, default=None)
 
 
 @dataclass
@@ -45,13 +92,15 @@ class TrainingResult(TrainingCounts):
 
     Attributes:
         curve: a dict a step: `loss`, each part without its weight, `learning_rate`, `gradient_norm`, `tokens` so far.
+        repair: what was done before, in closed form, where the same call did both (`distill`).
     """
 
     curve: list[dict[str, float]] = field(default_factory=list)
+    repair: RepairResult | None = None
 
     def summary(self) -> TrainingSummary:
-        """All but the curve; of it, where there were steps, means over the first and the last tenth of them."""
-        fields = {name: value for name, value in asdict(self).items() if name != "curve"}
+        """The counts; of the curve, where there were steps, means over the first and the last tenth of them."""
+        fields = {name: value for name, value in asdict(self).items() if name not in ("curve", "repair")}
         points = [point for point in self.curve if not point["skipped"]]
         if not points:
             return TrainingSummary(**fields)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,7 +18,9 @@ from layerpeel.inference.teacher_text import TeacherWriter
 from layerpeel.model.origin import StoredDtypes
 from layerpeel.processes.distributed import processes_of
 from layerpeel.training.recipe import TrainingRecipe
-from layerpeel.training.result import Log, TrainingResult, TrainingSummary
+from layerpeel.training.repair_states import RepairState
+from layerpeel.training.repairing import repair_student
+from layerpeel.training.result import Log, RepairResult, TrainingResult, TrainingSummary
 from layerpeel.training.state import TrainingState
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache
@@ -115,7 +118,7 @@ def distill(
     seed: int = 0,
     storage: torch.dtype | StoredDtypes | None = None,
 ) -> tuple[PreTrainedModel, TrainingResult]:
-    """Removes layers from a teacher and distils the gap, for one round.
+    """Removes layers from a teacher, repairs the gap in closed form where `repair` says so, and trains for one round.
 
     Text that the teacher is to write (`from: teacher`) is kept only as long as that takes.
 
@@ -130,18 +133,72 @@ def distill(
     Raises:
         InputError: a layer is not there, the config selects nothing to train, or there is no text.
     """
-    student = Student(teacher)
+    student, removed = Student(teacher), list(removed)
     student.remove(removed)
+    stored = storage or teacher.dtype
     with TemporaryDirectory() as folder:
-        writer = TeacherWriter(
-            student.teacher,
-            tokenizer,
-            Path(folder),
-            teacher=None,
-            length=config.sequence_length,
-            tokens=config.text_tokens(1),
-            seed=seed,
-        )
-        config = config.model_copy(update={"text": writer.resolve(config.text)})
-        result = train_student(student, tokenizer, config, seed=seed, storage=storage or teacher.dtype)
+        config = _with_teacher_text(student, tokenizer, config, Path(folder), seed)
+        repaired = repair_student(student, tokenizer, config, removed, seed=seed, storage=stored)
+        result = train_student(student, tokenizer, config, seed=seed, storage=stored)
+    result.repair = repaired
     return student.model, result
+
+
+def repair(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    removed: Iterable[int],
+    config: DistillConfig,
+    *,
+    seed: int = 0,
+    storage: torch.dtype | StoredDtypes | None = None,
+    folder: str | Path | None = None,
+) -> tuple[PreTrainedModel, RepairResult]:
+    """Removes layers from a teacher and repairs the gap in closed form, without gradients.
+
+    Args:
+        teacher: stays as it is; the student shares all its weights but those that are repaired.
+        removed: teacher layers to remove, counted from 0.
+        config: with `repair` and the text.
+        storage: the dtype that the student will be saved in; the teacher's if not given.
+        folder: where solved projections are kept, so that a repair that was stopped goes on there; it may be removed
+            afterwards.
+
+    Returns:
+        the student, a model of the teacher's class, and what repair did.
+
+    Raises:
+        InputError: a layer is not there, there is no text, or no projection that can be told to write to the hidden
+            states.
+    """
+    if not config.repairs:
+        raise InputError(
+            "distill.text: expected text to repair on" if config.repair else "distill.repair: false, so nothing to do",
+            hint="set distill.text and distill.repair, or use `remove`",
+        )
+    student, removed = Student(teacher), list(removed)
+    student.remove(removed)
+    state = RepairState(Path(folder), "repair") if folder else None
+    stored = storage or teacher.dtype
+    with TemporaryDirectory() as written:
+        config = _with_teacher_text(student, tokenizer, config, Path(written), seed)
+        options: dict[str, Any] = {"seed": seed, "storage": stored, "state": state, "required": True}
+        result = repair_student(student, tokenizer, config, removed, **options)
+    assert result
+    return student.model, result
+
+
+def _with_teacher_text(
+    student: Student, tokenizer: PreTrainedTokenizerBase, config: DistillConfig, folder: Path, seed: int
+) -> DistillConfig:
+    """The config with what the teacher is to write (`from: teacher`) written into a folder."""
+    writer = TeacherWriter(
+        student.teacher,
+        tokenizer,
+        folder,
+        teacher=None,
+        length=config.sequence_length,
+        tokens=config.text_tokens(1),
+        seed=seed,
+    )
+    return config.model_copy(update={"text": writer.resolve(config.text)})

@@ -1,0 +1,90 @@
+"""Removing layers once, and healing the gap: by repair in closed form, and by training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from layerpeel.cli.inputs import check_new_folder, check_room
+from layerpeel.cli.output import stdout
+from layerpeel.cli.tables import repair_table
+from layerpeel.config.distill import DistillConfig
+from layerpeel.config.run import RunConfig
+from layerpeel.errors import InputError
+from layerpeel.model.architecture import count_parameters, find_architecture
+from layerpeel.model.layer_cycles import broken_cycle
+from layerpeel.model.loading import load_teacher, teacher_options
+from layerpeel.model.origin import StoredDtypes, stored_dtypes, teacher_origin
+from layerpeel.model.saving import save_model
+from layerpeel.model.surgery import KeptLayers
+from layerpeel.processes.progress import shown
+from layerpeel.run.removal_card import HealingFacts, write_removal_card
+from layerpeel.storage.outputs import beside
+from layerpeel.training.repair_states import RepairState
+from layerpeel.training.rounds import distill, repair
+from layerpeel.training.teacher_text import with_teacher_text
+
+Heal = Callable[
+    [PreTrainedModel, PreTrainedTokenizerBase, DistillConfig, StoredDtypes], tuple[PreTrainedModel, HealingFacts, str]
+]
+"""Makes a student of a teacher; says what was done, for its card and in words."""
+
+
+def distill_once(settings: RunConfig, layers: Sequence[int], folder: Path) -> None:
+    """Removes layers from a config's teacher, repairs and distils the gap, and writes the student."""
+    if not settings.distill.tokens_per_round:
+        raise InputError(
+            "distill.tokens_per_round: 0, so there is nothing to do",
+            hint="set it, or use `repair`, which needs no training, or `remove`",
+        )
+
+    def heal(
+        teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: DistillConfig, storage: StoredDtypes
+    ) -> tuple[PreTrainedModel, HealingFacts, str]:
+        student, result = distill(teacher, tokenizer, layers, config, seed=settings.seed, storage=storage)
+        ends = result.summary()
+        losses = f"loss {ends.first_loss:.4f} -> {ends.last_loss:.4f} over {result.tokens:,} tokens"
+        return student, HealingFacts.of(settings, result.repair, result), f"{losses} in {result.seconds:.0f} s"
+
+    _write_student(settings, layers, folder, heal)
+
+
+def repair_once(settings: RunConfig, layers: Sequence[int], folder: Path) -> None:
+    """Removes layers from a config's teacher, repairs the gap in closed form, and writes the student.
+
+    What is solved is kept beside the folder until then: the same command goes on after an interruption.
+    """
+    kept = folder.with_name(f"{folder.name}.repair")
+
+    def heal(
+        teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: DistillConfig, storage: StoredDtypes
+    ) -> tuple[PreTrainedModel, HealingFacts, str]:
+        student, result = repair(teacher, tokenizer, layers, config, seed=settings.seed, storage=storage, folder=kept)
+        stdout.print(repair_table(result))
+        solved = f"{len(result.layers)} of them repaired on {result.tokens:,} tokens in {result.seconds:.0f} s"
+        return student, HealingFacts.of(settings, result, None), solved
+
+    _write_student(settings, layers, folder, heal)
+    RepairState(kept, "").clear()
+
+
+def _write_student(settings: RunConfig, layers: Sequence[int], folder: Path, heal: Heal) -> None:
+    """Loads a config's teacher, and writes the student that is made of it, with its card."""
+    check_new_folder(folder, settings.teacher)
+    check_room(folder, settings.teacher, len(layers), **teacher_options(settings))
+    teacher, tokenizer = load_teacher(settings)
+    kept = KeptLayers.full(len(find_architecture(teacher).layers)).without(layers)
+    origin = teacher_origin(settings).with_layers(kept.kept)
+    storage = stored_dtypes(origin, teacher)
+    resolved, _ = with_teacher_text(settings, teacher, tokenizer, beside(folder, "-text"), scoring=False)
+    student, facts, done = heal(teacher, tokenizer, resolved.distill, storage)
+    save_model(student, tokenizer, folder, storage.main, origin)
+    cycle = broken_cycle(teacher.config, kept.kept)
+    write_removal_card(
+        folder, settings.teacher, kept, count_parameters(student), count_parameters(teacher), facts, cycle
+    )
+    if cycle:
+        stdout.print(f"note     {shown(cycle)}", soft_wrap=True)
+    stdout.print(f"{len(kept)} layers, {done}: {shown(folder)}", soft_wrap=True)

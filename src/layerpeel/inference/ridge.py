@@ -1,0 +1,153 @@
+"""Ridge regression from accumulated normal equations: the change of a linear map that makes up for what it lacks.
+
+Solves min over C of |X C - E|^2 + r |C|^2 (Hoerl and Kennard, Technometrics 12, 1970), where E is what the output of a
+map lacks: a ridge shrinks to the map as it is, not to zero. Only the sums X^T X, X^T E and |E|^2 are kept, never X.
+Each ridge costs a Cholesky factor of X^T X, and few are tried, which takes less than one eigen-decomposition.
+
+Shapes: N tokens, I inputs (with a constant one for the bias, where there is one), O outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layerpeel.processes.distributed import sum_tensors
+
+RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)  # in units of the mean diagonal of X^T X
+
+
+class NormalEquations:
+    """The sums over tokens of which a regression is made: I^2 + I O numbers, in fp32."""
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        self.gram = torch.zeros(inputs, inputs, device=device)
+        self.cross = torch.zeros(inputs, outputs, device=device)
+        self.square = torch.zeros(1, device=device)
+
+    def add(self, inputs: Tensor, errors: Tensor) -> None:
+        """Adds tokens: X [N, I] and E [N, O], in fp32, both multiplied by the tokens' weights."""
+        self.gram.addmm_(inputs.T, inputs)
+        self.cross.addmm_(inputs.T, errors)
+        self.square += errors.square().sum()
+
+    def __add__(self, other: NormalEquations) -> NormalEquations:
+        total = NormalEquations(0, 0, self.gram.device)
+        total.gram, total.cross = self.gram + other.gram, self.cross + other.cross
+        total.square = self.square + other.square
+        return total
+
+    def sum_over_processes(self) -> None:
+        """Adds up what all processes have; every process has to call it."""
+        sum_tensors([self.gram, self.cross, self.square])
+
+    def doubled(self) -> NormalEquations:
+        """The same in fp64, where they are solved; on the CPU, if the device has no fp64."""
+        device = self.gram.device if self.gram.device.type in ("cpu", "cuda") else torch.device("cpu")
+        result = NormalEquations(0, 0, device)
+        result.gram, result.cross, result.square = (
+            value.to(device).double() for value in (self.gram, self.cross, self.square)
+        )
+        return result
+
+    def scaled(self, scale: Tensor) -> NormalEquations:
+        """Those of inputs that are multiplied by a scale, [I, 1]."""
+        result = NormalEquations(0, 0, self.gram.device)
+        result.gram, result.cross, result.square = self.gram * scale * scale.T, self.cross * scale, self.square
+        return result
+
+    def solve(self, ridge: float) -> Tensor:
+        """The change C, [I, O]; a ridge in units of the mean diagonal."""
+        diagonal = self.gram.diagonal()
+        penalty = ridge * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        regular = self.gram.clone()
+        regular.diagonal().add_(penalty)
+        return torch.cholesky_solve(self.cross, torch.linalg.cholesky(regular))
+
+    def error(self, change: Tensor) -> float:
+        """|X C - E|^2."""
+        return float(self.square + (change * (self.gram @ change - 2 * self.cross)).sum())
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Of a regression.
+
+    Attributes:
+        change: C, [I, O] in fp64; zeros where no ridge makes the error smaller.
+        ridge: in units of the mean diagonal; None where nothing is to be changed.
+    """
+
+    change: Tensor
+    ridge: float | None
+
+
+class Regression:
+    """The regression of one linear map, over tokens to fit and others that are held back, to judge ridges by.
+
+    Args:
+        inputs, outputs: of the map, without the bias.
+        bias: whether it has one; a constant is then the last input.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, device: torch.device) -> None:
+        self.bias, self.outputs = bias, outputs
+        self.fit, self.held = (NormalEquations(inputs + bias, outputs, device) for _ in range(2))
+
+    def add(self, inputs: Tensor, errors: Tensor, weights: Tensor, held: Tensor) -> None:
+        """Adds N tokens.
+
+        Args:
+            inputs: [N, I] in fp32, without the constant.
+            errors: [N, O] in fp32, multiplied by the weights that errors have.
+            weights: [N], of the inputs.
+            held: [N] of bool.
+        """
+        inputs = inputs * weights[:, None]
+        if self.bias:
+            inputs = torch.cat([inputs, weights[:, None]], dim=1)
+        self.fit.add(inputs[~held], errors[~held])
+        self.held.add(inputs[held], errors[held])
+
+    def sum_over_processes(self) -> None:
+        """Adds up what all processes have; every process has to call it."""
+        for equations in (self.fit, self.held):
+            equations.sum_over_processes()
+
+    def solve(self, ridge: float | None = None) -> Solution:
+        """Solves it over all tokens; with the ridge that does best on those held back, if none is given."""
+        total = (self.fit + self.held).doubled()
+        scale = self._scale_of_constant(total)
+        if ridge is None:
+            ridge = best_ridge(self.fit.doubled().scaled(scale), self.held.doubled().scaled(scale))
+        if ridge is None or not float(total.square):
+            return Solution(torch.zeros_like(total.cross), None)
+        return Solution(total.scaled(scale).solve(ridge) * scale, ridge)
+
+    def error(self, change: Tensor) -> float:
+        """|X C - E|^2 over all tokens, for a change [I, O] in fp64."""
+        return (self.fit + self.held).doubled().error(change)
+
+    def _scale_of_constant(self, total: NormalEquations) -> Tensor:
+        """[I, 1], what makes the constant as large as an input is in the mean, so that a ridge means the same to it."""
+        scale = torch.ones_like(total.cross[:, :1])
+        diagonal = total.gram.diagonal()
+        if self.bias and diagonal[-1] > 0:
+            scale[-1] = (diagonal[:-1].mean() / diagonal[-1]).sqrt()
+        return scale
+
+
+def best_ridge(fit: NormalEquations, held: NormalEquations) -> float | None:
+    """The ridge of those in `RIDGES` with the least error on tokens held back; None if each makes it larger.
+
+    From the largest down, until the error grows.
+    """
+    best, least = None, float(held.square)
+    for ridge in RIDGES:
+        error = held.error(fit.solve(ridge))
+        if error >= least:
+            break
+        best, least = ridge, error
+    return best

@@ -1,0 +1,152 @@
+"""Repair of a student, from the text to the result; see `repair` for how."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from layerpeel.config.distill import DistillConfig
+from layerpeel.data.batches import load_rows
+from layerpeel.data.rows import Rows
+from layerpeel.data.token_documents import token_text_digest
+from layerpeel.errors import InputError
+from layerpeel.model.origin import StoredDtypes
+from layerpeel.processes.distributed import processes_of
+from layerpeel.processes.progress import console, print_once, progress
+from layerpeel.training.recipe import TrainingRecipe
+from layerpeel.training.repair import RepairWalk, find_layer_writers
+from layerpeel.training.repair_states import Front, RepairState
+from layerpeel.training.result import RepairResult
+from layerpeel.training.student import Student
+
+HELD_BACK = 8  # one of so many rows is held back, for ridges to be judged by
+
+
+@torch.no_grad()
+def repair_student(
+    student: Student,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DistillConfig,
+    removed: Iterable[int],
+    *,
+    seed: int = 0,
+    storage: torch.dtype | StoredDtypes = torch.float32,
+    state: RepairState | None = None,
+    required: bool = False,
+) -> RepairResult | None:
+    """Repairs a student's projections in closed form, and leaves the weights in it.
+
+    Args:
+        config: with `repair` and the text.
+        removed: the teacher layers that went since the last repair: it begins with the layer before the first.
+        seed: of the text.
+        storage: what repaired weights are rounded to, so that what is measured is what will be saved.
+        state: where solved projections are kept; a repair that was stopped gives the same to the last bit.
+        required: whether to refuse a model that cannot be repaired, though the config does not ask for repair.
+
+    Returns:
+        what was done; None if the model cannot be repaired, and nothing asks for it.
+
+    Raises:
+        InputError: there is no text, or no layer whose projections can be told.
+        Interrupted: a stop was asked for; what was solved is saved.
+    """
+    repairs = config.repairs
+    if not repairs or not can_repair(student, config, required=required):
+        return None
+    started = time.monotonic()
+    rows = _load_rows(student, tokenizer, config, repairs.tokens, seed)
+    start = start_of(student, removed)
+    state = state and state.for_repair(_settings(config, seed, student, start))
+    stored = storage if isinstance(storage, StoredDtypes) else StoredDtypes(storage)
+    ridge = None if repairs.ridge == "auto" else repairs.ridge
+    with (
+        _front(student, rows, state) as front,
+        progress("repairing", passes(student, start) * len(front.batches())) as advance,
+    ):
+        walk = RepairWalk(student, front, start, ridge, stored.of, state, advance)
+        walk.walk()
+    walk.result.seconds += time.monotonic() - started
+    console.print(describe(walk.result), style="dim")
+    return walk.result
+
+
+def describe(result: RepairResult) -> str:
+    """What a repair did, in a line."""
+    most = result.most
+    if not most:
+        return f"repair left all as it was: nothing does better on text held back ({result.tokens:,} tokens)"
+    last = [each for each in result.projections if each.ridge is not None][-1]
+    return (
+        f"repaired {len(result.layers)} layers in {result.seconds:.0f} s, {result.tokens:,} tokens: error of layer "
+        f"{most.layer} {most.before:.4f} -> {most.after:.4f}, of the last {last.before:.4f} -> {last.after:.4f}"
+    )
+
+
+def can_repair(student: Student, config: DistillConfig, *, required: bool = False) -> bool:
+    """Whether the projections of some layer can be told.
+
+    Says so once where none can be, and repair is on since nobody has said otherwise.
+
+    Raises:
+        InputError: none can be, and the config asks for repair, or `required` says so.
+    """
+    if any(map(partial(find_layer_writers, student), range(len(student.kept_layers)))):
+        return True
+    reason = f"{type(student.model).__name__}: its layers do not add the output of a projection to their hidden states"
+    if required or "repair" in config.model_fields_set:
+        raise InputError(f"distill.repair: {reason}, so they cannot be repaired", hint="set distill.repair: false")
+    print_once(f"no repair in closed form: {reason}")
+    return False
+
+
+def _settings(config: DistillConfig, seed: int, student: Student, start: int) -> str:
+    """A hash of what a repair depends on, but for the weights and the content of the text."""
+    fields = config.model_dump(mode="json", include={"repair", "sequence_length", "packing", "text"})
+    for source in fields["text"]:
+        # What a file holds is told by its digest in the run's record; a text of the teacher's, by its own.
+        source["path"] = token_text_digest(Path(source["path"]))
+    values = [fields, seed, student.kept_layers.kept, start]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _load_rows(
+    student: Student, tokenizer: PreTrainedTokenizerBase, config: DistillConfig, tokens: int, seed: int
+) -> Rows:
+    return load_rows(
+        config.text,
+        tokenizer,
+        sequence_length=config.sequence_length,
+        packing=TrainingRecipe(config).packing(student.teacher),
+        max_tokens=tokens,
+        seed=seed,
+    )
+
+
+def start_of(student: Student, removed: Iterable[int]) -> int:
+    """The position of the student where a repair begins: before the first of these removed layers."""
+    return max(0, sum(layer < min(removed) for layer in student.kept_layers.kept) - 1)
+
+
+def passes(student: Student, start: int) -> int:
+    """How often a repair runs the text through a layer."""
+    kept = student.kept_layers
+    return start + kept.total + 2 * (len(kept) - start)
+
+
+def _front(student: Student, rows: Rows, state: RepairState | None) -> Front:
+    """This process's rows, and room for their hidden states."""
+    processes = processes_of(student.model.device)
+    numbers = torch.arange(processes.process_index, len(rows), processes.num_processes)
+    part = Rows(rows.input_ids[numbers], rows.mask[numbers], rows.document.expand_as(rows.input_ids)[numbers])
+    held = numbers % HELD_BACK == min(HELD_BACK, len(rows)) - 1
+    layerwise = student.teacher
+    batch = max(1, layerwise.tokens_per_call // rows.input_ids.shape[1])
+    return Front(part, held, layerwise.width, student.model.dtype, batch, state.folder if state else None)
