@@ -209,7 +209,7 @@ def test_the_untouched_model_writes_for_as_many_as_fit_on_its_one_branch(monkeyp
     row = bytes_of_token(4, 32, 4) * 9  # 3 tokens and 6 new ones, on four branches
     engine = Engine(LayerwiseModel(model), tokenizer, candidates, budget=Budget(3 * row, torch.device("cpu")))
     assert engine.answer([*requests, requests[0]]) == [[*answers, answers[0]] for answers in expected]
-    assert [count for count, untouched in calls if untouched] == [12, 1]
+    assert [count for count, untouched in calls if untouched] == [12]  # the last prompt is the first again
     assert max(count for count, untouched in calls if not untouched) <= 9
 
 

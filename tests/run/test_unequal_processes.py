@@ -27,14 +27,14 @@ def test_processes_with_different_memory_make_the_run_of_one(tmp_path: Path) -> 
     pytest.importorskip("tensorboard")
     text = save_texts(tmp_path / "text.jsonl", tiny_texts(3 + 11 * line % 28 for line in range(40)))
     task = {"data": str(text), "limit": 20}
-    write = {"prompt": "{text}", "target": "w3 w4 w5", "metric": "copy", "max_new_tokens": 5}
+    write = {"prompt": "{text}", "target": "{text}", "metric": "copy", "max_new_tokens": 5}
     config: dict[str, Any] = {
         "teacher": str(save_tiny(tmp_path / "teacher")),
         "output": str(tmp_path / "one"),
         "stop": {"target_layers": 5},
         "score": {"protect": {"first": 2}},
         "tasks": [{"kind": "perplexity", **task}, {"kind": "generate", **task, **write}],
-        "distill": {"text": str(text), "tokens_per_round": 0},
+        "distill": {"text": str(text), "tokens_per_round": 0, "sequence_length": 24},
         "trackers": ["tensorboard"],
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
