@@ -103,11 +103,13 @@ def streaming() -> str:
     """Peak memory of scoring with layers read from disk."""
     result = read("streaming")
     peaks = {name: way["peak_bytes"] / 2**20 for name, way in result["ways"].items()}
+    times = result.get("times_in_memory", {})
+    slower = "".join(f" Times as long as in memory, {way}: {ratio:.2f}." for way, ratio in times.items())
     return (
         f"A random bfloat16 Llama of {result['parameters'] / 1e9:.2f} billion parameters in 48 layers, scored by "
         f"`teacher_kl` with `score.weights: stream`: {peaks['stream']:,.0f} MiB at the peak, "
         f"{100 * peaks['stream'] / peaks['load']:.0f} % of the {peaks['load']:,.0f} MiB that loading its weights "
-        f"takes; the scores are those in memory. {source(result)}"
+        f"takes; the scores are those in memory.{slower} {source(result)}"
     )
 
 

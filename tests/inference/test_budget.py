@@ -28,3 +28,11 @@ def test_other_errors_are_raised() -> None:
     with pytest.raises(ValueError, match="another mistake"):
         budget.shrink(ValueError("another mistake"), layerwise, 4, row=8)
     assert budget.halved == 0
+
+
+def test_what_torch_keeps_of_a_gpus_memory_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = {"mem_get_info": (2 * 2**30, 80 * 2**30), "memory_reserved": 70 * 2**30, "memory_allocated": 8 * 2**30}
+    for name, value in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert Budget(None, torch.device("cuda", 0)).bytes == 2**35  # half of 64 GiB
+    assert Budget(None, torch.device("cpu")).bytes == 2**30

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from layerpeel.inference.budget import Budget, bytes_of_token
+from layerpeel.inference.decoding import Decoder
 from layerpeel.inference.engine import Engine
 from layerpeel.inference.finite import NotFiniteError
 from layerpeel.inference.layerwise import LayerwiseModel
@@ -184,3 +186,33 @@ def test_an_engine_may_answer_alone_among_several_processes(monkeypatch: pytest.
 
     monkeypatch.setattr("layerpeel.inference.engine.processes_of", processes_of)
     assert Engine(layerwise, tokenizer, share_work=False).answer(requests) == [expected]
+
+
+def test_the_untouched_model_writes_for_as_many_as_fit_on_its_one_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer, candidates = tiny_model("llama", eos_token_id=None), tiny_tokenizer(), (1, 2, 4)
+    requests = [Generation((3 + index, 9, 4), 6, ("w7",)) for index in range(12)]
+    expected = Engine(LayerwiseModel(model), tokenizer, candidates).answer(requests)
+    calls: list[tuple[int, bool]] = []
+    decode = Decoder.decode
+
+    def counted(decoder: Decoder, prompts: Any, skipped: Any, *rest: Any) -> Any:
+        calls.append((len(prompts), skipped[0] is None))
+        return decode(decoder, prompts, skipped, *rest)
+
+    monkeypatch.setattr(Decoder, "decode", counted)
+    row = bytes_of_token(4, 32, 4) * 9  # 3 tokens and 6 new ones, on four branches
+    engine = Engine(LayerwiseModel(model), tokenizer, candidates, budget=Budget(3 * row, torch.device("cpu")))
+    assert engine.answer([*requests, requests[0]]) == [[*answers, answers[0]] for answers in expected]
+    assert [count for count, untouched in calls if untouched] == [12]  # the last prompt is the first again
+    assert max(count for count, untouched in calls if not untouched) <= 9
+
+
+def test_a_prompt_that_fails_in_a_batch_to_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model("llama", eos_token_id=None), tiny_tokenizer()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[60] = torch.nan
+    requests = [Generation((5 + index, 9, 60 if index == 4 else 4), 6, ()) for index in range(6)]
+    budget = Budget(2 * bytes_of_token(2, 32, 4) * 9, torch.device("cpu"))
+    with pytest.raises(NotFiniteError) as caught:
+        Engine(LayerwiseModel(model), tokenizer, (2,), budget=budget).answer(requests)
+    assert caught.value.request == 4

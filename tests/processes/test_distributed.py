@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from datetime import timedelta
 
 import pytest
 import torch
@@ -36,3 +37,10 @@ def test_ranks_are_those_that_the_launcher_set(
         monkeypatch.setenv(name, value)
     module = runpy.run_path(distributed.__file__)
     assert (module["RANK"], module["LOCAL_RANK"], module["is_main_process"]()) == expected
+
+
+def test_processes_wait_for_one_another_longer_than_a_large_save_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+    monkeypatch.setattr("accelerate.PartialState", lambda **options: asked.update(options))
+    processes_of(torch.device("cuda"))
+    assert asked == {"cpu": False, "timeout": timedelta(hours=3)}

@@ -142,6 +142,7 @@ def load_layerwise(settings: RunConfig) -> tuple[LayerwiseModel, PreTrainedToken
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
             revision=settings.revision,
+            attn_implementation=settings.attn_implementation,
         )
         return LayerwiseModel(streamed.model, streamed.weights_loaded), tokenizer
     model, tokenizer = load_teacher(settings)

@@ -85,6 +85,10 @@ class RunConfig(Section):
     """Where to send training curves as they grow, through accelerate; tensorboard writes below `output`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen weights; auto: float32 on a CPU, else that of the checkpoint."""
+    attn_implementation: Annotated[str, Field(min_length=1)] = "auto"
+    """The kernel of attention, as transformers calls it: eager, sdpa, flash_attention_2, flash_attention_3; auto: what
+    transformers takes for the model. Flash kernels need a GPU, 16 bits and their package; with them, texts that begin
+    alike are scored one by one."""
     trust_remote_code: bool = False
     """Whether code that comes with the checkpoint may run."""
     revision: Annotated[str, Field(min_length=1)] | None = None

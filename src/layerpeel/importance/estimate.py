@@ -12,6 +12,7 @@ from layerpeel.importance.metrics import make_metric
 from layerpeel.importance.work import work_of
 from layerpeel.inference.budget import bytes_of_token
 from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.model.devices import synchronize
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ def _seconds_per_token(layerwise: LayerwiseModel) -> tuple[float, float]:
     times: list[tuple[float, float]] = []
     with layerwise.weights_loaded(0):
         for _ in range(3):
+            synchronize(layerwise.device)
             started = time.perf_counter()
             layerwise.layer(0, hidden, arguments[0])
+            synchronize(layerwise.device)
             layer_ended = time.perf_counter()
             layerwise.logits(head_input).logsumexp(-1).sum().item()
             times.append((layer_ended - started, time.perf_counter() - layer_ended))

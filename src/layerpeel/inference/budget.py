@@ -17,6 +17,14 @@ def bytes_of_token(branches: int, width: int, itemsize: int) -> int:
     return branches * LAYER_WIDTH * width * itemsize
 
 
+def _free_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on a GPU, those included that torch keeps for reuse; 2 GiB on other devices."""
+    if device.type != "cuda":
+        return 2**31
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 class Budget:
     """Bytes that a batch may take on all branches, and the sizes of the chunks in which it is computed.
 
@@ -35,8 +43,7 @@ class Budget:
         The latter is a power of two, so that an interrupted scoring makes the same batches when it resumes.
         """
         if size is None:
-            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**31
-            size = 2 ** (free.bit_length() - 2)
+            size = 2 ** (_free_bytes(device).bit_length() - 2)
         self.bytes, self.halved = size, 0
         self.tokens_per_call: int | None = None
         self._logit_rows: int | None = None

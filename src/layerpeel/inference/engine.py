@@ -5,9 +5,8 @@ Answers come as one list a branch: the untouched model first, then each candidat
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
+from itertools import islice, takewhile
 from typing import Any
 
 import torch
@@ -15,6 +14,15 @@ from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 
 from layerpeel.inference.answer_cache import AnswerCache
+from layerpeel.inference.batching import (
+    batches_of,
+    joined,
+    kind_of,
+    longest_first,
+    share_of,
+    shared_beginnings,
+    windows_of,
+)
 from layerpeel.inference.budget import Budget
 from layerpeel.inference.decoding import Decoder
 from layerpeel.inference.finite import NotFiniteError, first_not_finite
@@ -52,6 +60,7 @@ class Engine:
         self.layerwise, self.tokenizer, self.candidates = layerwise, tokenizer, candidates
         self.budget = budget or Budget(None, layerwise.device)
         self.answer_cache, self.share_work = answer_cache, share_work
+        self._drafts: dict[Generation, list[int]] = {}  # what the untouched model writes, while requests are answered
 
     @property
     def branches(self) -> int:
@@ -78,7 +87,7 @@ class Engine:
             InputError: a request cannot be answered with this model.
         """
         self._check_generations([r for r in requests if isinstance(r, Generation)], description)
-        windows = [_windows(fitted(request, self.window), self.window) for request in requests]
+        windows = [windows_of(fitted(request, self.window), self.window) for request in requests]
         owners = [index for index, parts in enumerate(windows) for _ in parts]
         try:
             answered = self._answer([window for parts in windows for window in parts], description)
@@ -88,22 +97,23 @@ class Engine:
         by_branch = []
         for answers in answered:
             rest = iter(answers)
-            by_branch.append([_joined([next(rest) for _ in parts]) for parts in windows])
+            by_branch.append([joined([next(rest) for _ in parts]) for parts in windows])
         return by_branch
 
     def _check_generations(self, requests: Sequence[Generation], description: str) -> None:
-        for request in {_kind(request): request for request in requests}.values():
+        for request in {kind_of(request): request for request in requests}.values():
             check_room(request, self.window, description)
             followed_options(request, self.layerwise.model.generation_config, description)
 
     def _answer(self, requests: Sequence[Request], description: str) -> list[list[Answer]]:
         state = processes_of(self.layerwise.device) if self.share_work else None
         rank, world = (state.process_index, state.num_processes) if state else (0, 1)
-        indices = sorted(index for batch in self._batches(requests)[rank::world] for index in batch)
+        indices = share_of(requests, rank, world)
         answers: dict[int, list[Answer]] = {}
         with progress(description, len(indices)) as advance:
             while left := [index for index in indices if index not in answers]:
                 self._answer_while_memory_lasts(requests, left, answers, advance)
+        self._drafts.clear()
         if world > 1:
             for part in gather(answers):
                 answers |= part
@@ -113,9 +123,11 @@ class Engine:
         self, requests: Sequence[Request], left: list[int], answers: dict[int, list[Answer]], advance: Advance
     ) -> None:
         try:
-            for batch in self._batches([requests[index] for index in left]):
-                indices = [left[place] for place in batch]
-                answers |= zip(indices, self._answer_batch([requests[index] for index in indices]), strict=True)
+            batches = [[left[place] for place in b] for b in self._batches([requests[index] for index in left])]
+            for number, indices in enumerate(batches):
+                batch = [requests[index] for index in indices]
+                later = (requests[index] for after in islice(batches, number + 1, None) for index in after)
+                answers |= zip(indices, self._answer_batch(batch, later), strict=True)
                 advance(len(batch))
                 stop_if_asked()
         except NotFiniteError as error:
@@ -124,12 +136,15 @@ class Engine:
         except Exception as error:
             self.budget.shrink(error, self.layerwise, self.branches, max(map(len_of, requests)))
 
-    def _answer_batch(self, requests: Sequence[Request]) -> list[list[Answer]]:
-        """[requests][1 + C]; all of one kind."""
+    def _answer_batch(self, requests: Sequence[Request], later: Iterable[Request]) -> list[list[Answer]]:
+        """[requests][1 + C]; all of one kind. `later` are those of the batches that follow."""
         if self.answer_cache is not None and (cached := self.answer_cache.find(requests, self.candidates)):
             return cached
         if isinstance(requests[0], Generation):
-            answers = self._generate([r for r in requests if isinstance(r, Generation)])
+            alike = takewhile(lambda request: kind_of(request) == kind_of(requests[0]), later)
+            answers = self._generate(
+                [r for r in requests if isinstance(r, Generation)], (r for r in alike if isinstance(r, Generation))
+            )
         else:
             answers = self._log_likelihoods([r for r in requests if isinstance(r, LogLikelihood)])
         if self.answer_cache is not None:
@@ -169,11 +184,12 @@ class Engine:
         sums, _ = log_likelihoods(self.layerwise, candidates, [request], self.budget)
         return bool(torch.isfinite(sums[-1]).all())
 
-    def _generate(self, requests: Sequence[Generation]) -> list[list[Answer]]:
+    def _generate(self, requests: Sequence[Generation], later: Iterable[Generation]) -> list[list[Answer]]:
         """Greedy text for each prompt, on all branches; all requests have the same stops and limit.
 
-        The untouched model decodes first. One forward then runs its text on the branch of every candidate: as far as
-        greedy decoding gives the same there, it is the candidate's text too. From the first token that differs, all
+        The untouched model decodes first, and in the same loop for as many of the `later` requests as there is memory
+        for on its one branch. One forward then runs its text on the branch of every candidate: as far as greedy
+        decoding gives the same there, it is the candidate's text too. From the first token that differs, all
         candidates decode in one loop.
         """
         config = self.layerwise.model.generation_config
@@ -183,19 +199,39 @@ class Engine:
             self.layerwise, self.tokenizer, requests[0].stop, limit, options, plain=requests[0].options is None
         )
         prompts = [request.prompt for request in requests]
-        texts = {(index, 0): tokens for index, tokens in enumerate(self._decode_untouched(decoder, prompts))}
+        drafts = self._drafts_of(decoder, requests, later)
+        texts = {(index, 0): tokens for index, tokens in enumerate(drafts)}
         if self.candidates:
-            texts |= self._generate_skipping(decoder, prompts, [texts[index, 0] for index in range(len(prompts))])
+            texts |= self._generate_skipping(decoder, prompts, drafts)
         branches = range(self.branches)
         return [[decoder.text(texts[index, branch]) for branch in branches] for index in range(len(prompts))]
 
-    def _decode_untouched(self, decoder: Decoder, prompts: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    def _drafts_of(
+        self, decoder: Decoder, requests: Sequence[Generation], later: Iterable[Generation]
+    ) -> list[list[int]]:
+        """The tokens that the untouched model writes after each prompt; those of `later` requests are kept for them."""
+        missing = [index for index, request in enumerate(requests) if request not in self._drafts]
+        if missing:
+            room = self.budget.tokens(self.layerwise, 1) // max(map(len_of, requests)) - len(missing)
+            more = [*islice((request for request in later if request not in self._drafts), max(room, 0))]
+            needed = [requests[index] for index in missing]
+            try:
+                self._draft(decoder, needed + more)
+            except NotFiniteError as error:
+                if not more:
+                    error.request = None if error.request is None else missing[error.request]
+                    raise
+                self._draft(decoder, needed)  # the batch of the one that fails will say so
+        return [self._drafts[request] for request in requests]
+
+    def _draft(self, decoder: Decoder, requests: Sequence[Generation]) -> None:
         try:
-            return decoder.decode(prompts, [None] * len(prompts))
+            drafts = decoder.decode([request.prompt for request in requests], [None] * len(requests))
         except NotFiniteError as error:
             place = first_not_finite(self.layerwise, error.tokens)
             what = f"{error}; the model first gives NaN or infinity in {place}"
             raise NotFiniteError(what, request=error.request) from None
+        self._drafts |= zip(requests, drafts, strict=True)
 
     def _generate_skipping(
         self, decoder: Decoder, prompts: Sequence[tuple[int, ...]], drafts: Sequence[Sequence[int]]
@@ -239,57 +275,9 @@ class Engine:
         return dict(zip(rows, written, strict=True))
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Indices of requests that go together: of one kind, within the budget.
+        """Indices of requests that go together, within the budget."""
+        order = shared_beginnings if self._runs_trees(requests) else longest_first
+        return batches_of(requests, self.budget.tokens(self.layerwise, self.branches), order)
 
-        In prefix trees, log-likelihoods are sorted by their tokens, so that shared prefixes meet; all else goes longest
-        first, so that rows of a batch are of similar length.
-        """
-        budget = self.budget.tokens(self.layerwise, self.branches)
-        batches = []
-        order = sorted(range(len(requests)), key=lambda index: (_kind(requests[index]), *self._order(requests[index])))
-        for _, group in groupby(order, key=lambda index: _kind(requests[index])):
-            batch: list[int] = []
-            longest = 0
-            for index in group:
-                longest = max(longest, len_of(requests[index]))
-                if batch and longest * (len(batch) + 1) > budget:
-                    batches.append(batch)
-                    batch, longest = [], len_of(requests[index])
-                batch.append(index)
-            batches.append(batch)
-        return batches
-
-    def _order(self, request: Request) -> tuple[int, ...]:
-        if isinstance(request, LogLikelihood) and self.layerwise.runs_trees:
-            return request.context + request.continuation
-        return (-len_of(request),)
-
-
-def _windows(request: Request, limit: int) -> list[Request]:
-    """Cuts a log-likelihood that is too long for the model as lm-evaluation-harness does; others stay as they are.
-
-    Each window has `limit` tokens and the one before them as context; the last has as much context as fits.
-    """
-    if isinstance(request, Generation) or len(request.continuation) <= limit:
-        return [request]
-    tokens, before = request.continuation, request.context[-1:] + request.continuation
-    starts = range(0, len(tokens), limit)
-    ends = [min(start + limit, len(tokens)) for start in starts]
-    return [
-        LogLikelihood(before[max(0, end - limit) : start + 1], tokens[start:end])
-        for start, end in zip(starts, ends, strict=True)
-    ]
-
-
-def _joined(answers: Sequence[Answer]) -> Answer:
-    """The answer to a request from those to its windows."""
-    parts = [answer for answer in answers if isinstance(answer, Likelihood)]
-    if len(parts) < len(answers):
-        return answers[0]
-    return Likelihood(math.fsum(part.log_probability for part in parts), all(part.greedy for part in parts))
-
-
-def _kind(request: Request) -> tuple[Any, ...]:
-    if isinstance(request, Generation):
-        return (1, request.stop, -request.max_new_tokens, repr(request.options))
-    return (0, (), 0, "")
+    def _runs_trees(self, requests: Sequence[Request]) -> bool:
+        return any(isinstance(request, LogLikelihood) for request in requests) and self.layerwise.runs_trees

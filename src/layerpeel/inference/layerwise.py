@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from layerpeel.inference.kv_cache import KeyValueRecorder, LayerKeyValues
+from layerpeel.inference.trials import runs_packed, runs_trees
 from layerpeel.model.architecture import find_architecture
 from layerpeel.model.config_fields import text_config
 from layerpeel.model.layer_inputs import (
@@ -240,39 +241,13 @@ class LayerwiseModel:
 
     @cached_property
     def runs_trees(self) -> bool:
-        """Whether prefix trees give what separate rows give.
-
-        The first read runs the model on two sequences that share a prefix, in both ways.
-        """
-        ids = torch.arange(4) % self.vocab_size
-        attention_mask = torch.tensor([[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]]).bool()
-        rows = self._try_forward(torch.stack([ids[[0, 1, 2]], ids[[0, 1, 3]]]))
-        tree = self._try_forward(ids[None, :4], torch.tensor([[0, 1, 2, 2]]), attention_mask)
-        return rows is not None and tree is not None and self._same(tree[0, 2:], rows[:, 2])
+        """Whether prefix trees give what separate rows give; the first read tries it out."""
+        return runs_trees(self)
 
     @cached_property
     def runs_packed(self) -> bool:
-        """Whether documents in a row stay apart when positions restart at 0 in each.
-
-        The first read runs the model on two documents of two tokens, packed and each alone.
-        """
-        ids = torch.arange(4) % self.vocab_size
-        rows = torch.stack([ids, ids[[0, 1, 1, 1]], ids[[2, 3, 3, 3]]])  # both, and each alone
-        hidden = self._try_forward(rows, torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]))
-        return hidden is not None and self._same(hidden[0], hidden[1:, :2].flatten(0, 1))
-
-    def _try_forward(
-        self, input_ids: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None
-    ) -> Tensor | None:
-        """Final hidden states [B, T, D] in fp32, or None if the model takes no such positions or mask."""
-        try:
-            return self.forward_with_skips(input_ids, positions=positions, attention_mask=attention_mask)[0].float()
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-            return None
-
-    def _same(self, hidden: Tensor, expected: Tensor) -> bool:
-        tolerance = 1e-4 if self.model.dtype is torch.float32 else 0.02
-        return bool((hidden - expected).norm() <= tolerance * expected.norm())
+        """Whether documents in a row stay apart when positions restart at 0 in each; the first read tries it out."""
+        return runs_packed(self)
 
 
 class _BaseOutput(BaseModelOutputWithPast):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from layerpeel.errors import InputError, nearest
 from layerpeel.model.config_fields import text_config
 from layerpeel.processes.progress import console, shown
 
@@ -42,6 +44,38 @@ def runnable_config(config: PretrainedConfig, *, announce: bool = False) -> Pret
     return runnable
 
 
+def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Checks the kernel of attention that a user names.
+
+    Raises:
+        InputError: there is no such kernel, it is not installed, or does not run on the device or in the dtype.
+    """
+    names = {"auto", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
+    names = {known for known in names if not known.startswith(("flex_attention", "paged|"))}  # see `_runs_here`
+    if name not in names:
+        raise InputError(
+            f"attn_implementation: unknown kernel '{name}'{nearest(name, names)}",
+            hint="use auto, and transformers chooses",
+        )
+    if not name.startswith("flash_attention"):
+        return
+    if device.type != "cuda" or dtype is torch.float32:
+        raise InputError(
+            f"attn_implementation: {name} runs on CUDA devices in 16 bits, not on {device.type} in "
+            f"{str(dtype).removeprefix('torch.')}",
+            hint="use auto, or dtype: bfloat16 on a GPU",
+        )
+    if not _runs_here(name):
+        raise InputError(
+            f"attn_implementation: {name} is not installed", hint="install flash-attn, or use auto or sdpa"
+        )
+
+
+def attention_of(config: PretrainedConfig) -> str:
+    """The kernel of attention that a loaded model runs."""
+    return str(getattr(text_config(config), "_attn_implementation", None) or "eager")
+
+
 def _take_installed_attention(config: PretrainedConfig, announce: bool) -> None:
     wanted = getattr(config, "_attn_implementation", None)
     if not isinstance(wanted, str) or _runs_here(wanted):
@@ -58,7 +92,7 @@ def _take_installed_attention(config: PretrainedConfig, announce: bool) -> None:
 def _runs_here(attention: str) -> bool:
     """Whether a kernel of attention is there, and runs with and without gradients on any device."""
     if attention.startswith("flash_attention"):
-        return bool(is_flash_attn_2_available())
+        return bool(is_flash_attn_3_available() if attention.endswith("3") else is_flash_attn_2_available())
     if attention.startswith(("flex_attention", "paged|")):  # no gradients on a CPU; a cache of its own
         return False
     return attention == "eager" or attention in ALL_ATTENTION_FUNCTIONS.valid_keys()

@@ -7,11 +7,13 @@ Shapes: B batch, T tokens, D hidden.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from layerpeel.errors import InputError
@@ -31,6 +33,16 @@ OTHER_OUTPUT = object()
 
 class _UnsupportedForwardError(Exception):
     """The base model's forward does more than pass hidden states from layer to layer."""
+
+
+def refuses_input(error: Exception) -> bool:
+    """Whether an error may come of a model's code that does not take an argument or its shape.
+
+    An error of the device, such as one of memory, of another device's tensors or of a kernel, says nothing about that.
+    """
+    if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+        return not should_reduce_batch_size(error) and bool(re.search("size|shape|dimension|expand", str(error)))
+    return isinstance(error, TypeError | ValueError | IndexError | AttributeError | NotImplementedError)
 
 
 class LayerInputRecorder:
@@ -59,13 +71,9 @@ class LayerInputRecorder:
             except _UnsupportedForwardError as error:
                 reason = str(error)
                 continue
-            except (
-                TypeError,
-                ValueError,
-                RuntimeError,
-                IndexError,
-                AttributeError,
-            ):  # the base model expects another form
+            except Exception as error:  # the base model expects another form
+                if not refuses_input(error):
+                    raise
                 continue
             self.rows = _rows_per_row(of_two, of_three)
             return

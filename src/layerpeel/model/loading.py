@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from transformers import (
@@ -24,8 +24,9 @@ from layerpeel.model.checkpoint import check_weights, hint_for_weights
 from layerpeel.model.checkpoint_keys import check_keys, check_not_quantised
 from layerpeel.model.commits import cached_folder, check_revision
 from layerpeel.model.devices import pick_device, wanted_dtype
-from layerpeel.model.forward_switches import runnable_config
+from layerpeel.model.forward_switches import check_attention, runnable_config
 from layerpeel.model.vocabulary import check_vocabulary, check_vocabulary_size
+from layerpeel.processes.progress import console, shown
 from layerpeel.storage.outputs import windows_hint
 
 if TYPE_CHECKING:
@@ -93,10 +94,13 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     merge_adapter: bool = False,
+    attn_implementation: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal language model and its tokenizer, and checks that they fit each other.
 
-    Switches of the config that change what a forward returns (`output_attentions`, ...) are off in the model.
+    Switches of the config that change what a forward returns (`output_attentions`, ...) are off in the model. On a
+    CPU, weights in the dtype of the checkpoint are mapped from its files, so that processes share their memory; to a
+    GPU they go tensor by tensor.
 
     Args:
         path: a folder or a hub name.
@@ -105,37 +109,52 @@ def load_model(
         trust_remote_code: whether code that comes with the checkpoint may run.
         revision: of a model on the hub; its default branch, if None.
         merge_adapter: whether to merge the adapter that is in the folder into the weights.
+        attn_implementation: the kernel of attention, as transformers calls it, or `auto`.
 
     Raises:
-        InputError: no such model, no causal language model; weights that are missing, without a place in the model,
-            quantised or not in safetensors; an adapter that is not merged; or a tokenizer with more entries than the
-            model's vocabulary.
+        InputError: no such model, device or kernel, no causal language model; weights that are missing, without a place
+            in the model, quantised or not in safetensors; an adapter that is not merged; or a tokenizer with more
+            entries than the model's vocabulary.
     """
     config = load_config_of(path, trust_remote_code=trust_remote_code, revision=revision, merge_adapter=merge_adapter)
     target = pick_device(device)
     wanted = wanted_dtype(config, target, dtype)
+    check_attention(attn_implementation, target, wanted)
+    options: dict[str, Any] = {"dtype": wanted, "trust_remote_code": trust_remote_code}
+    if attn_implementation != "auto":
+        options["attn_implementation"] = attn_implementation
     adapter = checked_adapter(path, revision, merge=merge_adapter)
     if adapter:
         base_revision = adapter.base_revision if adapter.is_alone else revision
         with base_folder(adapter) as base:
-            model = _load_weights(base, config, wanted, trust_remote_code, base_revision)
+            model = _load_weights(base, config, revision=base_revision, **options)
         model = merge(model, adapter, revision)
         model.config._name_or_path = model.name_or_path = str(path)
     else:
-        model = _load_weights(path, config, wanted, trust_remote_code, revision)
+        if target.type == "cuda":
+            options["device_map"] = {"": target}
+        model = _load_weights(path, config, revision=revision, **options)
     tokenizer = load_tokenizer(
         path, trust_remote_code=trust_remote_code, revision=revision, merge_adapter=merge_adapter
     )
     check_vocabulary(model, tokenizer, path)
     model = model.to(target).eval()
     _check_finite(model, path)
+    if target.type == "cuda" and wanted is torch.float32 and dtype == "auto":
+        console.print(
+            f"{shown(path)} is stored in float32, in which a GPU is several times slower and takes twice the memory: "
+            "set dtype: bfloat16, unless that is meant",
+            style="yellow",
+            soft_wrap=True,
+        )
     return model, tokenizer
 
 
-def _load_weights(
-    path: str | Path, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool, revision: str | None
-) -> PreTrainedModel:
-    """Loads a model with all of its weights, on the CPU.
+def _load_weights(path: str | Path, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """Loads a model with all of its weights.
+
+    Args:
+        options: of `from_pretrained`.
 
     Raises:
         InputError: they are not in safetensors, do not fit the config, are incomplete, or stay quantised.
@@ -145,21 +164,24 @@ def _load_weights(
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path),
             config=runnable_config(config, announce=True),
-            dtype=dtype,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **options,
         )
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # transformers and remote code raise many types
+        if "attn_implementation" in options and "attn_implementation" in str(error):
+            raise InputError(
+                f"attn_implementation: {path} does not run with {options['attn_implementation']} ({reason_of(error)})",
+                hint="use auto, or eager",
+            ) from None
         raise InputError(
             f"{path}: the weights cannot be loaded ({reason_of(error)})", hint=hint_for_weights(config, path)
         ) from None
     if not os.path.isdir(path):
-        check_weights(config, cached_folder(path, revision))  # the hub's files, which were not there before
+        check_weights(config, cached_folder(path, options["revision"]))  # the hub's files, which were not there before
     check_keys(info, config, path)
     check_not_quantised(model, path)
     return model
@@ -205,7 +227,13 @@ def load_without_bytes(
 
 def load_teacher(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads the teacher of a run's config; see `load_model`."""
-    return load_model(config.teacher, device=config.device, dtype=config.dtype, **teacher_options(config))
+    return load_model(
+        config.teacher,
+        device=config.device,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        **teacher_options(config),
+    )
 
 
 def teacher_options(config: RunConfig) -> TeacherOptions:

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,19 +21,21 @@ from layerpeel.errors import InputError
 from layerpeel.model.architecture import find_architecture
 from layerpeel.model.checkpoint_keys import quantised_with
 from layerpeel.model.devices import pick_device, wanted_dtype
-from layerpeel.model.forward_switches import runnable_config
+from layerpeel.model.forward_switches import check_attention, runnable_config
 from layerpeel.model.loading import load_config_of, load_tokenizer, load_without_bytes
 from layerpeel.model.origin import local_folder
 from layerpeel.model.tensor_files import stored_tensors
 from layerpeel.model.vocabulary import check_vocabulary
 
+CPU = torch.device("cpu")
 M_MMAP_THRESHOLD = -3  # parameter of glibc's mallopt: larger blocks are mapped, and unmapped when freed
 
 
 class StreamedLayers:
     """Reads each layer's weights from safetensors files before it runs, and drops them afterwards.
 
-    The next layer is read while one runs, so at most two are in memory.
+    The next layer (after the last, the first) is read while one runs, so at most two are in memory. For a GPU they are
+    read into pinned memory, from which a stream of their own copies them beside the computation.
 
     Attributes:
         model: loaded but for its layers, whose weights are on the meta device between runs.
@@ -66,20 +69,22 @@ class StreamedLayers:
                     hint="use score.weights: memory",
                 )
         self._reader = ThreadPoolExecutor(max_workers=1)
-        self._read_ahead: dict[int, Future[dict[str, Tensor]]] = {}
+        self._read_ahead: dict[int, Future[LayerWeights]] = {}
+        self._copies = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
     @contextmanager
     def weights_loaded(self, position: int) -> Iterator[None]:
         """Loads the weights of the layer at `position` while the context lasts."""
-        layer = self._architecture.layers[position]
+        layers = self._architecture.layers
         ready = self._read_ahead.pop(position, None) or self._reader.submit(self._read, position)
         self._read_ahead.clear()
-        layer.load_state_dict(ready.result(), strict=False, assign=True)
-        if position + 1 < len(self._architecture.layers):
-            self._read_ahead[position + 1] = self._reader.submit(self._read, position + 1)
+        layers[position].load_state_dict(ready.result().on_current_stream(), strict=False, assign=True)
+        following = (position + 1) % len(layers)
+        self._read_ahead[following] = self._reader.submit(self._read, following)
         try:
             yield
         finally:
+            layer = layers[position]
             meta = {name: value.to("meta") for name, value in layer.state_dict().items()}
             layer.load_state_dict(meta, strict=False, assign=True)
 
@@ -88,12 +93,38 @@ class StreamedLayers:
         prefix = f"{self._architecture.layer_prefix()}.{position}."
         return {name: prefix + name for name in self._architecture.layers[position].state_dict()}
 
-    def _read(self, position: int) -> dict[str, Tensor]:
+    def _read(self, position: int) -> LayerWeights:
         names = self._names(position)
-        tensors = _read_tensors(
-            {stored: self._files[stored] for stored in names.values()}, self.model.device, self._dtypes
-        )
-        return {name: tensors[stored] for name, stored in names.items()}
+        files = {stored: self._files[stored] for stored in names.values()}
+        if self._copies is None:
+            tensors = _read_tensors(files, self.model.device, self._dtypes)
+            return LayerWeights({name: tensors[stored] for name, stored in names.items()})
+        pinned = _read_tensors(files, CPU, self._dtypes, pinned=True)
+        with torch.cuda.stream(self._copies):
+            on_gpu = {name: pinned[stored].to(self.model.device, non_blocking=True) for name, stored in names.items()}
+            return LayerWeights(on_gpu, self._copies.record_event())
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A layer's weights, which may still be on their way to the GPU.
+
+    Attributes:
+        tensors: by their names in the layer.
+        copied: happens on the stream of the copies when all have arrived; None where they are here already.
+    """
+
+    tensors: Mapping[str, Tensor]
+    copied: torch.cuda.Event | None = None
+
+    def on_current_stream(self) -> Mapping[str, Tensor]:
+        """The tensors, for what is asked of the current stream from here on; the host does not wait."""
+        if self.copied is not None:
+            stream = torch.cuda.current_stream(next(iter(self.tensors.values())).device)
+            stream.wait_event(self.copied)
+            for tensor in self.tensors.values():
+                tensor.record_stream(stream)  # or their memory is reused while the layer still computes
+        return self.tensors
 
 
 def load_streamed(
@@ -103,6 +134,7 @@ def load_streamed(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    attn_implementation: str = "auto",
 ) -> tuple[StreamedLayers, PreTrainedTokenizerBase]:
     """Loads a causal language model but for its layers, which are read as they run.
 
@@ -114,12 +146,14 @@ def load_streamed(
     _check_not_quantised(config, path)
     _return_freed_memory()
     target, wanted = pick_device(device), wanted_dtype(config, pick_device(device), dtype)
+    check_attention(attn_implementation, target, wanted)
+    kernel = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
     folder = local_folder(path, revision)
     outline = load_without_bytes(folder, config, path, dtype=wanted, trust_remote_code=trust_remote_code)
     dtypes = {name: tensor.dtype for name, tensor in outline.state_dict().items()}
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
-            runnable_config(config, announce=True), dtype=wanted, trust_remote_code=trust_remote_code
+            runnable_config(config, announce=True), dtype=wanted, trust_remote_code=trust_remote_code, **kernel
         )
     files = {name: tensor.file for name, tensor in stored_tensors(folder).items()}
     layers = f"{find_architecture(model).layer_prefix()}."
@@ -160,14 +194,18 @@ def _return_freed_memory() -> None:
 
 
 def _read_tensors(
-    files: Mapping[str, Path], device: torch.device, dtypes: Mapping[str, torch.dtype]
+    files: Mapping[str, Path], device: torch.device, dtypes: Mapping[str, torch.dtype], *, pinned: bool = False
 ) -> dict[str, Tensor]:
-    """Reads tensors, by name, from their safetensors files, in the dtypes given."""
+    """Reads tensors, by name, from their safetensors files, in the dtypes given; `pinned` for copies to a GPU."""
     tensors = {}
     for path in sorted(set(files.values())):
         with safe_open(path, framework="pt") as file:
             for name in (name for name, holder in files.items() if holder == path):
                 value = file.get_tensor(name)
                 # A copy, so that the file can be unmapped.
-                tensors[name] = value.to(device, dtypes.get(name), copy=True)
+                if pinned:
+                    held = torch.empty(value.shape, dtype=dtypes.get(name, value.dtype), pin_memory=True)
+                    tensors[name] = held.copy_(value)
+                else:
+                    tensors[name] = value.to(device, dtypes.get(name), copy=True)
     return tensors

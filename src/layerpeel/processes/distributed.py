@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from layerpeel.errors import InputError
@@ -18,6 +19,9 @@ if TYPE_CHECKING:  # seconds to import, which messages and answers of the comman
     from accelerate import PartialState
 
 LAUNCHER_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # with their values without a launcher
+
+# How long processes wait for one another: one may load, save or evaluate while the others have nothing to do.
+PATIENCE = timedelta(hours=3)
 
 T = TypeVar("T")
 
@@ -32,6 +36,8 @@ RANK = _launcher_number("RANK")
 """Index of this process among all launched ones; 0 without a launcher."""
 LOCAL_RANK = _launcher_number("LOCAL_RANK")
 """Index of this process on its machine, and so of its GPU."""
+WORLD_SIZE = _launcher_number("WORLD_SIZE")
+"""How many processes were launched; 1 without a launcher."""
 
 
 def is_main_process() -> bool:
@@ -46,7 +52,7 @@ def processes_of(device: torch.device) -> PartialState:
     """
     from accelerate import PartialState
 
-    return PartialState(cpu=device.type == "cpu")
+    return PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
 
 
 def gather(value: T) -> list[T]:

@@ -24,6 +24,7 @@ from layerpeel.inference.engine import Engine
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.requests import Generation, Request
 from layerpeel.model.config_fields import context_length
+from layerpeel.model.devices import synchronize
 from layerpeel.processes.progress import console, plain, progress, shown
 from layerpeel.report.measurements import (
     DepthSpeed,
@@ -130,10 +131,10 @@ def _seconds(model: PreTrainedModel, rows: int) -> float:
     """Of one generation: the fastest of as many as fit into `TURN_SECONDS`."""
     best, total = float("inf"), 0.0
     while total <= TURN_SECONDS:
-        _wait(model)
+        synchronize(model.device)
         started = time.perf_counter()
         _generate(model, rows, NEW)
-        _wait(model)
+        synchronize(model.device)
         seconds = time.perf_counter() - started
         best, total = min(best, seconds), total + seconds
     return best
@@ -152,11 +153,6 @@ def _generate(model: PreTrainedModel, rows: int, new: int) -> None:
         model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
 
 
-def _wait(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-
-
 def peak_memory(model: PreTrainedModel) -> int:
     """Bytes to generate at batch 1: the weights, and the most that was allocated on top of them.
 
@@ -164,7 +160,7 @@ def peak_memory(model: PreTrainedModel) -> int:
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if model.device.type == "cuda":
-        _wait(model)
+        synchronize(model.device)
         before = torch.cuda.memory_allocated(model.device)
         torch.cuda.reset_peak_memory_stats(model.device)
         _generate(model, 1, NEW)
@@ -225,5 +221,5 @@ def _answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tuple[str, Generation]]
 ) -> list[str]:
     """The model's greedy continuation of each prompt."""
-    engine = Engine(LayerwiseModel(model), tokenizer)
+    engine = Engine(LayerwiseModel(model), tokenizer, share_work=False)  # the main process reports alone
     return [plain(engine.answer([request], "samples")[0][0]) for _, request in prompts]

@@ -112,6 +112,8 @@ class TeacherRecord(Event, Quality):
     event: Literal["teacher"] = "teacher"
     layers: int
     """How many it has."""
+    attention: str = ""
+    """The kernel of attention that ran, as transformers calls it."""
 
 
 class TeacherText(Event):

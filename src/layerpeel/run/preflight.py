@@ -20,6 +20,7 @@ from layerpeel.losses.loss_sum import LossSum
 from layerpeel.model.checkpoint import least_parameters
 from layerpeel.model.config_fields import context_length, text_config
 from layerpeel.model.devices import pick_device, wanted_dtype
+from layerpeel.model.forward_switches import check_attention
 from layerpeel.model.loading import load_teacher_config
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.run.folder import Run
@@ -98,7 +99,8 @@ def check_score(config: RunConfig) -> list[Task]:
 
 def _teacher_of(config: RunConfig) -> tuple[PretrainedConfig, int]:
     """The config of the teacher, and how many layers it has."""
-    teacher = load_teacher_config(config)
+    teacher, device = load_teacher_config(config), pick_device(config.device)
+    check_attention(config.attn_implementation, device, wanted_dtype(teacher, device, config.dtype))
     total = text_config(teacher).num_hidden_layers
     if not isinstance(total, int) or total < 2:
         raise InputError(f"{config.teacher}: a model of {total} layers has none to spare", hint="name a deeper one")

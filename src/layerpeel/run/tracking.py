@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from layerpeel.config.run import RunConfig
 from layerpeel.model.devices import pick_device
+from layerpeel.processes.distributed import processes_of
 
 
 class Tracker:
@@ -24,16 +25,18 @@ class Tracker:
         self.config, self.folder, self.step = config, folder, step
 
     def log(self, values: Mapping[str, float]) -> None:
-        if self.config.trackers:
-            self._accelerator.log(dict(values), step=self.step)
-            self.step += 1
+        for tracker in self._trackers:
+            tracker.log(dict(values), step=self.step)
+        self.step += 1
 
     @cached_property
-    def _accelerator(self) -> Accelerator:
-        accelerator = Accelerator(
-            cpu=pick_device(self.config.device).type == "cpu",
-            log_with=self.config.trackers,
-            project_dir=str(self.folder),
-        )
-        accelerator.init_trackers("layerpeel")
-        return accelerator
+    def _trackers(self) -> list[GeneralTracker]:
+        processes_of(pick_device(self.config.device))  # trackers ask which process writes
+        return [self._started(name) for name in self.config.trackers]
+
+    def _started(self, name: str) -> GeneralTracker:
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        places = [str(self.folder)] if kind.requires_logging_directory else []
+        tracker = kind("layerpeel", *places)
+        tracker.start()
+        return tracker

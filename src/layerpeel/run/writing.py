@@ -13,6 +13,7 @@ from layerpeel.importance.scores import LayerScores
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.teacher_text import WrittenText
 from layerpeel.model.architecture import count_parameters
+from layerpeel.model.forward_switches import attention_of
 from layerpeel.processes.distributed import RANK
 from layerpeel.run.events import (
     AnyEvent,
@@ -58,7 +59,8 @@ class OpenRun(Run):
     def record_teacher(self, student: Student, evaluation: Evaluation) -> None:
         """Appends the teacher's event, from a student that nothing has been removed from."""
         quality = self._quality(student, evaluation, evaluation)
-        self.record(TeacherRecord(layers=len(student.kept_layers), **dict(quality)))
+        attention = attention_of(student.teacher.model.config)
+        self.record(TeacherRecord(layers=len(student.kept_layers), attention=attention, **dict(quality)))
 
     def record_teacher_text(self, written: WrittenText) -> None:
         """Appends the event of a text that the teacher wrote, unless that is on record."""
