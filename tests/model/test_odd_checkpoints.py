@@ -120,6 +120,14 @@ def test_floats_of_eight_bits_without_scales_are_refused(folder: Path, dtype: to
     assert f"{name} is stored as F8_E" in said and "quantised, and config.json does not say how" in said
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_wide_and_half_floats_are_no_quantisation(folder: Path, dtype: torch.dtype) -> None:
+    before = load_file(folder / "model.safetensors")[f"{PROJECTION}.weight"]
+    edit(folder, lambda tensors: tensors.update({f"{PROJECTION}.weight": before.to(dtype)}))
+    model, _ = load_model(folder, device="cpu")
+    assert torch.equal(model.state_dict()[f"{PROJECTION}.weight"], before.to(dtype).float())
+
+
 @pytest.mark.parametrize("rows", [1, 0])
 def test_a_vocabulary_with_nothing_to_predict_is_refused(folder: Path, rows: int) -> None:
     set_fields(folder, vocab_size=rows)

@@ -15,7 +15,7 @@ from layerpeel.model.checkpoint_keys import DEQUANTISE, QUANTISER_PARTS, quantis
 from layerpeel.model.config_fields import text_config
 from layerpeel.model.tensor_files import FLOATS
 
-NARROW = ("F8", "F6", "F4")  # how the names of dtypes begin that only quantisers write
+NARROW = ("F8_", "F6_", "F4")  # how the names of dtypes begin that only quantisers write; F64 is none of them
 MOST_PER_BYTE = 8  # parameters in one byte of a checkpoint, at one bit each
 
 
