@@ -23,7 +23,7 @@ from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.requests import Generation, LogLikelihood, Request
 from layerpeel.model.architecture import count_parameters
 from layerpeel.model.loading import load_config_of
-from layerpeel.plan.memory import scoring_memory
+from layerpeel.plan.memory import repair_memory, scoring_memory
 from layerpeel.plan.planning import Plan, plan_run
 from layerpeel.plan.shape import Shape, empty_model, shape_of
 from layerpeel.plan.speed import Speed, _decode_times
@@ -75,9 +75,10 @@ def test_repair_by_hand(config: RunConfig) -> None:
     # The teacher's 6 layers once, and the student's from layer 1 on three times: 4 of 5 layers, then 3 of 4.
     assert planned.layer_tokens["repair"] == 1000 * (6 + 3 * 4) + 1000 * (6 + 3 * 3)
     assert planned.seconds["repair"] > planned.layer_tokens["repair"]  # sums and solutions besides
-    # Of the MLP's projection, 48 inputs and 32 outputs: sums of two kinds of tokens in fp32, four times as much in fp64.
+    # Of the MLP's projection, 48 inputs and 32 outputs: sums of two kinds of tokens in fp32, four times in fp64.
     assert planned.repair_memory["sums and factors of a projection"] == (48 * 48 + 48 * 32) * (2 * 4 + 4 * 8)
-    assert planned.repair_memory["hidden states of teacher and student"] == 2 * 1000 * 32 * 4
+    on_cpu = repair_memory(planned.shape, 1000, "cpu")
+    assert on_cpu["hidden states of teacher and student"] == 2 * 1000 * 32 * 4
     config.distill.repair = False
     assert "repair" not in plan(config).seconds and not plan(config).repair_memory
 
@@ -197,6 +198,7 @@ def test_scoring_memory_by_hand() -> None:
         vocabulary=100,
         parameters=1000,
         layer_parameters=200,
+        inner=16,
         head_parameters=800,
         itemsize=2,
         kept=10.0,
