@@ -20,6 +20,7 @@ from layerpeel.model.saving import save_model
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.processes.progress import shown
 from layerpeel.run.removal_card import HealingFacts, write_removal_card
+from layerpeel.storage.outputs import beside
 from layerpeel.training.repair_states import RepairState
 from layerpeel.training.rounds import distill, repair
 
@@ -51,7 +52,7 @@ def repair_once(settings: RunConfig, layers: Sequence[int], folder: Path) -> Non
 
     What is solved is kept beside the folder until then: the same command goes on after an interruption.
     """
-    kept = folder.with_name(f"{folder.name}.repair")
+    kept = beside(folder, "-solved")
 
     def heal(
         teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, storage: StoredDtypes
