@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import BertConfig, BertForMaskedLM
 
 from layerpeel.cli.process import main
 from layerpeel.config.reading import load_config
+from layerpeel.model.loading import load_model
 from layerpeel.run.loop import peel
+from layerpeel.training.rounds import repair
 from tests.families import save_tiny, tiny_tokenizer
 
 
@@ -82,6 +85,32 @@ def test_run_score_eval_remove_distill(
     assert "4 layers" in ok("remove", "teacher", "--layers", "1,3", "-o", "short")
     assert "4 layers, loss" in ok("distill", "run.yaml", "--layers", "1-2", "-o", "healed")
     assert ok("score", "run.yaml").count("\n") >= 5 and ok("eval", "teacher", "run.yaml").count("choice") == 1
+
+
+def test_a_repaired_student_is_the_one_in_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call(monkeypatch, capsys, "repair", "run.yaml", "--layers", "1-2", "-o", "repaired")
+    assert code == 0, err
+    assert "4 layers, " in out and "of them repaired on" in out and "mlp.down_proj" in out
+    assert [path.name for path in folder.iterdir() if "solved" in path.name] == []
+    settings = load_config("run.yaml", [])
+    teacher, tokenizer = load_model("teacher")
+    expected, result = repair(teacher, tokenizer, [1, 2], settings.distill)
+    assert result.layers
+    saved, _ = load_model("repaired")
+    for value, other in zip(saved.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(value, other)
+    card = Path("repaired/README.md").read_text(encoding="utf-8")
+    assert "Repaired in closed form, without gradients" in card and "byte for byte" not in card
+
+
+def test_a_repair_of_nothing_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["repair", "run.yaml", "--layers", "2", "-o", "new", "--set", "distill.repair=false"]
+    code, _, err = call(monkeypatch, capsys, *arguments)
+    assert code == 2 and "distill.repair: false, so nothing to do" in err and "or use `remove`" in err
 
 
 def test_verbs_that_do_not_run_need_no_stop(
@@ -181,7 +210,11 @@ def test_a_student_is_written_into_the_working_folder(
 ) -> None:
     (folder / "here").mkdir()
     monkeypatch.chdir(folder / "here")
-    for arguments in (["distill", "../run.yaml", "--layers", "2"], ["remove", "../teacher", "--layers", "2"]):
+    for arguments in (
+        ["distill", "../run.yaml", "--layers", "2"],
+        ["repair", "../run.yaml", "--layers", "2"],
+        ["remove", "../teacher", "--layers", "2"],
+    ):
         code, _, err = call(monkeypatch, capsys, *arguments, "-o", ".")
         assert code == 0 and Path("model.safetensors").is_file(), err
         code, _, err = call(monkeypatch, capsys, *arguments, "-o", ".")
@@ -190,7 +223,9 @@ def test_a_student_is_written_into_the_working_folder(
             path.unlink()
 
 
-@pytest.mark.parametrize("command", ["run", "remove", "distill", "score", "export", "report", "study", "demo"])
+@pytest.mark.parametrize(
+    "command", ["run", "remove", "distill", "repair", "score", "export", "report", "study", "demo"]
+)
 def test_outputs_are_tried_before_the_work(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +238,7 @@ def test_outputs_are_tried_before_the_work(
         "run": ["run", "run.yaml"],
         "remove": ["remove", "teacher", "--layers", "2", "-o", "new"],
         "distill": ["distill", "run.yaml", "--layers", "2", "-o", "new"],
+        "repair": ["repair", "run.yaml", "--layers", "2", "-o", "new"],
         "score": ["score", "run.yaml", "-o", "new"],
         "export": ["export", "done", "-o", "new"],
         "report": ["report", "done", "-o", "new"],

@@ -24,7 +24,7 @@ from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.requests import Generation, LogLikelihood, Request
 from layerpeel.model.architecture import count_parameters
 from layerpeel.model.loading import load_config_of
-from layerpeel.plan.memory import scoring_memory
+from layerpeel.plan.memory import repair_memory, scoring_memory
 from layerpeel.plan.planning import Plan, plan_run
 from layerpeel.plan.shape import Shape, empty_model, shape_of
 from layerpeel.plan.speed import Speed, _decode_times
@@ -90,7 +90,8 @@ def test_repair_by_hand(config: RunConfig) -> None:
     assert planned.seconds["repair"] > planned.layer_tokens["repair"]  # sums and solutions besides
     # Of the MLP's projection, 48 inputs and 32 outputs: sums of two kinds of tokens in fp32, four such in fp64.
     assert planned.repair_memory["sums and factors of a projection"] == (48 * 48 + 48 * 32) * (2 * 4 + 4 * 8)
-    assert planned.repair_memory["hidden states of teacher and student"] == 2 * 1000 * 32 * 4
+    on_cpu = repair_memory(planned.shape, 1000, "cpu")
+    assert on_cpu["hidden states of teacher and student"] == 2 * 1000 * 32 * 4
     config.distill.repair = False
     assert "repair" not in plan(config).seconds and not plan(config).repair_memory
 
@@ -210,6 +211,7 @@ def test_scoring_memory_by_hand() -> None:
         vocabulary=100,
         parameters=1000,
         layer_parameters=200,
+        inner=16,
         head_parameters=800,
         itemsize=2,
         kept=10.0,

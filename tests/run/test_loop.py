@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from layerpeel.config.reading import parse_config
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError
+from layerpeel.inference.ridge import Regression
 from layerpeel.model.loading import load_model
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
@@ -44,6 +45,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
             "batch_size": 4,
             "train": "all",
             "learning_rate": 1e-3,
+            "repair": False,
         },
     }
 
@@ -62,6 +64,7 @@ def numbers(run: Run) -> list[Any]:
             event.evaluation,
             event.training.first_loss,
             event.training.last_loss,
+            event.repair.projections if event.repair else [],
         )
         for event in run.rounds
     ]
@@ -108,6 +111,46 @@ def test_resumed_is_uninterrupted(
 
 
 @pytest.mark.slow
+def test_a_run_with_repair_goes_on_in_the_middle_of_it(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings["distill"] |= {"repair": {"tokens": 600}, "learning_rate": 1e-5}
+    whole = peel(config_of(settings))
+    stopped = config_of(settings, output=str(tmp_path / "stopped"))
+    solve, calls = Regression.solve, []
+
+    def stops(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == solved + 3:  # in the second round
+            raise KeyboardInterrupt
+        return solve(*args)
+
+    assert all(each.repair for each in whole.rounds)
+    solved = len(whole.rounds[0].repair.projections) if whole.rounds[0].repair else 0
+    monkeypatch.setattr(Regression, "solve", stops)
+    with pytest.raises(KeyboardInterrupt):
+        peel(stopped)
+    assert len(Run(tmp_path / "stopped").rounds) == 1
+    assert list((tmp_path / "stopped/rounds/.repair").glob("*.safetensors"))
+    resumed = peel(stopped)
+    assert numbers(resumed) == numbers(whole)
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(run.student_folder) for run in (resumed, whole))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert not (tmp_path / "stopped/rounds/.repair").exists()
+
+
+def test_a_run_that_only_repairs(settings: dict[str, Any]) -> None:
+    settings["distill"] |= {"repair": {"tokens": 600}, "tokens_per_round": 0}
+    run = peel(config_of(settings))
+    for each in run.rounds:
+        assert each.repair and each.repair.tokens and not each.training.steps
+        assert all(projection.after <= projection.before for projection in each.repair.projections)
+        gap = min(layer for layer in range(6) if layer not in each.kept)
+        assert min(each.repair.layers) >= min(gap, each.removed) - 1
+    student, tokenizer = load_model(run.student_folder)
+    assert evaluate(student, tokenizer, make_tasks(run.config.tasks)) == run.rounds[-1].evaluation
+
+
 def test_the_student_loads_without_our_package(settings: dict[str, Any]) -> None:
     run = peel(config_of(settings))
     code = (

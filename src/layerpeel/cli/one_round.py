@@ -56,7 +56,7 @@ def repair_once(settings: RunConfig, layers: Sequence[int], folder: Path) -> Non
 
     What is solved is kept beside the folder until then: the same command goes on after an interruption.
     """
-    kept = folder.with_name(f"{folder.name}.repair")
+    kept = beside(folder, "-solved")
 
     def heal(
         teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: DistillConfig, storage: StoredDtypes
