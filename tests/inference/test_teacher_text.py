@@ -125,13 +125,13 @@ def test_it_is_read_into_rows_exactly_as_it_was_written(tmp_path: Path) -> None:
     source = TextConfig(path=str(written.folder), shuffle=0)
     read = tokenize(mix_documents([source], 0), tiny_tokenizer())
     assert [ids.tolist() for ids in read] == documents(written)
-    rows = load_rows([source], tiny_tokenizer(), sequence_length=24, packing=False)
+    rows = load_rows([source], tiny_tokenizer(), sequence_length=24, packing="none")
     assert [ids[mask].tolist() for ids, mask in zip(rows.input_ids, rows.mask, strict=True)] == documents(written)
     mixed = load_rows(
         [source.model_copy(update={"weight": 3.0}), TextConfig(path=str(save_texts(tmp_path / "a.jsonl")))],
         tiny_tokenizer(),
         sequence_length=40,
-        packing=False,
+        packing="none",
         max_tokens=40 * 60,
     )
     of_teacher = {*map(tuple, documents(written))}

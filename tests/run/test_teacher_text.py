@@ -41,7 +41,9 @@ def settings(tmp_path: Path) -> dict[str, Any]:
         "distill": {
             "text": {"from": "teacher"},
             "tokens_per_round": 512,
+            "tokens_per_step": 64,
             "sequence_length": 16,
+            "repair": False,
             "batch_size": 4,
             "learning_rate": 1e-3,
             "save_every": 0,
@@ -130,7 +132,9 @@ def test_samples_of_the_report_begin_as_the_teachers_text_where_there_is_no_othe
 
 
 def test_the_python_function_needs_no_corpus_either() -> None:
-    config = DistillConfig(text=[TeacherTextConfig()], tokens_per_round=128, sequence_length=16, batch_size=4)
+    config = DistillConfig(
+        text=[TeacherTextConfig()], tokens_per_round=128, sequence_length=16, batch_size=4, repair=False
+    )
     student, result = distill(tiny_model("llama"), tiny_tokenizer(), [2], config)
     assert result.tokens > 0 and student.config.num_hidden_layers == 5
 
