@@ -200,7 +200,8 @@ class _Kernels(TorchDispatchMode):
             return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         self._check_devices(func, name, args, tensors)
-        self._count(func, name, args, wanted is not None and torch.device(wanted).type == "cpu")
+        if wanted is None or torch.device(wanted).type != "meta":  # which takes no numbers along
+            self._count(func, name, args, wanted is not None and not to_gpu)
         if to_gpu:
             kwargs["device"] = torch.device("cpu")
         kwargs.pop("pin_memory", None)

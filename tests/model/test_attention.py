@@ -62,10 +62,11 @@ def test_a_kernel_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPat
     check_attention("flash_attention_3", CUDA, torch.bfloat16)
 
 
-def test_a_family_that_lacks_the_kernel_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("load", [load_model, load_streamed])
+def test_a_family_that_lacks_the_kernel_says_so(load, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "bloom")
     with pytest.raises(InputError) as caught:
-        load_model(folder, attn_implementation="sdpa")
+        load(folder, attn_implementation="sdpa")
     assert str(caught.value).startswith(f"attn_implementation: {folder} does not run with sdpa (")
     assert caught.value.hint == "use auto, or eager"
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from layerpeel.errors import InputError, nearest
+from layerpeel.errors import InputError, nearest, reason_of
 from layerpeel.model.config_fields import text_config
 from layerpeel.processes.progress import console, shown
 
@@ -51,7 +54,7 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None
         InputError: there is no such kernel, it is not installed, or does not run on the device or in the dtype.
     """
     names = {"auto", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
-    names = {known for known in names if not known.startswith(("flex_attention", "paged|"))}  # see `_runs_here`
+    names = {kernel for kernel in names if not kernel.startswith(("flex_attention", "paged|"))}  # see `_runs_here`
     if name not in names:
         raise InputError(
             f"attn_implementation: unknown kernel '{name}'{nearest(name, names)}",
@@ -69,6 +72,23 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None
         raise InputError(
             f"attn_implementation: {name} is not installed", hint="install flash-attn, or use auto or sdpa"
         )
+
+
+@contextmanager
+def kernel_of(name: str, path: str | Path) -> Iterator[dict[str, str]]:
+    """The options with which transformers makes a model that runs a kernel of attention; none for `auto`.
+
+    Raises:
+        InputError: the model's family lacks it.
+    """
+    try:
+        yield {} if name == "auto" else {"attn_implementation": name}
+    except ValueError as error:
+        if name == "auto" or "attn_implementation" not in str(error):
+            raise
+        raise InputError(
+            f"attn_implementation: {path} does not run with {name} ({reason_of(error)})", hint="use auto, or eager"
+        ) from None
 
 
 def attention_of(config: PretrainedConfig) -> str:

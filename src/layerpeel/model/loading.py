@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from transformers import (
@@ -18,15 +18,15 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from layerpeel.errors import InputError, reason_of
-from layerpeel.model.adapters import base_folder, checked_adapter
+from layerpeel.model.adapters import Adapter, base_folder, checked_adapter
 from layerpeel.model.adapters import merge_adapter as merge
 from layerpeel.model.checkpoint import check_weights, hint_for_weights
-from layerpeel.model.checkpoint_keys import check_keys, check_not_quantised
-from layerpeel.model.commits import cached_folder, check_revision
+from layerpeel.model.checkpoint_keys import check_keys
+from layerpeel.model.commits import check_revision
 from layerpeel.model.devices import pick_device, wanted_dtype
 from layerpeel.model.forward_switches import check_attention, runnable_config
 from layerpeel.model.vocabulary import check_vocabulary, check_vocabulary_size
-from layerpeel.processes.progress import console, shown
+from layerpeel.model.weights import WeightOptions, check_finite, load_weights, note_float32
 from layerpeel.storage.outputs import windows_hint
 
 if TYPE_CHECKING:
@@ -120,70 +120,32 @@ def load_model(
     target = pick_device(device)
     wanted = wanted_dtype(config, target, dtype)
     check_attention(attn_implementation, target, wanted)
-    options: dict[str, Any] = {"dtype": wanted, "trust_remote_code": trust_remote_code}
-    if attn_implementation != "auto":
-        options["attn_implementation"] = attn_implementation
+    options = WeightOptions(dtype=wanted, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation)
     adapter = checked_adapter(path, revision, merge=merge_adapter)
     if adapter:
-        base_revision = adapter.base_revision if adapter.is_alone else revision
-        with base_folder(adapter) as base:
-            model = _load_weights(base, config, revision=base_revision, **options)
-        model = merge(model, adapter, revision)
-        model.config._name_or_path = model.name_or_path = str(path)
+        model = _load_merged(adapter, config, path, revision, options)
     else:
-        if target.type == "cuda":
-            options["device_map"] = {"": target}
-        model = _load_weights(path, config, revision=revision, **options)
+        model = load_weights(path, config, revision, options, target)
     tokenizer = load_tokenizer(
         path, trust_remote_code=trust_remote_code, revision=revision, merge_adapter=merge_adapter
     )
     check_vocabulary(model, tokenizer, path)
     model = model.to(target).eval()
-    _check_finite(model, path)
-    if target.type == "cuda" and wanted is torch.float32 and dtype == "auto":
-        console.print(
-            f"{shown(path)} is stored in float32, in which a GPU is several times slower and takes twice the memory: "
-            "set dtype: bfloat16, unless that is meant",
-            style="yellow",
-            soft_wrap=True,
-        )
+    check_finite(model, path)
+    if dtype == "auto":
+        note_float32(model, path)
     return model, tokenizer
 
 
-def _load_weights(path: str | Path, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """Loads a model with all of its weights.
-
-    Args:
-        options: of `from_pretrained`.
-
-    Raises:
-        InputError: they are not in safetensors, do not fit the config, are incomplete, or stay quantised.
-    """
-    check_weights(config, path)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            config=runnable_config(config, announce=True),
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # transformers and remote code raise many types
-        if "attn_implementation" in options and "attn_implementation" in str(error):
-            raise InputError(
-                f"attn_implementation: {path} does not run with {options['attn_implementation']} ({reason_of(error)})",
-                hint="use auto, or eager",
-            ) from None
-        raise InputError(
-            f"{path}: the weights cannot be loaded ({reason_of(error)})", hint=hint_for_weights(config, path)
-        ) from None
-    if not os.path.isdir(path):
-        check_weights(config, cached_folder(path, options["revision"]))  # the hub's files, which were not there before
-    check_keys(info, config, path)
-    check_not_quantised(model, path)
+def _load_merged(
+    adapter: Adapter, config: PretrainedConfig, path: str | Path, revision: str | None, options: WeightOptions
+) -> PreTrainedModel:
+    """Loads the base of an adapter, on the CPU, and merges the adapter into it."""
+    base_revision = adapter.base_revision if adapter.is_alone else revision
+    with base_folder(adapter) as base:
+        model = load_weights(base, config, base_revision, options, torch.device("cpu"))
+    model = merge(model, adapter, revision)
+    model.config._name_or_path = model.name_or_path = str(path)
     return model
 
 
@@ -269,20 +231,6 @@ def load_tokenizer(
         f"{path}: no tokenizer can be loaded ({reason_of(error or Exception())})",
         hint="save the tokenizer beside the model",
     )
-
-
-@torch.no_grad()
-def _check_finite(model: PreTrainedModel, path: str | Path) -> None:
-    """Checks that the logits of one token are finite: most weights that are not make all of them NaN.
-
-    Others, such as the embedding of a token or an expert, are named where a text first meets them.
-    """
-    logits = model(torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits
-    if not torch.isfinite(logits).all():
-        raise InputError(
-            f"{path}: the model's outputs are no numbers: its weights hold NaN or infinity, or overflow {model.dtype}",
-            hint="fetch the checkpoint again, or load it in another dtype",
-        )
 
 
 def _check_causal(config: PretrainedConfig, path: str | Path) -> None:

@@ -21,7 +21,7 @@ from layerpeel.errors import InputError
 from layerpeel.model.architecture import find_architecture
 from layerpeel.model.checkpoint_keys import quantised_with
 from layerpeel.model.devices import pick_device, wanted_dtype
-from layerpeel.model.forward_switches import check_attention, runnable_config
+from layerpeel.model.forward_switches import check_attention, kernel_of, runnable_config
 from layerpeel.model.loading import load_config_of, load_tokenizer, load_without_bytes
 from layerpeel.model.origin import local_folder
 from layerpeel.model.tensor_files import stored_tensors
@@ -147,20 +147,37 @@ def load_streamed(
     _return_freed_memory()
     target, wanted = pick_device(device), wanted_dtype(config, pick_device(device), dtype)
     check_attention(attn_implementation, target, wanted)
-    kernel = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
     folder = local_folder(path, revision)
     outline = load_without_bytes(folder, config, path, dtype=wanted, trust_remote_code=trust_remote_code)
     dtypes = {name: tensor.dtype for name, tensor in outline.state_dict().items()}
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), kernel_of(attn_implementation, path) as kernel:
         model = AutoModelForCausalLM.from_config(
             runnable_config(config, announce=True), dtype=wanted, trust_remote_code=trust_remote_code, **kernel
         )
     files = {name: tensor.file for name, tensor in stored_tensors(folder).items()}
+    _load_outside_layers(model, files, dtypes, target, path)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code, revision=revision)
+    check_vocabulary(model, tokenizer, path)
+    return StreamedLayers(model.eval().requires_grad_(False), files, dtypes, path), tokenizer
+
+
+def _load_outside_layers(
+    model: PreTrainedModel,
+    files: Mapping[str, Path],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device,
+    path: str | Path,
+) -> None:
+    """Loads all parameters but those of layers, and moves the buffers.
+
+    Raises:
+        InputError: the files lack one.
+    """
     layers = f"{find_architecture(model).layer_prefix()}."
     outside = {n for n, _ in model.named_parameters(remove_duplicate=False) if not n.startswith(layers)}
-    tensors = _read_tensors({name: files[name] for name in outside if name in files}, target, dtypes)
+    tensors = _read_tensors({name: files[name] for name in outside if name in files}, device, dtypes)
     for name, tensor in tensors.items():
-        set_module_tensor_to_device(model, name, target, value=tensor)
+        set_module_tensor_to_device(model, name, device, value=tensor)
     missing = outside - set(tensors)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)  # removes tied weights from `missing`
     if missing:
@@ -169,10 +186,7 @@ def load_streamed(
             hint="use score.weights: memory",
         )
     for name, buffer in model.named_buffers():
-        set_module_tensor_to_device(model, name, target, value=buffer)
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code, revision=revision)
-    check_vocabulary(model, tokenizer, path)
-    return StreamedLayers(model.eval().requires_grad_(False), files, dtypes, path), tokenizer
+        set_module_tensor_to_device(model, name, device, value=buffer)
 
 
 def _check_not_quantised(config: PretrainedConfig, path: str | Path) -> None:
