@@ -18,7 +18,7 @@ from layerpeel.data.rows import Rows
 from layerpeel.errors import InputError
 from layerpeel.inference.ridge import Regression
 from layerpeel.model.surgery import remove_layers
-from layerpeel.training import repair_states
+from layerpeel.training import repair_front
 from layerpeel.training.repair_states import RepairState
 from layerpeel.training.repairing import repair_student
 from layerpeel.training.result import RepairResult
@@ -40,7 +40,7 @@ def write_text(path: Path) -> Path:
 
 
 def config_of(text: Path, ridge: float | str = "auto", **options: Any) -> DistillConfig:
-    fields = {"text": str(text), "sequence_length": 32, "packing": False, "tokens_per_round": 0, **options}
+    fields = {"text": str(text), "sequence_length": 32, "packing": "none", "tokens_per_round": 0, **options}
     return DistillConfig(repair={"tokens": 100_000, "ridge": ridge}, **fields)
 
 
@@ -187,14 +187,14 @@ def test_padding_changes_nothing(text: Path) -> None:
 
 
 def test_documents_in_a_row_stay_apart(text: Path) -> None:
-    (one, a), (other, b) = repaired(text, ridge=0.1), repaired(text, ridge=0.1, packing=True)
+    (one, a), (other, b) = repaired(text, ridge=0.1), repaired(text, ridge=0.1, packing="bfd")
     same_weights(one, other, 1e-3)
     assert a.tokens == b.tokens
 
 
 def test_states_in_a_file_are_those_in_memory(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_memory, _ = repaired(text)
-    monkeypatch.setattr(repair_states, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(repair_front, "MEMORY_SHARE", 0.0)
     in_file, _ = repaired(text, state=RepairState(tmp_path / "state", "this repair"))
     same_weights(in_memory, in_file)
     assert not list((tmp_path / "state").glob(".states*"))

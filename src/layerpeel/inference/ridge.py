@@ -33,29 +33,23 @@ class NormalEquations:
         self.cross.addmm_(inputs.T, errors)
         self.square += errors.square().sum()
 
-    def __add__(self, other: NormalEquations) -> NormalEquations:
-        total = NormalEquations(0, 0, self.gram.device)
-        total.gram, total.cross = self.gram + other.gram, self.cross + other.cross
-        total.square = self.square + other.square
-        return total
-
     def sum_over_processes(self) -> None:
         """Adds up what all processes have; every process has to call it."""
         sum_tensors([self.gram, self.cross, self.square])
 
-    def doubled(self) -> NormalEquations:
-        """The same in fp64, where they are solved; on the CPU, if the device has no fp64."""
-        device = self.gram.device if self.gram.device.type in ("cpu", "cuda") else torch.device("cpu")
-        result = NormalEquations(0, 0, device)
-        result.gram, result.cross, result.square = (
-            value.to(device).double() for value in (self.gram, self.cross, self.square)
-        )
-        return result
+    def doubled(self, scale: Tensor, other: NormalEquations | None = None) -> NormalEquations:
+        """The same in fp64, in which they are solved; on the CPU, if the device has no fp64.
 
-    def scaled(self, scale: Tensor) -> NormalEquations:
-        """Those of inputs that are multiplied by a scale, [I, 1]."""
-        result = NormalEquations(0, 0, self.gram.device)
-        result.gram, result.cross, result.square = self.gram * scale * scale.T, self.cross * scale, self.square
+        Args:
+            scale: [I, 1], what the inputs are multiplied by.
+            other: whose sums are added.
+        """
+        result = NormalEquations(0, 0, scale.device)
+        for name in ("gram", "cross", "square"):
+            value = getattr(self, name).to(scale)
+            setattr(result, name, value.add_(getattr(other, name).to(scale)) if other else value)
+        result.gram.mul_(scale).mul_(scale.T)
+        result.cross.mul_(scale)
         return result
 
     def solve(self, ridge: float) -> Tensor:
@@ -67,8 +61,8 @@ class NormalEquations:
         return torch.cholesky_solve(self.cross, torch.linalg.cholesky(regular))
 
     def error(self, change: Tensor) -> float:
-        """|X C - E|^2."""
-        return float(self.square + (change * (self.gram @ change - 2 * self.cross)).sum())
+        """|X C - E|^2, for a change in the dtype of the sums."""
+        return float(self.square.double() + (change * (self.gram @ change - 2 * self.cross)).sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -118,35 +112,47 @@ class Regression:
 
     def solve(self, ridge: float | None = None) -> Solution:
         """Solves it over all tokens; with the ridge that does best on those held back, if none is given."""
-        total = (self.fit + self.held).doubled()
-        scale = self._scale_of_constant(total)
+        scale = self._scale()
         if ridge is None:
-            ridge = best_ridge(self.fit.doubled().scaled(scale), self.held.doubled().scaled(scale))
-        if ridge is None or not float(total.square):
-            return Solution(torch.zeros_like(total.cross), None)
-        return Solution(total.scaled(scale).solve(ridge) * scale, ridge)
+            ridge = best_ridge(self.fit.doubled(scale), self.held, scale)
+        if ridge is None or not self.error_as_it_is:
+            return Solution(torch.zeros(self.fit.cross.shape, dtype=scale.dtype, device=scale.device), None)
+        return Solution(self.fit.doubled(scale, self.held).solve(ridge) * scale, ridge)
+
+    @property
+    def error_as_it_is(self) -> float:
+        """|E|^2 over all tokens."""
+        return float(self.fit.square.double() + self.held.square.double())
 
     def error(self, change: Tensor) -> float:
         """|X C - E|^2 over all tokens, for a change [I, O] in fp64."""
-        return (self.fit + self.held).doubled().error(change)
+        return self.fit.doubled(torch.ones_like(change[:, :1]), self.held).error(change)
 
-    def _scale_of_constant(self, total: NormalEquations) -> Tensor:
-        """[I, 1], what makes the constant as large as an input is in the mean, so that a ridge means the same to it."""
-        scale = torch.ones_like(total.cross[:, :1])
-        diagonal = total.gram.diagonal()
+    def _scale(self) -> Tensor:
+        """[I, 1] in fp64: what makes the constant as large as an input is in the mean; others stay as they are.
+
+        So a ridge means the same to it.
+        """
+        gram = self.fit.gram
+        device = gram.device if gram.device.type in ("cpu", "cuda") else torch.device("cpu")
+        diagonal = (gram.diagonal() + self.held.gram.diagonal()).to(device).double()
+        scale = torch.ones_like(diagonal)
         if self.bias and diagonal[-1] > 0:
             scale[-1] = (diagonal[:-1].mean() / diagonal[-1]).sqrt()
-        return scale
+        return scale[:, None]
 
 
-def best_ridge(fit: NormalEquations, held: NormalEquations) -> float | None:
+def best_ridge(fit: NormalEquations, held: NormalEquations, scale: Tensor) -> float | None:
     """The ridge of those in `RIDGES` with the least error on tokens held back; None if each makes it larger.
 
     From the largest down, until the error grows.
+
+    Args:
+        fit: of inputs that are multiplied by `scale`.
     """
     best, least = None, float(held.square)
     for ridge in RIDGES:
-        error = held.error(fit.solve(ridge))
+        error = held.error((fit.solve(ridge) * scale).to(held.gram))
         if error >= least:
             break
         best, least = ridge, error

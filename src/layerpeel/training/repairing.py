@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from layerpeel.processes.distributed import processes_of
 from layerpeel.processes.progress import console, print_once, progress
 from layerpeel.training.recipe import TrainingRecipe
 from layerpeel.training.repair import RepairWalk, find_layer_writers
-from layerpeel.training.repair_states import Front, RepairState
+from layerpeel.training.repair_front import Front, batch_rows
+from layerpeel.training.repair_states import RepairState
 from layerpeel.training.result import RepairResult
 from layerpeel.training.student import Student
 
@@ -67,11 +69,8 @@ def repair_student(
     state = state and state.for_repair(_settings(config, seed, student, start))
     stored = storage if isinstance(storage, StoredDtypes) else StoredDtypes(storage)
     ridge = None if repairs.ridge == "auto" else repairs.ridge
-    with (
-        _front(student, rows, state) as front,
-        progress("repairing", passes(student, start) * len(front.batches())) as advance,
-    ):
-        walk = RepairWalk(student, front, start, ridge, stored.of, state, advance)
+    with _front(student, rows, state, passes(student, start)) as front:
+        walk = RepairWalk(student, front, start, ridge, stored.of, state)
         walk.walk()
     walk.result.seconds += time.monotonic() - started
     console.print(describe(walk.result), style="dim")
@@ -141,12 +140,20 @@ def passes(student: Student, start: int) -> int:
     return start + kept.total + 2 * (len(kept) - start)
 
 
-def _front(student: Student, rows: Rows, state: RepairState | None) -> Front:
-    """This process's rows, and room for their hidden states."""
+@contextmanager
+def _front(student: Student, rows: Rows, state: RepairState | None, total: int) -> Iterator[Front]:
+    """This process's rows, and room for their hidden states; a bar shows how often they have gone through a layer.
+
+    Args:
+        total: how often they will.
+    """
     processes = processes_of(student.model.device)
     numbers = torch.arange(processes.process_index, len(rows), processes.num_processes)
     part = Rows(rows.input_ids[numbers], rows.mask[numbers], rows.document.expand_as(rows.input_ids)[numbers])
     held = numbers % HELD_BACK == min(HELD_BACK, len(rows)) - 1
-    layerwise = student.teacher
-    batch = max(1, layerwise.tokens_per_call // rows.input_ids.shape[1])
-    return Front(part, held, layerwise.width, student.model.dtype, batch, state.folder if state else None)
+    batches = -(-len(part) // batch_rows(student.teacher, part))
+    with (
+        progress("repairing", total * batches) as advance,
+        Front(student, part, held, state.folder if state else None, advance) as front,
+    ):
+        yield front

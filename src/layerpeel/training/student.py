@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,9 @@ class Student:
         trained: names of the parameters that are the student's own copies.
     """
 
-    def __init__(self, teacher: PreTrainedModel) -> None:
-        self.teacher = LayerwiseModel(teacher)
-        self.model = share(teacher).requires_grad_(False)
+    def __init__(self, teacher: PreTrainedModel | LayerwiseModel) -> None:
+        self.teacher = teacher if isinstance(teacher, LayerwiseModel) else LayerwiseModel(teacher)
+        self.model = share(self.teacher.model).requires_grad_(False)
         self.layerwise = LayerwiseModel(self.model)
         self.kept_layers = KeptLayers.full(len(self.layerwise.layers))
         self.trained: set[str] = set()
@@ -41,6 +42,27 @@ class Student:
     def layer(self, index: int) -> nn.Module:
         """The student's version of a teacher layer."""
         return self.layerwise.layers[self.kept_layers.position(index)]
+
+    @contextmanager
+    def layer_loaded(self, position: int) -> Iterator[None]:
+        """Loads a layer's weights, and those of the teacher's, while the context lasts, where they are streamed."""
+        if not self.teacher.streamed:
+            yield
+            return
+        index = self.kept_layers.kept[position]
+        layer, of_teacher = self.layerwise.layers[position], self.teacher.layers[index]
+        prefix = f"{self.layerwise.architecture.layer_prefix()}.{index}."
+
+        def take(state: Mapping[str, Tensor]) -> None:
+            shared = {name: value for name, value in state.items() if prefix + name not in self.trained}
+            layer.load_state_dict(shared, strict=False, assign=True)
+
+        with self.teacher.weights_loaded(index):
+            take(of_teacher.state_dict())
+            try:
+                yield
+            finally:
+                take({name: value.to("meta") for name, value in layer.state_dict().items()})
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All parameters by name; tied ones once."""
@@ -84,6 +106,16 @@ class Student:
                 if id(parameter) in copies:
                     module._parameters[name] = copies[id(parameter)]
         self.trained |= new
+
+    def drop_trained(self, layer: int) -> None:
+        """Gives the student the teacher's weights in a layer again."""
+        own = {name for name in self.trained if self.layer_of(name) == layer}
+        of_teacher = dict(self.teacher.model.named_parameters())
+        for name in own:
+            path, _, last = name.rpartition(".")
+            inner = path.removeprefix(f"{self.layerwise.architecture.layer_prefix()}.{layer}.")
+            self.layer(layer).get_submodule(inner)._parameters[last] = of_teacher[name]
+        self.trained -= own
 
     @property
     def trains_embeddings(self) -> bool:
