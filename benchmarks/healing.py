@@ -35,6 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from layerpeel.config.distill import DistillConfig
 from layerpeel.data.tokenizing import encode_text
 from layerpeel.model.loading import load_model
+from layerpeel.training.repairing import repair_student
 from layerpeel.training.result import TrainingResult
 from layerpeel.training.rounds import train_student
 from layerpeel.training.student import Student
@@ -142,10 +143,19 @@ def losses(hidden_mse: dict[str, Any] | None = None) -> dict[str, Any]:
 STEADY = {"lr_scheduler_type": "constant_with_warmup"}
 GENTLE_END = {"when": "half", "last_pass": {"learning_rate": 1e-4}}
 VARIANTS: dict[str, Variant] = {
-    "untrained": Variant({"tokens_per_round": 0}, over="defaults"),
+    "untrained": Variant({"tokens_per_round": 0, "repair": False}, over="defaults"),
+    "repair-alone": Variant({"tokens_per_round": 0}, over="defaults"),
+    "repair-alone-32k": Variant({"tokens_per_round": 0, "repair": {"tokens": 32_768}}, over="defaults"),
+    "repair-alone-ridge-0.5": Variant({"tokens_per_round": 0, "repair": {"ridge": 0.5}}, over="defaults"),
     "paper": Variant({"preset": "paper", **rows(8)}, over="defaults"),
     "paper-small-steps": Variant({"preset": "paper"}, over="step"),
     "default": Variant({}, over="defaults"),
+    "default-without-repair": Variant({"repair": False}, over="defaults"),
+    "repaired": Variant({"repair": {}}),
+    "repaired-lr-1e-4": Variant({"repair": {}, "learning_rate": 1e-4}),
+    "repaired-lr-5e-5": Variant({"repair": {}, "learning_rate": 5e-5}),
+    "repaired-lr-3e-4": Variant({"repair": {}, "learning_rate": 3e-4}),
+    "repaired-averaged": Variant({"repair": {}, "average_last": 0.25}),
     "tuned": Variant({"train": "all", **losses({})}),
     "lr-1e-4": Variant({"learning_rate": 1e-4}),
     "lr-2e-4": Variant({"learning_rate": 2e-4}),
@@ -181,7 +191,8 @@ VARIANTS: dict[str, Variant] = {
 def config_of(setting: Setting, variant: Variant, tokens: int) -> DistillConfig:
     """How the variant trains, on so many tokens in all."""
     rounds = len(setting.removed) if variant.one_by_one else 1
-    over = {"defaults": {}, "step": setting.step, "tuned": setting.step | setting.rate}[variant.over]
+    tuned = {"repair": False, **setting.step, **setting.rate}
+    over = {"defaults": {}, "step": setting.step, "tuned": tuned}[variant.over]
     budget = {"tokens_per_round": tokens // rounds}
     fields = {**budget, **setting.text, **over, **variant.fields}
     if number := fields.pop("rows", None):
@@ -304,6 +315,7 @@ def heal(
     groups = [[layer] for layer in setting.removed] if variant.one_by_one else [[*setting.removed]]
     for layers in groups:
         student.remove(layers)
+        repair_student(student, tokenizer, config, layers, seed=seed, storage=teacher.dtype)
         train(config.in_rounds())
     if last := config.at_end(len(groups)):
         train(last)
