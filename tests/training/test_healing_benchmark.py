@@ -85,8 +85,9 @@ def test_what_was_measured_is_not_measured_again(
     healing.main([*arguments, "--seeds", "0"])
     healing.main([*arguments, "--seeds", "0,1"])
     assert calls == [("paper", 0, 500), ("untrained", 0, 500), ("paper", 1, 500), ("untrained", 1, 500)]
-    assert "| untrained | `{tokens_per_round: 0, repair: false}` | 0.600 | 0.300 | 0.4500 ± 0.2500 | 2 | 4 | 2 | 1.00 |" in (
-        capsys.readouterr().out
+    assert (
+        "| untrained | `{tokens_per_round: 0, repair: false}` | 0.600 | 0.300 | 0.4500 ± 0.2500 | 2 | 4 | 2 | 1.00 |"
+        in (capsys.readouterr().out)
     )
     calls.clear()
     changed = healing.Variant({"preset": "paper", "warmup_steps": 1}, over="defaults")
