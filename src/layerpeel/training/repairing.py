@@ -89,6 +89,19 @@ def describe(result: RepairResult) -> str:
     )
 
 
+def check_repair(config: DistillConfig) -> None:
+    """Checks that a config says how to repair, and on what.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not config.repairs:
+        raise InputError(
+            "distill.text: expected text to repair on" if config.repair else "distill.repair: false, so nothing to do",
+            hint="set distill.text and distill.repair, or use `remove`",
+        )
+
+
 def can_repair(student: Student, *, required: bool = False) -> bool:
     """Whether the projections of some layer can be told; says so once where none can be.
 
