@@ -7,14 +7,17 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
 from layerpeel.cli.process import main
 from layerpeel.config.reading import load_config
+from layerpeel.inference.ridge import Regression
 from layerpeel.model.loading import load_model
 from layerpeel.run.loop import peel
 from layerpeel.training.rounds import repair
@@ -103,6 +106,36 @@ def test_a_repaired_student_is_the_one_in_memory(
         assert torch.equal(value, other)
     card = Path("repaired/README.md").read_text(encoding="utf-8")
     assert "Repaired in closed form, without gradients" in card and "byte for byte" not in card
+
+
+@pytest.mark.parametrize("layers", ["2", "0,3-4"])
+def test_a_streamed_repair_is_that_in_memory(
+    layers: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["repair", "run.yaml", "--layers", layers]
+    code, in_memory, err = call(monkeypatch, capsys, *arguments, "-o", "in-memory")
+    assert code == 0, err
+    solve, calls = Regression.solve, []
+
+    def stops(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return solve(*given)
+
+    arguments += ["-o", "streamed", "--set", "score.weights=stream"]
+    monkeypatch.setattr(Regression, "solve", stops)
+    code, _, err = call(monkeypatch, capsys, *arguments)
+    assert code != 0 and not Path("streamed").exists()
+    code, streamed, err = call(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    assert [line for line in streamed.splitlines() if "proj" in line] == [
+        line for line in in_memory.splitlines() if "proj" in line
+    ]
+    one, other = (load_file(Path(name) / "model.safetensors") for name in ("in-memory", "streamed"))
+    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    assert "Repaired in closed form" in Path("streamed/README.md").read_text(encoding="utf-8")
+    assert not [path.name for path in folder.iterdir() if "solved" in path.name]
 
 
 def test_a_repair_of_nothing_says_so(

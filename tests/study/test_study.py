@@ -99,7 +99,9 @@ def test_runs_that_score_alike_score_once(study: Path, tmp_path: Path, monkeypat
     runs = {path.parent.name: Run(path) for path in (tmp_path / "out" / "runs").glob("*/seed-0")}
     assert runs["one"].rounds[0].scores == runs["other-losses"].rounds[0].scores
     costs = {name: gather.cost_rows(run)[0] for name, run in runs.items()}
-    took = sum(row.scoring_seconds + row.healing_seconds + row.training_seconds for row in costs.values())
+    took = sum(
+        row.scoring_seconds + row.healing_seconds + row.repair_seconds + row.training_seconds for row in costs.values()
+    )
     shared = costs["one"].scoring_seconds  # of three runs
     seconds = json.loads((tmp_path / "out" / "study.json").read_text())["seconds"]
     assert seconds == pytest.approx(took - 2 * shared) and shared > 0

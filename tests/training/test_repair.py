@@ -298,10 +298,10 @@ def test_what_cannot_be_repaired_is_refused_or_left(text: Path, capsys: pytest.C
     with pytest.raises(InputError) as error:
         repair(model, tiny_tokenizer(), [2], config_of(text))
     assert str(error.value) == (
-        "distill.repair: DogeForCausalLM: its layers do not add the output of a projection to their hidden states, "
+        "DogeForCausalLM: its layers do not add the output of a projection to their hidden states, "
         "so they cannot be repaired"
     )
-    assert error.value.hint == "set distill.repair: false"
+    assert error.value.hint == "use `distill`, or `remove`"
     student = Student(model)
     student.remove([2])
     config = DistillConfig(text=str(text), tokens_per_round=0)
@@ -321,11 +321,6 @@ def test_a_repair_of_nothing_is_refused(options: dict[str, Any], message: str) -
         repair(tiny_model("llama"), tiny_tokenizer(), [2], DistillConfig(tokens_per_round=0, **options))
     assert str(error.value) == message
     assert error.value.hint == "set distill.text and distill.repair, or use `remove`"
-
-
-def test_repair_that_is_asked_for_needs_text() -> None:
-    with pytest.raises(ValueError, match=r"text: expected text to repair on \(or repair: false\)"):
-        DistillConfig(tokens_per_round=0, repair={"tokens": 10})
 
 
 def test_a_single_row_is_too_little_to_choose_by(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from layerpeel.cli.inputs import check_new_folder, check_room
+from layerpeel.cli.inputs import check_new_folder, check_room, load_layerwise
 from layerpeel.cli.output import stdout
 from layerpeel.cli.tables import repair_table
 from layerpeel.config.distill import DistillConfig
@@ -17,13 +17,18 @@ from layerpeel.model.architecture import count_parameters, find_architecture
 from layerpeel.model.layer_cycles import broken_cycle
 from layerpeel.model.loading import load_teacher, teacher_options
 from layerpeel.model.origin import StoredDtypes, stored_dtypes, teacher_origin
+from layerpeel.model.removal import remove_from_files
 from layerpeel.model.saving import save_model
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.processes.progress import shown
+from layerpeel.run.preflight import check_streamed
 from layerpeel.run.removal_card import HealingFacts, write_removal_card
 from layerpeel.storage.outputs import beside
 from layerpeel.training.repair_states import RepairState
+from layerpeel.training.repairing import check_repair, repair_student
+from layerpeel.training.result import RepairResult
 from layerpeel.training.rounds import distill, repair
+from layerpeel.training.student import Student
 from layerpeel.training.teacher_text import with_teacher_text
 
 Heal = Callable[
@@ -63,11 +68,49 @@ def repair_once(settings: RunConfig, layers: Sequence[int], folder: Path) -> Non
     ) -> tuple[PreTrainedModel, HealingFacts, str]:
         student, result = repair(teacher, tokenizer, layers, config, seed=settings.seed, storage=storage, folder=kept)
         stdout.print(repair_table(result))
-        solved = f"{len(result.layers)} of them repaired on {result.tokens:,} tokens in {result.seconds:.0f} s"
-        return student, HealingFacts.of(settings, result, None), solved
+        return student, HealingFacts.of(settings, result, None), _solved(result)
 
-    _write_student(settings, layers, folder, heal)
+    if settings.score.weights == "stream":
+        _repair_streamed(settings, layers, folder, RepairState(kept, "repair"))
+    else:
+        _write_student(settings, layers, folder, heal)
     RepairState(kept, "").clear()
+
+
+def _solved(result: RepairResult) -> str:
+    return f"{len(result.layers)} of them repaired on {result.tokens:,} tokens in {result.seconds:.0f} s"
+
+
+def _repair_streamed(settings: RunConfig, layers: Sequence[int], folder: Path, state: RepairState) -> None:
+    """As `repair_once`, with the teacher's layers read as they run, and tensors copied from file to file."""
+    check_new_folder(folder, settings.teacher)
+    check_room(folder, settings.teacher, len(layers), **teacher_options(settings))
+    check_repair(settings.distill)
+    check_streamed(settings, settings.distill.text)
+    layerwise, tokenizer = load_layerwise(settings)
+    student = Student(layerwise)
+    student.remove(layers)
+    storage = stored_dtypes(teacher_origin(settings).with_layers(student.kept_layers.kept), layerwise.model)
+    result = repair_student(
+        student,
+        tokenizer,
+        settings.distill,
+        layers,
+        seed=settings.seed,
+        storage=storage,
+        state=state,
+        required=True,
+    )
+    assert result
+    stdout.print(repair_table(result))
+    removal = remove_from_files(
+        settings.teacher, layers, folder, replaced=state.tensors(result.layers), **teacher_options(settings)
+    )
+    facts, sizes = HealingFacts.of(settings, result, None), (removal.parameters, removal.teacher_parameters)
+    write_removal_card(folder, settings.teacher, removal.layers, *sizes, facts, removal.broken_cycle)
+    if removal.broken_cycle:
+        stdout.print(f"note     {shown(removal.broken_cycle)}", soft_wrap=True)
+    stdout.print(f"{len(removal.layers)} layers, {_solved(result)}: {shown(folder)}", soft_wrap=True)
 
 
 def _write_student(settings: RunConfig, layers: Sequence[int], folder: Path, heal: Heal) -> None:

@@ -167,12 +167,6 @@ class DistillConfig(Section):
         return self.repair if self.repair and self.text else None
 
     @model_validator(mode="after")
-    def _repairable(self) -> DistillConfig:
-        if self.repair and "repair" in self.model_fields_set and not self.text:
-            raise ValueError("text: expected text to repair on (or repair: false)")
-        return self
-
-    @model_validator(mode="after")
     def _trainable(self) -> DistillConfig:
         if self.trains and not self.losses:
             raise ValueError("losses: expected at least one")

@@ -6,7 +6,7 @@ Whether the config can say the removal is checked on the meta device, where tens
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Unpack
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from layerpeel.errors import RunError, reason_of
@@ -71,6 +71,7 @@ def remove_from_files(
     folder: Path,
     *,
     shard_size: int = SHARD_SIZE,
+    replaced: Mapping[str, Callable[[], Tensor]] | None = None,
     **options: Unpack[TeacherOptions],
 ) -> Removal:
     """Writes a checkpoint without some of a model's layers, whole or not at all.
@@ -80,6 +81,7 @@ def remove_from_files(
         layers: to remove, counted from 0.
         folder: where to write; nothing may be there.
         shard_size: bytes of a file, beyond which the next one begins.
+        replaced: reads other values of tensors, by the names that these have in the model's files.
         options: how the model is read; see `load_model`.
 
     Raises:
@@ -94,15 +96,17 @@ def remove_from_files(
     origin = origin_of(path, **options).with_layers(kept.kept)
     names = origin.names(find_architecture(teacher), kept.total)
     if origin.is_quantised or names is None or options.get("merge_adapter"):  # not the files' tensors
+        assert not replaced
         return _remove_in_memory(path, origin, kept, folder, options)
     student = check_config(teacher, list(kept.kept))
     load_without_bytes(origin.folder, config, path, trust_remote_code=code)
-    tensors, dropped = _plan(origin, names, kept, teacher)
+    tensors, dropped = _plan(origin, names, kept, teacher, replaced or {})
     sizes = count_parameters(student), count_parameters(teacher)
     saved = student_config(origin.fields, config, kept.kept, origin.dtype)
     carried = _write(origin, tensors, saved, student, folder, shard_size)
     left, cycle = left_files(origin.folder, code=code), broken_cycle(config, kept.kept)
-    return Removal(kept, *sizes, len(tensors), dropped, saved.changed, carried, left, cycle)
+    copied = len(tensors) - len(replaced or ())
+    return Removal(kept, *sizes, copied, dropped, saved.changed, carried, left, cycle)
 
 
 def outline(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -139,9 +143,13 @@ def _loaded_on_meta(folder: Path, origin: Origin) -> tuple[PreTrainedModel, dict
 
 
 def _plan(
-    origin: Origin, names: LayerNames, kept: KeptLayers, teacher: PreTrainedModel
+    origin: Origin,
+    names: LayerNames,
+    kept: KeptLayers,
+    teacher: PreTrainedModel,
+    replaced: Mapping[str, Callable[[], Tensor]],
 ) -> tuple[list[NewTensor], dict[str, int]]:
-    """Which tensors are copied, under which names; and how many are dropped, by what they are of."""
+    """Which tensors are written, under which names; and how many are dropped, by what they are of."""
     dropped: dict[str, int] = {}
     tensors = []
     twice = _twice(origin, teacher)
@@ -155,7 +163,8 @@ def _plan(
             reason = "copies of a tied tensor"
         else:
             new = name if layer is None else names.renumbered(name, kept.position(layer))
-            tensors.append(NewTensor.copied(new, stored))
+            read = replaced.get(name)
+            tensors.append(NewTensor.made(new, stored, read) if read else NewTensor.copied(new, stored))
             continue
         dropped[reason] = dropped.get(reason, 0) + 1
     return tensors, dropped

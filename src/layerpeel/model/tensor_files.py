@@ -106,6 +106,15 @@ class NewTensor:
     def copied(cls, name: str, stored: StoredTensor) -> NewTensor:
         return cls(name, stored.dtype, stored.shape, stored.size, stored.chunks, stored)
 
+    @classmethod
+    def made(cls, name: str, like: StoredTensor, read: Callable[[], Tensor]) -> NewTensor:
+        """One of the same shape and dtype as another, with the values that a call gives."""
+
+        def chunks() -> Iterator[memoryview]:
+            yield tensor_bytes(read().to(DTYPES[like.dtype]))
+
+        return cls(name, like.dtype, like.shape, like.size, chunks)
+
     def write_to(self, file: FileIO, on_written: Callable[[int], object]) -> None:
         """Writes its bytes at the position of a file.
 

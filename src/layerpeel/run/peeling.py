@@ -22,7 +22,7 @@ from layerpeel.run.writing import OpenRun
 from layerpeel.tasks.base import Task
 from layerpeel.tasks.evaluation import evaluate
 from layerpeel.tasks.scores import Evaluation
-from layerpeel.training.repairing import can_repair, repair_student
+from layerpeel.training.repairing import repair_student
 from layerpeel.training.result import RepairResult, TrainingResult
 from layerpeel.training.rounds import train_last, train_student
 from layerpeel.training.student import Student
@@ -60,8 +60,6 @@ class Peeling:
             self.teacher, self.tokenizer = load_teacher(pinned)
             self.student = Student(self.teacher)
             check_trained(self.student, config.distill)
-            if config.distill.repairs:
-                can_repair(self.student, config.distill)  # refused now, not after the first scores
             self.origin = teacher_origin(pinned)
             self.storage = stored_dtypes(self.origin, self.teacher)
             self.text = None if config.has_teacher_text else scoring_text(config, self.tokenizer)

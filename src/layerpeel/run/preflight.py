@@ -93,7 +93,7 @@ def check_score(config: RunConfig) -> list[Task]:
     check_metrics(config.score, has_text=bool(text), has_tasks=bool(tasks))
     if reads_text(config.score):
         _check_text(_files(text))
-        _check_streamed(config, text)
+        check_streamed(config, text)
     return tasks
 
 
@@ -113,7 +113,7 @@ def _files(sources: Iterable[TextSource]) -> list[TextConfig]:
     return [source for source in files if source]
 
 
-def _check_streamed(config: RunConfig, text: Iterable[TextSource]) -> None:
+def check_streamed(config: RunConfig, text: Iterable[TextSource]) -> None:
     """Refuses text that a teacher would have to write whose layers are not in memory.
 
     Raises:
@@ -151,7 +151,7 @@ def check_run(config: RunConfig) -> list[Task]:
     """
     if config.score.weights == "stream":
         raise InputError(
-            "score.weights: stream is for `layerpeel score`; a run trains, and needs the model in memory",
+            "score.weights: stream is for `layerpeel score` and `layerpeel repair`; a run trains, and needs the model in memory",
             hint="set score.weights: memory",
         )
     check_training_dtype(config)

@@ -62,7 +62,7 @@ def _result_row(variant: str, values: dict[str, Any], runs: Sequence[Run]) -> Re
         removed_layers=" / ".join(dict.fromkeys(" ".join(map(str, order)) for order in orders)),
         scoring_seconds=fmean(each.scoring_seconds for each in costs),
         layer_tokens=fmean(each.layer_tokens for each in costs),
-        training_seconds=fmean(each.training_seconds for each in costs),
+        training_seconds=fmean(each.repair_seconds + each.training_seconds for each in costs),
         training_tokens=fmean(each.training_tokens for each in costs),
     )
 

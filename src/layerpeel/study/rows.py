@@ -22,7 +22,8 @@ class ResultRow(TableRow):
         aggregate, kept_quality: of the results, each with the half width of its 95 % confidence interval (`..._ci`),
             None for a single run.
         removed_layers: the removed layers in order; several orders are separated by slashes.
-        scoring_seconds, layer_tokens, training_seconds, training_tokens: as in `report.gather.Costs`.
+        scoring_seconds, layer_tokens, training_seconds, training_tokens: as in `report.gather.Costs`, with repair in
+            the training's seconds.
     """
 
     variant: str

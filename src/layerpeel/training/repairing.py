@@ -51,17 +51,17 @@ def repair_student(
         seed: of the text.
         storage: what repaired weights are rounded to, so that what is measured is what will be saved.
         state: where solved projections are kept; a repair that was stopped gives the same to the last bit.
-        required: whether to refuse a model that cannot be repaired, though the config does not ask for repair.
+        required: whether to refuse a model that cannot be repaired, instead of leaving it as it is.
 
     Returns:
-        what was done; None if the model cannot be repaired, and nothing asks for it.
+        what was done; None if there is no text, the model cannot be repaired, or the config says that it should not.
 
     Raises:
         InputError: there is no text, or no layer whose projections can be told.
         Interrupted: a stop was asked for; what was solved is saved.
     """
     repairs = config.repairs
-    if not repairs or not can_repair(student, config, required=required):
+    if not repairs or not can_repair(student, required=required):
         return None
     started = time.monotonic()
     rows = _load_rows(student, tokenizer, config, repairs.tokens, seed)
@@ -89,19 +89,30 @@ def describe(result: RepairResult) -> str:
     )
 
 
-def can_repair(student: Student, config: DistillConfig, *, required: bool = False) -> bool:
-    """Whether the projections of some layer can be told.
-
-    Says so once where none can be, and repair is on since nobody has said otherwise.
+def check_repair(config: DistillConfig) -> None:
+    """Checks that a config says how to repair, and on what.
 
     Raises:
-        InputError: none can be, and the config asks for repair, or `required` says so.
+        InputError: it does not.
+    """
+    if not config.repairs:
+        raise InputError(
+            "distill.text: expected text to repair on" if config.repair else "distill.repair: false, so nothing to do",
+            hint="set distill.text and distill.repair, or use `remove`",
+        )
+
+
+def can_repair(student: Student, *, required: bool = False) -> bool:
+    """Whether the projections of some layer can be told; says so once where none can be.
+
+    Raises:
+        InputError: none can be, and `required` says that they have to.
     """
     if any(map(partial(find_layer_writers, student), range(len(student.kept_layers)))):
         return True
     reason = f"{type(student.model).__name__}: its layers do not add the output of a projection to their hidden states"
-    if required or "repair" in config.model_fields_set:
-        raise InputError(f"distill.repair: {reason}, so they cannot be repaired", hint="set distill.repair: false")
+    if required:
+        raise InputError(f"{reason}, so they cannot be repaired", hint="use `distill`, or `remove`")
     print_once(f"no repair in closed form: {reason}")
     return False
 

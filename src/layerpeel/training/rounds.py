@@ -19,7 +19,7 @@ from layerpeel.model.origin import StoredDtypes
 from layerpeel.processes.distributed import processes_of
 from layerpeel.training.recipe import TrainingRecipe
 from layerpeel.training.repair_states import RepairState
-from layerpeel.training.repairing import repair_student
+from layerpeel.training.repairing import check_repair, repair_student
 from layerpeel.training.result import Log, RepairResult, TrainingResult, TrainingSummary
 from layerpeel.training.state import TrainingState
 from layerpeel.training.student import Student
@@ -171,11 +171,7 @@ def repair(
         InputError: a layer is not there, there is no text, or no projection that can be told to write to the hidden
             states.
     """
-    if not config.repairs:
-        raise InputError(
-            "distill.text: expected text to repair on" if config.repair else "distill.repair: false, so nothing to do",
-            hint="set distill.text and distill.repair, or use `remove`",
-        )
+    check_repair(config)
     student, removed = Student(teacher), list(removed)
     student.remove(removed)
     state = RepairState(Path(folder), "repair") if folder else None
