@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from layerpeel.cli.app import app
-from layerpeel.cli.inputs import AsJson, Folder, Teacher, check_new_folder, expand_home
+from layerpeel.cli.deploying import export, verify
+from layerpeel.cli.inputs import AsJson, Teacher, expand_home
 from layerpeel.cli.output import stdout
 from layerpeel.cli.tables import families_table, listing_table, report_table
 from layerpeel.model.family_table import OTHERS, ROUND_TRIP, TESTED, families_json, families_markdown
@@ -77,29 +78,8 @@ def report(
     stdout.print(f"report   {shown(page)}", soft_wrap=True)
 
 
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
-    output_: Folder,
-    round_: Annotated[int | None, typer.Option("--round", help="Of which round; the result if not given.")] = None,
-    set_: Teacher = [],  # noqa: B006
-    repository: Annotated[
-        str | None, typer.Option("--push", metavar="REPO", help="Upload it to the hub, too (private, if new).")
-    ] = None,
-) -> None:
-    """Write the student of a round as a full Hugging Face checkpoint with its model card."""
-    from layerpeel.export.hub import push
-    from layerpeel.export.student import export_student
-    from layerpeel.run.folder import Run
-    from layerpeel.run.places import find_places
-
-    opened = Run(run)
-    find_places(opened, set_)
-    check_new_folder(output_, opened.config.teacher)
-    number = export_student(opened, output_, round_)
-    stdout.print(f"student  {shown(output_)} (round {number})", soft_wrap=True)
-    if repository:
-        stdout.print(f"hub      {shown(push(output_, repository))}", soft_wrap=True)
+app.command()(export)
+app.command()(verify)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from layerpeel.errors import InputError
 from layerpeel.model.config_fields import text_config
 
 LAST_OF_A_CYCLE = ("full_attention", 0)  # in the lists of configs: attends to all tokens, or has no rotary embedding
@@ -26,6 +27,8 @@ class LayerCycle:
         read_by: runtimes, other than transformers, that are known to read the list.
         field: of the config, with the list.
         measured: whether students were run; else what is said is read from the runtimes' source.
+        in_gguf: whether a GGUF file can say which layers have a window, by an array that llama.cpp reads
+            (`attention.sliding_window_pattern`), and nothing else follows the cycle; by its source, of version 11434.
     """
 
     period: int
@@ -33,6 +36,7 @@ class LayerCycle:
     read_by: str = ""
     field: str = "layer_types"
     measured: bool = False
+    in_gguf: bool = True
 
 
 CYCLES = {
@@ -40,11 +44,11 @@ CYCLES = {
     "gemma2": LayerCycle(2),
     "cohere2": LayerCycle(4, "llama.cpp, mlx-lm"),
     "gpt_oss": LayerCycle(2),
-    "afmoe": LayerCycle(4),
+    "afmoe": LayerCycle(4, in_gguf=False),  # layers without rotary embedding are counted
     "olmo3": LayerCycle(4),
     "exaone4": LayerCycle(4),
-    "llama4_text": LayerCycle(4),
-    "smollm3": LayerCycle(4, field="no_rope_layers"),
+    "llama4_text": LayerCycle(4, in_gguf=False),
+    "smollm3": LayerCycle(4, field="no_rope_layers", in_gguf=False),
 }
 
 
@@ -86,6 +90,31 @@ def out_of_cycle(config: PretrainedConfig) -> str | None:
     if cycle is None or not getattr(text_config(config), cycle.field, None) or cycle_of(config):
         return None
     return _in_words(config, cycle, "the removal breaks")
+
+
+def gguf_pattern(config: PretrainedConfig) -> list[bool] | None:
+    """Which layers have an attention window, to be written into a GGUF file; None if llama.cpp takes the right ones.
+
+    Raises:
+        InputError: llama.cpp cannot be told.
+    """
+    if out_of_cycle(config) is None:
+        return None
+    cycle = CYCLES[text_config(config).model_type]
+    if not cycle.in_gguf:
+        raise InputError(
+            f"llama.cpp cannot say which layers this {text_config(config).model_type} has left: {out_of_cycle(config)}",
+            hint="remove whole cycles (score.protect.pattern: true), or use a runtime that reads the config's list",
+        )
+    return [kind not in LAST_OF_A_CYCLE for kind in getattr(text_config(config), cycle.field)]
+
+
+def counted_pattern(config: PretrainedConfig) -> list[bool] | None:
+    """Which layers have an attention window where a runtime counts on the cycle; None if the family has none."""
+    cycle, total = CYCLES.get(text_config(config).model_type), text_config(config).num_hidden_layers
+    if cycle is None or cycle.field != "layer_types":
+        return None
+    return [index % cycle.period != cycle.period - 1 for index in range(total)]
 
 
 def _in_words(config: PretrainedConfig, cycle: LayerCycle, breaks: str) -> str:

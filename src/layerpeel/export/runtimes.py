@@ -1,0 +1,131 @@
+"""Takes a student into a runtime, and verifies there what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from layerpeel.errors import InputError, nearest
+from layerpeel.export.gguf import LlamaCpp, parse_kinds, write_ggufs
+from layerpeel.export.verify.llama_cpp import check_server
+from layerpeel.export.verify.reference import Reference
+from layerpeel.export.verify.runtimes import RuntimeOptions, ask
+from layerpeel.export.verify.text import make_question, read_text
+from layerpeel.export.verify.verifying import Verdict, verify, with_name
+from layerpeel.export.verify.worker import call_python
+from layerpeel.processes.progress import console
+from layerpeel.storage.files import partial_of, remove_paths, write_folder, write_json
+
+RECORD = "verified.json"
+OPTIMUM = {  # the subcommand of optimum-cli, and what to install for it
+    "onnx": ("onnx", "optimum-onnx[onnxruntime] torch"),
+    "openvino": ("openvino", "optimum-intel[openvino] torch"),
+}
+TARGETS = ("gguf", "onnx", "openvino", "vllm")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a student is to go.
+
+    Attributes:
+        runtime: of `TARGETS`.
+        kinds: of GGUF files.
+        options: how the runtime is reached.
+        llama_cpp: the tools that write GGUF files; None for another runtime.
+    """
+
+    runtime: str
+    kinds: list[str]
+    options: RuntimeOptions
+    llama_cpp: LlamaCpp | None = None
+
+    @classmethod
+    def of(cls, runtime: str, quantize: str | None, options: RuntimeOptions) -> Target:
+        """Checks what can be checked before the work.
+
+        Raises:
+            InputError: there is no such runtime or kind, or no llama.cpp.
+        """
+        if runtime not in TARGETS:
+            raise InputError(f"--to {runtime}: there is no such runtime{nearest(runtime, TARGETS)}")
+        if runtime != "gguf":
+            if quantize:
+                raise InputError(f"--quantize {quantize}: only GGUF files are quantised", hint="use --to gguf")
+            return cls(runtime, [], replace(options, runtime=runtime))
+        kinds = parse_kinds(quantize)
+        tools = LlamaCpp(options.llama_cpp, kinds, options.python)
+        check_server(options.llama_cpp, options.python)
+        return cls(runtime, kinds, options, tools)
+
+    @property
+    def writes(self) -> bool:
+        """Whether anything is written for it: vLLM reads the checkpoint as it is."""
+        return self.runtime != "vllm"
+
+
+def export_to(checkpoint: Path, folder: Path | None, target: Target, name: str) -> Iterator[tuple[str, Verdict]]:
+    """Writes a student for a runtime, and verifies each file of it: its path and the verdict, one after another.
+
+    The files are in their place, whole, before the first is verified. The verdicts are kept beside them.
+
+    Args:
+        folder: a new or empty one; None for a runtime that reads the checkpoint.
+        name: the first part of the names of GGUF files.
+
+    Raises:
+        InputError: the runtime cannot be told what the student is.
+        RunError: a converter fails.
+    """
+    paths = [checkpoint] if folder is None else _write(checkpoint, folder, target, name)
+    reference = Reference(checkpoint, trust_remote_code=target.options.trust_remote_code)
+    question = make_question(read_text(None), reference.tokenizer, reference.config)
+    verdicts: dict[str, Verdict] = {}
+    for path in paths:
+        console.print(f"verifying {path.name}", style="dim", markup=False)
+        verdict = verify(reference, question, ask(str(path), question, reference, target.options))
+        verdicts[path.name] = with_name(verdict, path.name) if len(paths) > 1 else verdict
+        if folder is not None:
+            write_json(folder / RECORD, {each: verdict_of.to_json() for each, verdict_of in verdicts.items()})
+        yield str(path), verdicts[path.name]
+
+
+def _write(checkpoint: Path, folder: Path, target: Target, name: str) -> list[Path]:
+    """Writes the files, whole or not at all, and returns what is to be verified."""
+    written: list[Path] = []
+
+    def write(partial: Path) -> None:
+        if target.llama_cpp:
+            written.extend(write_ggufs(checkpoint, partial, name, target.kinds, target.llama_cpp))
+        else:
+            _optimum(checkpoint, partial, target)
+
+    with _cleaned(folder):
+        write_folder(folder, write)
+    return [folder / path.name for path in written] or [folder]
+
+
+def _optimum(checkpoint: Path, folder: Path, target: Target) -> None:
+    """Exports by optimum, in the environment that has it: full precision, with key-value caches."""
+    command, packages = OPTIMUM[target.runtime]
+    python = target.options.python
+    console.print(f"optimum-cli export {command}", style="dim")
+    arguments = ["-m", "optimum.commands.optimum_cli", "export", command, "--model", str(checkpoint.absolute())]
+    arguments += ["--task", "text-generation-with-past"]
+    if command == "openvino":
+        arguments += ["--weight-format", "fp32"]
+    if target.options.trust_remote_code:
+        arguments.append("--trust-remote-code")
+    call_python(python, [*arguments, str(folder.absolute())], f"optimum-cli export {command}", packages)
+
+
+@contextmanager
+def _cleaned(folder: Path) -> Iterator[None]:
+    """Leaves nothing half written, now or from a process that was killed."""
+    remove_paths(partial_of(folder))
+    try:
+        yield
+    finally:
+        remove_paths(partial_of(folder))

@@ -1,0 +1,1 @@
+"""Scripts that run in other Pythons, beside other runtimes; they import nothing of this package."""

@@ -1,0 +1,65 @@
+"""Runs a model in this Python, whichever that is, and writes what it answers.
+
+    python exchange.py with_transformers FOLDER
+
+FOLDER/request.json says which model, which text and which token ids; FOLDER gets answers.json, top_ids.npy and
+top_log_probs.npy. The first argument is a module beside this file with a class `Runtime`:
+
+    Runtime(request)            loads request["model"]
+    version, precision, facts   what ran, in which dtype, and what its config says
+    token_ids(text)             the text by its own tokenizer
+    logits(ids)                 [T, V] in float32, or
+    top(ids, count)             [T, K] token ids and [T, K] log-probabilities of each next token
+    greedy(ids, count)          the most likely continuation
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CHUNK = 64  # positions whose logits are sorted at a time
+
+
+def top_of(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The most likely tokens at each position, with their log-probabilities: [P, V] -> [P, K] each."""
+    count = min(count, logits.shape[1])
+    ids, log_probs = [], []
+    for start in range(0, len(logits), CHUNK):
+        chunk = logits[start : start + CHUNK].astype(np.float64)
+        best = np.argpartition(-chunk, count - 1, axis=1)[:, :count]
+        largest = chunk.max(1, keepdims=True)
+        total = largest + np.log(np.exp(chunk - largest).sum(1, keepdims=True))
+        ids.append(best)
+        log_probs.append(np.take_along_axis(chunk, best, 1) - total)
+    return np.concatenate(ids).astype(np.int64), np.concatenate(log_probs).astype(np.float32)
+
+
+def answer(runtime: Any, request: dict[str, Any], folder: Path) -> None:
+    """Writes the answers of a runtime to a folder."""
+    ids, positions = request["token_ids"], request["positions"]
+    if hasattr(runtime, "top"):
+        top_ids, log_probs = (array[positions] for array in runtime.top(ids, request["most_likely"]))
+    else:
+        top_ids, log_probs = top_of(runtime.logits(ids)[positions], request["most_likely"])
+    np.save(folder / "top_ids.npy", top_ids)
+    np.save(folder / "top_log_probs.npy", log_probs)
+    written = {
+        "runtime": runtime.version,
+        "precision": runtime.precision,
+        "token_ids": [int(token) for token in runtime.token_ids(request["text"])],
+        "greedy": [int(token) for token in runtime.greedy(request["prompt"], request["new_tokens"])],
+        "facts": runtime.facts,
+    }
+    (folder / "answers.json").write_text(json.dumps(written), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    chosen, place = sys.argv[1], Path(sys.argv[2])
+    asked = json.loads((place / "request.json").read_text(encoding="utf-8"))
+    answer(importlib.import_module(chosen).Runtime(asked), asked, place)
