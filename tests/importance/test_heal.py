@@ -30,6 +30,7 @@ def test_the_best_few_are_healed_before_the_choice(tmp_path: Path) -> None:
             "sequence_length": 16,
             "batch_size": 4,
             "learning_rate": 1e-2,
+            "repair": False,
         },
     }
     config = parse_config(settings, "test")

@@ -136,7 +136,7 @@ def test_it_is_read_into_rows_exactly_as_it_was_written(tmp_path: Path) -> None:
     )
     of_teacher = {*map(tuple, documents(written))}
     count = sum(tuple(ids[mask].tolist()) in of_teacher for ids, mask in zip(mixed.input_ids, mixed.mask, strict=True))
-    assert 30 < count < 60
+    assert 0.5 < count / len(mixed) < 1
 
 
 def test_token_ids_of_another_tokenizer_are_refused(tmp_path: Path) -> None:

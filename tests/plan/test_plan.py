@@ -71,6 +71,7 @@ def test_layer_calls_by_hand(config: RunConfig) -> None:
 
 
 def test_text_from_the_teacher_by_hand(config: RunConfig) -> None:
+    config.distill.repair = False
     assert "sampling" not in plan(config).seconds
     config.distill.text = [TeacherTextConfig(), TextConfig(path="none", weight=3.0)]
     planned = plan(config, replace(UNIT, head=0.5, decode_call=100.0))

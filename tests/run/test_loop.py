@@ -71,7 +71,7 @@ def numbers(run: Run) -> list[Any]:
 
 
 def test_a_run_ends_at_its_target_with_a_student_that_is_the_one_measured(settings: dict[str, Any]) -> None:
-    settings["distill"] |= {"tokens_per_round": 2048, "tokens_per_step": 128}
+    settings["distill"] |= {"tokens_per_round": 2048, "tokens_per_step": 128, "learning_rate": 2e-4}
     run = peel(config_of(settings))
     assert run.finish is not None and run.finish.reason == "target_layers"
     assert [len(event.kept) for event in run.rounds] == [5, 4]

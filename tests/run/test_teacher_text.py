@@ -24,7 +24,7 @@ from layerpeel.run.preflight import check_score
 from layerpeel.run.text_health import degenerate_text
 from layerpeel.training.rounds import distill
 from layerpeel.training.trainer import Trainer
-from tests.families import save_texts, save_tiny, tiny_model, tiny_tokenizer
+from tests.families import save_texts, save_tiny, tiny_model, tiny_texts, tiny_tokenizer
 from tests.run.test_loop import numbers
 
 
@@ -150,7 +150,7 @@ def test_prompts_are_looked_at_before_any_weights_are(settings: dict[str, Any], 
     with pytest.raises(InputError, match=r"no such file: .*none\.jsonl"):
         peel(config_of(settings))
     assert not (tmp_path / "run").exists()
-    path = save_texts(tmp_path / "prompts.jsonl")
+    path = save_texts(tmp_path / "prompts.jsonl", tiny_texts([5, 8, 3]))
     settings["distill"]["text"] = {"from": "teacher", "prompts": str(path)}
     peel(config_of(settings))
     moved = tmp_path / "moved.jsonl"

@@ -65,7 +65,7 @@ def dense_reference(teacher, removed, trained, batch, reduction):
         (0.7, even, tokens),
         (0.2, entropy, int(labelled.sum())),
     ]
-    loss = sum(w * total / (n if reduction == "token_mean" else 100) for w, total, n in on_logits)
+    loss = sum(w * total / (n if reduction == "token_mean" else 100 * tokens / 4096) for w, total, n in on_logits)
     for of_student, of_teacher in ((seen["student"], seen["teacher"]), (student_final, teacher_final)):
         a, b = of_student[mask].double(), of_teacher[mask].double()
         squares = (a - b).pow(2).mean(-1) / (b.pow(2).mean(-1) if reduction == "token_mean" else 1)

@@ -46,7 +46,7 @@ class HealConfig(Section):
     keep: Annotated[int, Field(ge=2)] = 2
     """How many."""
     steps: Annotated[int, Field(ge=1), AS_COUNT] = 20
-    """Optimizer steps for each, as `distill` says, but for their number."""
+    """Optimizer steps for each, as `distill` says, but for their number and without repair."""
 
 
 class ScoreConfig(Section):

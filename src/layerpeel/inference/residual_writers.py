@@ -134,16 +134,16 @@ class _Search:
         others = [name for name in backwards if name not in projections]
         scales: dict[str, float] = {}
         while True:
-            if self._found(projections, scales):
+            if self._finds(projections, scales):
                 continue
             if share := self._share(scales):
                 break
-            if not self._found(others, scales):
+            if not self._finds(others, scales):
                 raise UnknownWritersError("a layer's output is no sum of its input and what modules in it give")
         writers = tuple(self._writer(name, scales[name]) for name in self.outputs if name in scales)
         return Writers(share, writers)
 
-    def _found(self, names: Iterable[str], scales: dict[str, float]) -> bool:
+    def _finds(self, names: Iterable[str], scales: dict[str, float]) -> bool:
         """Notes the first of some modules that writes, once those that are in `scales` are silent."""
         with self._silent(scales):
             before = self.run().float()

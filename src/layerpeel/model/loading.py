@@ -121,8 +121,7 @@ def load_model(
     wanted = wanted_dtype(config, target, dtype)
     check_attention(attn_implementation, target, wanted)
     options = WeightOptions(dtype=wanted, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation)
-    adapter = checked_adapter(path, revision, merge=merge_adapter)
-    if adapter:
+    if adapter := checked_adapter(path, revision, merge=merge_adapter):
         model = _load_merged(adapter, config, path, revision, options)
     else:
         model = load_weights(path, config, revision, options, target)
@@ -130,11 +129,16 @@ def load_model(
         path, trust_remote_code=trust_remote_code, revision=revision, merge_adapter=merge_adapter
     )
     check_vocabulary(model, tokenizer, path)
+    return _ready(model, target, path, warn=dtype == "auto"), tokenizer
+
+
+def _ready(model: PreTrainedModel, target: torch.device, path: str | Path, *, warn: bool) -> PreTrainedModel:
+    """The model on its device, in evaluation mode, its weights checked; a warning where float32 is slow there."""
     model = model.to(target).eval()
     check_finite(model, path)
-    if dtype == "auto":
+    if warn:
         note_float32(model, path)
-    return model, tokenizer
+    return model
 
 
 def _load_merged(

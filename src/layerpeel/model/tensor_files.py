@@ -25,12 +25,7 @@ CHUNK = 8 * 2**20  # bytes that are copied at a time
 SHARD_SIZE = 5 * 10**9  # bytes of a file, beyond which the next one begins
 LARGEST_HEADER = 100_000_000  # bytes, of the format
 # Floating-point dtypes, as the format calls them.
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in FLOATS.items()} | {
     torch.int64: "I64",
     torch.int32: "I32",

@@ -151,7 +151,8 @@ def check_run(config: RunConfig) -> list[Task]:
     """
     if config.score.weights == "stream":
         raise InputError(
-            "score.weights: stream is for `layerpeel score` and `layerpeel repair`; a run trains, and needs the model in memory",
+            "score.weights: stream is for `layerpeel score` and `layerpeel repair`; "
+            "a run trains, and needs the model in memory",
             hint="set score.weights: memory",
         )
     check_training_dtype(config)

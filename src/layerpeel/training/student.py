@@ -109,13 +109,13 @@ class Student:
 
     def drop_trained(self, layer: int) -> None:
         """Gives the student the teacher's weights in a layer again."""
-        own = {name for name in self.trained if self.layer_of(name) == layer}
+        in_layer = {name for name in self.trained if self.layer_of(name) == layer}
         of_teacher = dict(self.teacher.model.named_parameters())
-        for name in own:
+        for name in in_layer:
             path, _, last = name.rpartition(".")
             inner = path.removeprefix(f"{self.layerwise.architecture.layer_prefix()}.{layer}.")
             self.layer(layer).get_submodule(inner)._parameters[last] = of_teacher[name]
-        self.trained -= own
+        self.trained -= in_layer
 
     @property
     def trains_embeddings(self) -> bool:
