@@ -68,7 +68,7 @@ def read_options(description: str | None) -> argparse.Namespace:
 def without_training(config: RunConfig) -> RunConfig:
     """The same run with nothing healed and no floor."""
     changed = config.model_copy(deep=True)
-    changed.distill.tokens_per_round = 0
+    changed.distill.tokens_per_round, changed.distill.repair = 0, False
     changed.stop.min_quality = None
     changed.output = config.output.with_name(config.output.name + "-untrained")
     return changed
