@@ -209,8 +209,8 @@ INTRODUCTION = """# Results
 
 Made by `python scripts/make_results.py` from the files in `benchmarks/results/`, each of which names its command and
 its machine. `storyteller-18` is an 18-layer model of 4.1 M parameters trained on English and Russian children's stories
-and on copying. Nothing here has run on a GPU yet. The runs were made before budgets counted real tokens alone and before
-repair was part of a run: the same configs now train on more tokens, and begin from a repaired student.
+and on copying. Nothing here has run on a GPU yet. The runs were made before budgets counted real tokens alone and
+before repair was part of a run: the same configs now train on more tokens, and begin from a repaired student.
 """
 
 
