@@ -98,4 +98,4 @@ def test_what_was_measured_is_not_measured_again(
     assert [(run["variant"], run["seed"]) for run in runs] == [(n, s) for n in ("untrained", "paper") for s in (0, 1)]
     with pytest.raises(SystemExit):
         healing.main(["--variants", "papers"])
-    assert "no variant papers; there are untrained, paper," in " ".join(capsys.readouterr().err.split())
+    assert "no variant papers; there are untrained, repair-alone," in " ".join(capsys.readouterr().err.split())
