@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--only", nargs="*", default=list(REMOVED))
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=5, help="0: no speed")
     parser.add_argument("--speed-kinds", nargs="*", default=["bf16", "q8_0", "q4_k_m"])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -88,7 +88,7 @@ def deploy(options: argparse.Namespace, name: str, llama_cpp: Path) -> dict[str,
             "bytes": (files / file).stat().st_size,
             "teachers_bytes": teacher.stat().st_size,
         }
-        if kind in options.speed_kinds:
+        if kind in options.speed_kinds and options.turns:
             record["files"][kind]["speed"] = speed(llama_cpp, teacher, files / file, options.turns)
     return record
 

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("models", type=Path)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=list(PACKAGES))
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=3, help="0: no speed")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     student = make_student(options.models, MODEL, options.folder)
@@ -66,7 +66,7 @@ def main() -> None:
         output = [] if runtime == "vllm" else ["-o", str(options.folder / f"{student.name}-{runtime}")]
         printed = layerpeel("export", str(student), "--to", runtime, "--python", str(python), *output, "--json")
         record["runtimes"][runtime] = summary(json.loads(printed)[0])
-        if runtime == "vllm":
+        if runtime == "vllm" and options.turns:
             record["runtimes"][runtime]["speed"] = speed(python, options.models / MODEL, student, options.turns)
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=1))

@@ -107,6 +107,7 @@ def test_optimum_is_called_in_the_python_that_is_named(
     assert arguments[arguments.index("--model") + 1] == str(student) and "text-generation-with-past" in arguments
     assert code != 0 and "onnx" in err  # the file is empty, or there is no ONNX Runtime here
     assert (tmp_path / "files/model.onnx").is_file()
+    assert (tmp_path / "files/tokenizer.json").read_bytes() == (student / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize(

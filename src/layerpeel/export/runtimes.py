@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from layerpeel.export.verify.runtimes import RuntimeOptions, ask
 from layerpeel.export.verify.text import make_question, read_text
 from layerpeel.export.verify.verifying import Verdict, verify, with_name
 from layerpeel.export.verify.worker import call_python
+from layerpeel.model.side_files import is_carried
 from layerpeel.processes.progress import console
 from layerpeel.storage.files import partial_of, remove_paths, write_folder, write_json
 
@@ -119,6 +121,9 @@ def _optimum(checkpoint: Path, folder: Path, target: Target) -> None:
     if target.options.trust_remote_code:
         arguments.append("--trust-remote-code")
     call_python(python, [*arguments, str(folder.absolute())], f"optimum-cli export {command}", packages)
+    for file in checkpoint.iterdir():  # its transformers may not know the tokenizer's class, and then leaves it out
+        if file.is_file() and is_carried(file.name) and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
 
 
 @contextmanager

@@ -14,7 +14,10 @@ class Runtime:
 
     def __init__(self, request: dict[str, Any]) -> None:
         remote = {"trust_remote_code": request["trust_remote_code"]}
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(request["model"], **remote)
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(request["model"], **remote)
+        except ValueError:  # transformers 4 does not know the class that 5 names (TokenizersBackend)
+            self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(request["model"])
         load = transformers.AutoModelForCausalLM.from_pretrained
         self.model = load(request["model"], **remote).float().eval()
         self.version = f"transformers {transformers.__version__}"
