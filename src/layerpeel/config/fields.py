@@ -145,6 +145,13 @@ def _as_list(value: Any) -> Any:
 
 
 TextSource = TextConfig | TeacherTextConfig
+
+
+def file_of(source: TextSource) -> TextConfig | None:
+    """What a source reads from a file: itself, or the prompts of one that the teacher writes, if it has any."""
+    return source if isinstance(source, TextConfig) else source.prompts
+
+
 Texts = Annotated[
     list[
         Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from layerpeel.config.distill import DistillConfig
-from layerpeel.config.fields import AS_BYTES, AS_COUNT, Folder, Section, TeacherTextConfig, TextConfig
+from layerpeel.config.fields import AS_BYTES, AS_COUNT, Folder, Section, TeacherTextConfig, TextConfig, file_of
 from layerpeel.config.score import ScoreConfig
 
 
@@ -124,9 +124,6 @@ class RunConfig(Section):
         files = {}
         for section, sources in (("distill", self.distill.text), ("score", self.score.text or [])):
             for number, source in enumerate(sources):
-                place = f"{section}.text.{number}"
-                if isinstance(source, TextConfig):
-                    files[place] = source
-                elif source.prompts:
-                    files[f"{place}.prompts"] = source.prompts
+                if file := file_of(source):
+                    files[f"{section}.text.{number}{'' if file is source else '.prompts'}"] = file
         return files

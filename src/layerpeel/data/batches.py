@@ -181,23 +181,17 @@ def _shuffled(count: int, seed: int) -> Iterator[int]:
 def _from_token(read: Callable[[], Iterator[TokenRow]], skip: int, limit: float) -> list[TokenRow]:
     """The rows after `skip` tokens that hold `limit` of them, of a text that starts again at its end; none twice."""
     rows: list[TokenRow] = []
-    total = given = 0
-    for row in read():
-        if given >= limit and rows:
-            return rows
-        size = sum(map(len, row))
-        if total >= skip:
-            rows.append(row)
-            given += size
-        total += size
-    if total and skip >= total:
-        return _from_token(read, skip % total, limit)
-    total = 0
-    for row in read():
-        if total >= skip or (given >= limit and rows):
-            break
-        size = sum(map(len, row))
-        rows.append(row)
-        given += size
-        total += size
+    given = 0
+    for again in (False, True):
+        total = 0
+        for row in read():
+            if (given >= limit and rows) or (again and total >= skip):
+                return rows
+            size = sum(map(len, row))
+            if again or total >= skip:
+                rows.append(row)
+                given += size
+            total += size
+        if total and skip >= total:
+            return _from_token(read, skip % total, limit)
     return rows

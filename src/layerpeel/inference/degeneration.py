@@ -11,11 +11,8 @@ from dataclasses import dataclass
 
 import numpy
 
-NGRAM, LEAST_DISTINCT, LEAST_NGRAMS = (
-    4,
-    1 / 3,
-    24,
-)  # a document loops if less than this share of its n-grams is distinct
+# A document with so many n-grams, or more, loops if less than this share of them is distinct.
+NGRAM, LEAST_DISTINCT, LEAST_NGRAMS = 4, 1 / 3, 24
 OPENING = 16  # tokens by which documents are called alike
 
 

@@ -10,13 +10,12 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config.fields import TeacherTextConfig, TextConfig, TextSource
@@ -55,16 +54,28 @@ class WrittenText:
     Attributes:
         folder: where it is.
         text: what it says of itself.
-        signs: what it is like.
-        samples: the beginnings of a few documents.
         tokens_per_second: at which it was written, by the processes that completed it; 0 where all was there.
+        beginnings: of its documents.
+        ends: tokens that end one.
+        tokenizer: the teacher's.
     """
 
     folder: Path
     text: TokenText
-    signs: TextSigns
-    samples: list[str]
     tokens_per_second: float
+    beginnings: Beginnings
+    ends: Collection[int]
+    tokenizer: PreTrainedTokenizerBase
+
+    def signs(self) -> TextSigns:
+        """What it is like; reads all of it."""
+        documents = enumerate(read_token_documents(self.folder))
+        return signs_of((ids[len(self.beginnings.of(number)) :].tolist() for number, ids in documents), self.ends)
+
+    def samples(self) -> list[str]:
+        """The beginnings of a few documents."""
+        documents = islice(read_token_documents(self.folder), 0, None, max(1, self.text.documents // SAMPLES))
+        return [str(self.tokenizer.decode(ids))[:SAMPLE_LENGTH] for ids in islice(documents, SAMPLES)]
 
 
 class TeacherWriter:
@@ -155,7 +166,7 @@ class _Text:
         self.processes = processes_of(writer.layerwise.device)
 
     def complete(self) -> WrittenText:
-        """Writes what is missing of the text, and says what it is like."""
+        """Writes what is missing of the text."""
         text, rate = find_token_text(self.folder), 0.0
         if not text or not self._is_whole(text):
             check_space(self.folder, 4 * self.tokens, "the text that the teacher writes")
@@ -165,18 +176,12 @@ class _Text:
             text, rate = self._write()
             text.write(self.folder)
             self.processes.wait_for_everyone()
-        documents = list(read_token_documents(self.folder))
-        new = (ids[len(self.beginnings.of(number)) :].tolist() for number, ids in enumerate(documents))
-        return WrittenText(self.folder, text, signs_of(new, self.sampler.ends), self._samples(documents), rate)
+        return WrittenText(self.folder, text, rate, self.beginnings, self.sampler.ends, self.writer.tokenizer)
 
     def _is_whole(self, text: TokenText) -> bool:
         """Whether all files are as they were written."""
         read = {name: read_documents_in(self.folder / name) for name in text.files}
         return all(part is not None and part[1] == text.files[name] for name, part in read.items())
-
-    def _samples(self, documents: Sequence[Tensor]) -> list[str]:
-        chosen = documents[:: max(1, len(documents) // SAMPLES)][:SAMPLES]
-        return [str(self.writer.tokenizer.decode(ids))[:SAMPLE_LENGTH] for ids in chosen]
 
     def _write(self) -> tuple[TokenText, float]:
         """Writes all shards, each process its share; says what they hold, and how many tokens were written a second."""

@@ -10,14 +10,12 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from jinja2 import Environment, StrictUndefined
 
 from layerpeel.config.fields import TeacherTextConfig, TextConfig, TextSource
-from layerpeel.config.run import RunConfig
 from layerpeel.model.layer_cycles import out_of_cycle
 from layerpeel.model.loading import load_config_of
 from layerpeel.processes.text import count, number, one_line, percent
 from layerpeel.storage.files import write_whole
 
 if TYPE_CHECKING:
-    from layerpeel.config.fields import TextConfig
     from layerpeel.config.run import RunConfig
     from layerpeel.run.events import StudentRecord
     from layerpeel.run.folder import Run

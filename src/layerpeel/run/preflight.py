@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from layerpeel.config.distill import DistillConfig
-from layerpeel.config.fields import TeacherTextConfig, TextConfig, TextSource
+from layerpeel.config.fields import TeacherTextConfig, TextConfig, TextSource, file_of
 from layerpeel.config.run import RunConfig, StopConfig
 from layerpeel.data.documents import read_documents
 from layerpeel.errors import InputError
@@ -92,7 +92,7 @@ def check_score(config: RunConfig) -> list[Task]:
     text = config.score.text or config.distill.text
     check_metrics(config.score, has_text=bool(text), has_tasks=bool(tasks))
     if reads_text(config.score):
-        _check_text(_files(text))
+        _check_text(filter(None, map(file_of, text)))
         check_streamed(config, text)
     return tasks
 
@@ -105,12 +105,6 @@ def _teacher_of(config: RunConfig) -> tuple[PretrainedConfig, int]:
     if not isinstance(total, int) or total < 2:
         raise InputError(f"{config.teacher}: a model of {total} layers has none to spare", hint="name a deeper one")
     return teacher, total
-
-
-def _files(sources: Iterable[TextSource]) -> list[TextConfig]:
-    """The sources that are files, and the prompts of the others."""
-    files = [source if isinstance(source, TextConfig) else source.prompts for source in sources]
-    return [source for source in files if source]
 
 
 def check_streamed(config: RunConfig, text: Iterable[TextSource]) -> None:

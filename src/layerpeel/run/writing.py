@@ -72,8 +72,8 @@ class OpenRun(Run):
                     documents=written.text.documents,
                     tokens=written.text.tokens,
                     tokens_per_second=round(written.tokens_per_second, 1),
-                    samples=written.samples,
-                    **asdict(written.signs),
+                    samples=written.samples(),
+                    **asdict(written.signs()),
                 )
             )
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from layerpeel.config.distill import DistillConfig
 from layerpeel.data.batches import load_rows
 from layerpeel.data.rows import Rows
-from layerpeel.data.token_documents import token_text_digest
 from layerpeel.errors import InputError
 from layerpeel.model.origin import StoredDtypes
 from layerpeel.processes.distributed import processes_of
@@ -27,6 +23,7 @@ from layerpeel.training.repair_front import Front, batch_rows
 from layerpeel.training.repair_states import RepairState
 from layerpeel.training.result import RepairResult
 from layerpeel.training.student import Student
+from layerpeel.training.text import settings_hash
 
 HELD_BACK = 8  # one of so many rows is held back, for ridges to be judged by
 
@@ -120,11 +117,7 @@ def can_repair(student: Student, *, required: bool = False) -> bool:
 def _settings(config: DistillConfig, seed: int, student: Student, start: int) -> str:
     """A hash of what a repair depends on, but for the weights and the content of the text."""
     fields = config.model_dump(mode="json", include={"repair", "sequence_length", "packing", "text"})
-    for source in fields["text"]:
-        # What a file holds is told by its digest in the run's record; a text of the teacher's, by its own.
-        source["path"] = token_text_digest(Path(source["path"]))
-    values = [fields, seed, student.kept_layers.kept, start]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return settings_hash(fields, seed, student.kept_layers.kept, start)
 
 
 def _load_rows(

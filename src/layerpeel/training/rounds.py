@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -136,8 +137,7 @@ def distill(
     student, removed = Student(teacher), list(removed)
     student.remove(removed)
     stored = storage or teacher.dtype
-    with TemporaryDirectory() as folder:
-        config = _with_teacher_text(student, tokenizer, config, Path(folder), seed)
+    with _teacher_text_written(student, tokenizer, config, seed) as config:
         repaired = repair_student(student, tokenizer, config, removed, seed=seed, storage=stored)
         result = train_student(student, tokenizer, config, seed=seed, storage=stored)
     result.repair = repaired
@@ -176,25 +176,26 @@ def repair(
     student.remove(removed)
     state = RepairState(Path(folder), "repair") if folder else None
     stored = storage or teacher.dtype
-    with TemporaryDirectory() as written:
-        config = _with_teacher_text(student, tokenizer, config, Path(written), seed)
+    with _teacher_text_written(student, tokenizer, config, seed) as config:
         options: dict[str, Any] = {"seed": seed, "storage": stored, "state": state, "required": True}
         result = repair_student(student, tokenizer, config, removed, **options)
     assert result
     return student.model, result
 
 
-def _with_teacher_text(
-    student: Student, tokenizer: PreTrainedTokenizerBase, config: DistillConfig, folder: Path, seed: int
-) -> DistillConfig:
-    """The config with what the teacher is to write (`from: teacher`) written into a folder."""
-    writer = TeacherWriter(
-        student.teacher,
-        tokenizer,
-        folder,
-        teacher=None,
-        length=config.sequence_length,
-        tokens=config.text_tokens(1),
-        seed=seed,
-    )
-    return config.model_copy(update={"text": writer.resolve(config.text)})
+@contextmanager
+def _teacher_text_written(
+    student: Student, tokenizer: PreTrainedTokenizerBase, config: DistillConfig, seed: int
+) -> Iterator[DistillConfig]:
+    """The config with what the teacher is to write (`from: teacher`) in a folder, which is there for the context."""
+    with TemporaryDirectory() as folder:
+        writer = TeacherWriter(
+            student.teacher,
+            tokenizer,
+            Path(folder),
+            teacher=None,
+            length=config.sequence_length,
+            tokens=config.text_tokens(1),
+            seed=seed,
+        )
+        yield config.model_copy(update={"text": writer.resolve(config.text)})

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -69,8 +70,17 @@ class TrainingText:
     def settings(self, seed: int, round_number: int) -> str:
         """A hash of what the steps of the training depend on, but for the weights and the content of the text."""
         fields = self.recipe.config.model_dump(mode="json", exclude=WITHOUT_EFFECT)
-        for source in fields["text"]:
-            # What a file holds is told by its digest in the run's record; a text of the teacher's, by its own.
-            source["path"] = token_text_digest(Path(source["path"]))
-        values = [fields, self.recipe.processes, seed, round_number, self.skip]
-        return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return settings_hash(fields, self.recipe.processes, seed, round_number, self.skip)
+
+
+def settings_hash(fields: dict[str, Any], *others: Any) -> str:
+    """A hash of fields of `distill`, their text among them, and of whatever else work depends on.
+
+    Args:
+        fields: as JSON; the place of a text is replaced by the digest of one that the teacher wrote. What other files
+            hold is told by the digests in a run's record.
+    """
+    for source in fields["text"]:
+        source["path"] = token_text_digest(Path(source["path"]))
+    values = [fields, *others]
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ top_log_probs.npy. The first argument is a module beside this file with a class 
     Runtime(request)            loads request["model"]
     version, precision, facts   what ran, in which dtype, and what its config says
     token_ids(text)             the text by its own tokenizer
-    logits(ids)                 [T, V] in float32, or
+    logits(ids)                 [T, V] in float32; or, of a runtime that does not give them, both of
     top(ids, count)             [T, K] token ids and [T, K] log-probabilities of each next token
     greedy(ids, count)          the most likely continuation
 """
@@ -40,20 +40,31 @@ def top_of(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(ids).astype(np.int64), np.concatenate(log_probs).astype(np.float32)
 
 
+def greedy(runtime: Any, ids: list[int], count: int) -> list[int]:
+    """The most likely continuation, of a runtime that gives logits; the text is read anew for each token."""
+    new: list[int] = []
+    for _ in range(count):
+        new.append(int(runtime.logits(ids + new)[-1].argmax()))
+    return new
+
+
 def answer(runtime: Any, request: dict[str, Any], folder: Path) -> None:
     """Writes the answers of a runtime to a folder."""
     ids, positions = request["token_ids"], request["positions"]
+    prompt, new_tokens = request["prompt"], request["new_tokens"]
     if hasattr(runtime, "top"):
         top_ids, log_probs = (array[positions] for array in runtime.top(ids, request["most_likely"]))
+        written_on = runtime.greedy(prompt, new_tokens)
     else:
         top_ids, log_probs = top_of(runtime.logits(ids)[positions], request["most_likely"])
+        written_on = greedy(runtime, prompt, new_tokens)
     np.save(folder / "top_ids.npy", top_ids)
     np.save(folder / "top_log_probs.npy", log_probs)
     written = {
         "runtime": runtime.version,
         "precision": runtime.precision,
         "token_ids": [int(token) for token in runtime.token_ids(request["text"])],
-        "greedy": [int(token) for token in runtime.greedy(request["prompt"], request["new_tokens"])],
+        "greedy": [int(token) for token in written_on],
         "facts": runtime.facts,
     }
     (folder / "answers.json").write_text(json.dumps(written), encoding="utf-8")

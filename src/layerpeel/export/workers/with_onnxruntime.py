@@ -30,12 +30,6 @@ class Runtime:
     def logits(self, ids: list[int]) -> np.ndarray:
         return self.session.run(["logits"], self._inputs(ids))[0][0].astype(np.float32)
 
-    def greedy(self, ids: list[int], count: int) -> list[int]:
-        new: list[int] = []
-        for _ in range(count):
-            new.append(int(self.logits(ids + new)[-1].argmax()))
-        return new
-
     def _inputs(self, ids: list[int]) -> dict[str, np.ndarray]:
         """The ids as the whole text, with empty caches."""
         row = np.array([ids], dtype=np.int64)

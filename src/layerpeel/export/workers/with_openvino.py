@@ -41,9 +41,3 @@ class Runtime:
         self.inference.reset_state()
         self.inference.infer({name: value for name, value in named.items() if name in self.names})
         return np.array(self.inference.get_tensor("logits").data[0], dtype=np.float32)
-
-    def greedy(self, ids: list[int], count: int) -> list[int]:
-        new: list[int] = []
-        for _ in range(count):
-            new.append(int(self.logits(ids + new)[-1].argmax()))
-        return new

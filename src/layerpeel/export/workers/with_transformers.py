@@ -38,9 +38,3 @@ class Runtime:
     @torch.no_grad()
     def logits(self, ids: list[int]) -> np.ndarray:
         return self.model(torch.tensor([ids])).logits[0].float().numpy()
-
-    def greedy(self, ids: list[int], count: int) -> list[int]:
-        new: list[int] = []
-        for _ in range(count):
-            new.append(int(self.logits(ids + new)[-1].argmax()))
-        return new
