@@ -18,9 +18,13 @@ app = typer.Typer(
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Puts off the collection of garbage: large libraries make many objects and no garbage, and come in sooner so."""
+    """Spares the collection of garbage what large libraries make: many objects that live as long as the process.
+
+    They come in sooner, and the process ends sooner, for they are not searched then either.
+    """
     gc.disable()
     try:
         yield
+        gc.freeze()
     finally:
         gc.enable()
