@@ -6,7 +6,8 @@
 storyteller-18 without layers 3, 5, 6, 7: stories and copies, English and Russian. With --real, SmolLM2-135M (or another
 model in the folder that follows) without six of its thirty layers, in bfloat16: web text, Wikipedia, Stack Exchange.
 A variant is fields of `distill`; each runs in a process of its own, for its peak of memory. What is in the file already
-with the same fields, tokens and seed is not run again. Prints a Markdown table, and writes what was measured.
+with the same fields, tokens and seed is not run again. What the teacher writes is kept in runs/healing, and its time is
+not counted. Prints a Markdown table, and writes what was measured.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config.distill import DistillConfig
 from layerpeel.data.tokenizing import encode_text
+from layerpeel.inference.teacher_text import TeacherWriter
 from layerpeel.model.loading import load_model
 from layerpeel.training.repairing import repair_student
-from layerpeel.training.result import TrainingResult
+from layerpeel.training.result import RepairResult, TrainingResult
 from layerpeel.training.rounds import train_student
 from layerpeel.training.student import Student
 
@@ -128,11 +130,13 @@ class Variant:
     Attributes:
         over: `defaults`, `step` or `tuned`.
         one_by_one: remove a layer, train, remove the next, as a run does; else all go at once.
+        text: the setting's `corpus`, what the `teacher` writes, or `both`.
     """
 
     fields: dict[str, Any]
     over: str = "tuned"
     one_by_one: bool = False
+    text: str = "corpus"
 
 
 def losses(hidden_mse: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -146,6 +150,7 @@ VARIANTS: dict[str, Variant] = {
     "untrained": Variant({"tokens_per_round": 0, "repair": False}, over="defaults"),
     "repair-alone": Variant({"tokens_per_round": 0}, over="defaults"),
     "repair-alone-32k": Variant({"tokens_per_round": 0, "repair": {"tokens": 32_768}}, over="defaults"),
+    "repair-alone-ridge-0.1": Variant({"tokens_per_round": 0, "repair": {"ridge": 0.1}}, over="defaults"),
     "repair-alone-ridge-0.5": Variant({"tokens_per_round": 0, "repair": {"ridge": 0.5}}, over="defaults"),
     "paper": Variant({"preset": "paper", **rows(8)}, over="defaults"),
     "paper-small-steps": Variant({"preset": "paper"}, over="step"),
@@ -155,8 +160,10 @@ VARIANTS: dict[str, Variant] = {
     "repaired-lr-1e-4": Variant({"repair": {}, "learning_rate": 1e-4}),
     "repaired-lr-5e-5": Variant({"repair": {}, "learning_rate": 5e-5}),
     "repaired-lr-3e-4": Variant({"repair": {}, "learning_rate": 3e-4}),
+    "repaired-ridge-0.5": Variant({"repair": {"ridge": 0.5}}),
     "repaired-averaged": Variant({"repair": {}, "average_last": 0.25}),
     "tuned": Variant({"train": "all", **losses({})}),
+    "lr-3e-5": Variant({"learning_rate": 3e-5}),
     "lr-1e-4": Variant({"learning_rate": 1e-4}),
     "lr-2e-4": Variant({"learning_rate": 2e-4}),
     "lr-3e-4": Variant({"learning_rate": 3e-4}),
@@ -181,10 +188,12 @@ VARIANTS: dict[str, Variant] = {
     "steady-average-last-half": Variant({"average_last": 0.5, **STEADY}),
     "unpacked": Variant({"packing": "none"}),
     "wrapped": Variant({"packing": "wrapped"}),
-    "in-rounds": Variant({"when": "each_round"}, one_by_one=True),
-    "half-at-the-end": Variant({"when": "half"}, one_by_one=True),
-    "half-gentle-at-the-end": Variant(GENTLE_END, one_by_one=True),
-    "at-the-end": Variant({"when": "end"}, one_by_one=True),
+    "teacher-text": Variant({"repair": {}}, text="teacher"),
+    "text-and-teacher-text": Variant({"repair": {}}, text="both"),
+    "in-rounds": Variant({"repair": {}, "when": "each_round"}, one_by_one=True),
+    "half-at-the-end": Variant({"repair": {}, "when": "half"}, one_by_one=True),
+    "half-gentle-at-the-end": Variant({"repair": {}, **GENTLE_END}, one_by_one=True),
+    "at-the-end": Variant({"repair": {}, "when": "end"}, one_by_one=True),
 }
 
 
@@ -195,6 +204,8 @@ def config_of(setting: Setting, variant: Variant, tokens: int) -> DistillConfig:
     over = {"defaults": {}, "step": setting.step, "tuned": tuned}[variant.over]
     budget = {"tokens_per_round": tokens // rounds}
     fields = {**budget, **setting.text, **over, **variant.fields}
+    corpus = fields["text"] if isinstance(fields["text"], list) else [fields["text"]]
+    fields["text"] = corpus * (variant.text != "teacher") + [{"from": "teacher"}] * (variant.text != "corpus")
     if number := fields.pop("rows", None):
         fields["tokens_per_step"] = number * fields["sequence_length"]
     return DistillConfig.model_validate(fields)
@@ -204,7 +215,8 @@ def settings_of(setting: Setting, variant: Variant, tokens: int) -> dict[str, An
     """All that a measurement depends on, but for its seed and the code, without the places of files."""
     fields = config_of(setting, variant, tokens).model_dump(mode="json")
     for source in fields["text"]:
-        source["path"] = Path(source["path"]).name
+        if "path" in source:
+            source["path"] = Path(source["path"]).name
     return {
         "teacher": setting.teacher.name,
         "dtype": setting.dtype,
@@ -279,11 +291,13 @@ def measure(setting: Setting, variant: Variant, tokens: int, seed: int) -> dict[
     """Heals the gap, and measures what is left.
 
     Returns:
-        `kl` by kind of text; `seconds`, `steps` and real tokens (`trained_on`) of training; the peak of memory.
+        `kl` by kind of text; `seconds` of repair and training; their real tokens, `repaired_on` and `trained_on`;
+        `steps`; and the peak of memory, sampling included where the teacher's text was not there yet.
     """
     teacher, tokenizer = load_model(setting.teacher, dtype=setting.dtype)
+    config = with_text(config_of(setting, variant, tokens), teacher, tokenizer, setting)
     started = time.monotonic()
-    student, trainings = heal(teacher, tokenizer, setting, variant, config_of(setting, variant, tokens), seed)
+    student, repairs, trainings = heal(teacher, tokenizer, setting, variant, config, seed)
     seconds, peak = time.monotonic() - started, peak_gib(teacher.device)
     texts = {kind: read(path, tokenizer, setting.texts) for kind, path in setting.held_out.items()}
     return {
@@ -291,8 +305,24 @@ def measure(setting: Setting, variant: Variant, tokens: int, seed: int) -> dict[
         "seconds": seconds,
         "peak_gib": peak,
         "steps": sum(training.steps for training in trainings),
+        "repaired_on": sum(repair.tokens for repair in repairs),
         "trained_on": sum(training.tokens for training in trainings),
     }
+
+
+def with_text(
+    config: DistillConfig, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting
+) -> DistillConfig:
+    """The config with what the teacher is to write, written; the same text for all seeds, as a corpus is."""
+    writer = TeacherWriter(
+        teacher,
+        tokenizer,
+        Path("runs/healing"),
+        teacher=setting.teacher.name,
+        length=config.sequence_length,
+        tokens=config.text_tokens(1),
+    )
+    return config.model_copy(update={"text": writer.resolve(config.text)})
 
 
 def heal(
@@ -302,9 +332,9 @@ def heal(
     variant: Variant,
     config: DistillConfig,
     seed: int,
-) -> tuple[PreTrainedModel, list[TrainingResult]]:
-    """The student, trained as in a run whose layers are given."""
-    student, trainings = Student(teacher), list[TrainingResult]()
+) -> tuple[PreTrainedModel, list[RepairResult], list[TrainingResult]]:
+    """The student, repaired and trained as in a run whose layers are given."""
+    student, repairs, trainings = Student(teacher), list[RepairResult](), list[TrainingResult]()
 
     def train(distill: DistillConfig) -> None:
         before = [training.summary() for training in trainings]
@@ -315,11 +345,12 @@ def heal(
     groups = [[layer] for layer in setting.removed] if variant.one_by_one else [[*setting.removed]]
     for layers in groups:
         student.remove(layers)
-        repair_student(student, tokenizer, config, layers, seed=seed, storage=teacher.dtype)
+        if repair := repair_student(student, tokenizer, config, layers, seed=seed, storage=teacher.dtype):
+            repairs.append(repair)
         train(config.in_rounds())
     if last := config.at_end(len(groups)):
         train(last)
-    return student.model, trainings
+    return student.model, repairs, trainings
 
 
 def read(path: Path, tokenizer: PreTrainedTokenizerBase, texts: int) -> list[Tensor]:
@@ -356,8 +387,8 @@ def markdown(runs: Sequence[Mapping[str, Any]], tokens: int) -> str:
     """One line a variant, at so many tokens: means over its seeds, and how far these are apart."""
     chosen = [run for run in runs if run["tokens"] == tokens]
     kinds = list(chosen[0]["kl"])
-    lines = [f"| variant | fields | {' | '.join(f'KL, {kind}' for kind in kinds)} | mean | seeds | steps | s | GiB |"]
-    lines.append("|" + "---|" * (7 + len(kinds)))
+    heads = ["variant", "fields", *(f"KL, {kind}" for kind in kinds), "mean", "seeds", "repaired on", "trained on"]
+    lines = [f"| {' | '.join([*heads, 'steps', 's', 'GiB'])} |", "|" + "---|" * (len(heads) + 3)]
     for name, variant in VARIANTS.items():
         same = [run for run in chosen if run["variant"] == name]
         if not same:
@@ -366,7 +397,8 @@ def markdown(runs: Sequence[Mapping[str, Any]], tokens: int) -> str:
         over = [statistics.mean(run["kl"].values()) for run in same]
         error = f" ± {statistics.stdev(over) / math.sqrt(len(over)):.4f}" if len(over) > 1 else ""
         cells = [name, f"`{fields_of(variant)}`", *(f"{value:.3f}" for value in means)]
-        cells += [f"{statistics.mean(over):.4f}{error}", len(same), same[0]["steps"]]
+        cells += [f"{statistics.mean(over):.4f}{error}", len(same)]
+        cells += [f"{same[0][part]:,}" for part in ("repaired_on", "trained_on", "steps")]
         seconds, peak = statistics.mean(run["seconds"] for run in same), max(run["peak_gib"] for run in same)
         cells += [f"{seconds:.0f}", f"{peak:.2f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -375,7 +407,8 @@ def markdown(runs: Sequence[Mapping[str, Any]], tokens: int) -> str:
 
 def fields_of(variant: Variant) -> str:
     """What a variant changes, in YAML."""
-    return yaml.safe_dump(variant.fields, default_flow_style=True, width=1000, sort_keys=False).strip()
+    text = {"teacher": {"text": "teacher's"}, "both": {"text": "corpus and teacher's"}}.get(variant.text, {})
+    return yaml.safe_dump(variant.fields | text, default_flow_style=True, width=1000, sort_keys=False).strip()
 
 
 if __name__ == "__main__":

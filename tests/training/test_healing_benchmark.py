@@ -45,11 +45,12 @@ def test_variants_train_on_equal_tokens(healing: Any, tmp_path: Path) -> None:
         texts=0,
     )
     seen = {}
-    for name in ("tuned", "in-rounds", "half-at-the-end", "at-the-end", "untrained"):
+    for name in ("tuned", "in-rounds", "half-at-the-end", "at-the-end", "untrained", "repaired", "repair-alone"):
         variant, teacher = healing.VARIANTS[name], tiny_model("llama")
         config = healing.config_of(setting, variant, 768)
-        student, trainings = healing.heal(teacher, tiny_tokenizer(), setting, variant, config, 0)
+        student, repairs, trainings = healing.heal(teacher, tiny_tokenizer(), setting, variant, config, 0)
         assert len(student.model.layers) == 4
+        assert len(repairs) == (0 if name in ("untrained", "tuned") else 1 + variant.one_by_one), name
         seen[name] = [training.steps for training in trainings]
     assert seen == {
         "tuned": [24],
@@ -57,6 +58,8 @@ def test_variants_train_on_equal_tokens(healing: Any, tmp_path: Path) -> None:
         "half-at-the-end": [6, 6, 12],
         "at-the-end": [0, 0, 24],
         "untrained": [0],
+        "repaired": [24],
+        "repair-alone": [0],
     }
 
 
@@ -74,10 +77,11 @@ def test_what_was_measured_is_not_measured_again(
     healing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[tuple[str, int, int]] = []
+    tokens_seen = {"repaired_on": 8, "trained_on": 1234}
 
     def measured(name: str, seed: int, tokens: int, _: Any) -> dict[str, Any]:
         calls.append((name, seed, tokens))
-        return {"kl": {"web": 0.1 + seed, "wiki": 0.3}, "seconds": 2.0, "peak_gib": 1.0, "steps": 4, "trained_on": 9}
+        return {"kl": {"web": 0.1 + seed, "wiki": 0.3}, "seconds": 2.0, "peak_gib": 1.0, "steps": 4} | tokens_seen
 
     monkeypatch.setattr(healing, "in_a_process", measured)
     out = tmp_path / "healing.json"
@@ -85,10 +89,10 @@ def test_what_was_measured_is_not_measured_again(
     healing.main([*arguments, "--seeds", "0"])
     healing.main([*arguments, "--seeds", "0,1"])
     assert calls == [("paper", 0, 500), ("untrained", 0, 500), ("paper", 1, 500), ("untrained", 1, 500)]
-    assert (
-        "| untrained | `{tokens_per_round: 0, repair: false}` | 0.600 | 0.300 | 0.4500 ± 0.2500 | 2 | 4 | 2 | 1.00 |"
-        in (capsys.readouterr().out)
+    line = (
+        "| untrained | `{tokens_per_round: 0, repair: false}` | 0.600 | 0.300 | 0.4500 ± 0.2500 | 2 | 8 | 1,234 | 4 |"
     )
+    assert f"{line} 2 | 1.00 |" in capsys.readouterr().out
     calls.clear()
     changed = healing.Variant({"preset": "paper", "warmup_steps": 1}, over="defaults")
     monkeypatch.setitem(healing.VARIANTS, "paper", changed)
