@@ -151,6 +151,17 @@ VARIANTS: dict[str, Variant] = {
     "repair-alone": Variant({"tokens_per_round": 0}, over="defaults"),
     "repair-alone-32k": Variant({"tokens_per_round": 0, "repair": {"tokens": 32_768}}, over="defaults"),
     "repair-alone-ridge-0.1": Variant({"tokens_per_round": 0, "repair": {"ridge": 0.1}}, over="defaults"),
+    "repair-alone-ridge-0.03": Variant({"tokens_per_round": 0, "repair": {"ridge": 0.03}}, over="defaults"),
+    "repair-alone-ridge-0.01": Variant({"tokens_per_round": 0, "repair": {"ridge": 0.01}}, over="defaults"),
+    "repair-alone-ridge-0.001": Variant({"tokens_per_round": 0, "repair": {"ridge": 0.001}}, over="defaults"),
+    "repair-alone-teacher-text": Variant({"tokens_per_round": 0}, over="defaults", text="teacher"),
+    "repair-alone-both-texts": Variant({"tokens_per_round": 0}, over="defaults", text="both"),
+    "repair-alone-both-texts-ridge-0.1": Variant(
+        {"tokens_per_round": 0, "repair": {"ridge": 0.1}}, over="defaults", text="both"
+    ),
+    "repair-alone-both-texts-ridge-0.3": Variant(
+        {"tokens_per_round": 0, "repair": {"ridge": 0.3}}, over="defaults", text="both"
+    ),
     "repair-alone-ridge-0.5": Variant({"tokens_per_round": 0, "repair": {"ridge": 0.5}}, over="defaults"),
     "paper": Variant({"preset": "paper", **rows(8)}, over="defaults"),
     "paper-small-steps": Variant({"preset": "paper"}, over="step"),
@@ -189,6 +200,11 @@ VARIANTS: dict[str, Variant] = {
     "unpacked": Variant({"packing": "none"}),
     "wrapped": Variant({"packing": "wrapped"}),
     "teacher-text": Variant({"repair": {}}, text="teacher"),
+    "default-teacher-text": Variant({}, over="defaults", text="teacher"),
+    "default-both-texts": Variant({}, over="defaults", text="both"),
+    "both-texts-lr-3e-4": Variant({"learning_rate": 3e-4}, over="defaults", text="both"),
+    "both-texts-ridge-0.3": Variant({"repair": {"ridge": 0.3}}, over="defaults", text="both"),
+    "both-texts-ridge-1": Variant({"repair": {"ridge": 1.0}}, over="defaults", text="both"),
     "text-and-teacher-text": Variant({"repair": {}}, text="both"),
     "in-rounds": Variant({"repair": {}, "when": "each_round"}, one_by_one=True),
     "half-at-the-end": Variant({"repair": {}, "when": "half"}, one_by_one=True),

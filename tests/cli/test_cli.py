@@ -119,7 +119,7 @@ def test_a_streamed_repair_is_that_in_memory(
 
     def stops(*given: Any) -> Any:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 4:
             raise KeyboardInterrupt
         return solve(*given)
 

@@ -81,7 +81,7 @@ def test_unknown_metrics_are_named() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("metric", ["task_quality", "teacher_kl"])
+@pytest.mark.parametrize("metric", ["task_quality", "teacher_kl", "repaired_kl"])
 def test_the_seven_planted_layers_go_first_and_cost_nothing(kit: Path, metric: str) -> None:
     model, tokenizer = load_model(kit / "models/stories260K-planted12-hf")
     data = str(kit / "eval/stories/stories_en.jsonl")

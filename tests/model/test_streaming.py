@@ -57,7 +57,7 @@ def test_streamed_scores_are_those_in_memory(family: str, tmp_path: Path) -> Non
 def test_in_every_form_of_checkpoint(tmp_path: Path, shards: bool, tied: bool, dtype: str) -> None:
     folder = saved(tmp_path, "llama", tied=tied, shards=shards)
     assert len(list(folder.glob("*.safetensors"))) == 1 or shards
-    for metric in ("teacher_kl", "block_influence"):
+    for metric in ("teacher_kl", "repaired_kl", "block_influence"):
         whole, streamed = both_ways(folder, ScoreConfig(decide=metric), dtype)
         assert streamed.importance == whole.importance
 

@@ -205,13 +205,14 @@ def test_nan_in_one_process_is_skipped_in_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cheap", ["teacher_kl", "repaired_kl"])
+def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path, cheap: str) -> None:
     text = write_text(tmp_path / "text.jsonl")
     config: dict[str, Any] = {
         "teacher": str(save_tiny(tmp_path / "teacher")),
         "output": str(tmp_path / "one"),
         "stop": {"target_layers": 4},
-        "score": {"shortlist": {"by": "teacher_kl", "keep": 3}, "tokens": 128},
+        "score": {"shortlist": {"by": cheap, "keep": 3}, "tokens": 128},
         "tasks": [{"kind": "perplexity", "data": str(text), "limit": 9}],
         "distill": {
             "text": str(text),
@@ -238,6 +239,9 @@ def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
         assert a.removed == b.removed and a.training.tokens == b.training.tokens
         assert a.aggregate == pytest.approx(b.aggregate, rel=1e-4)
         assert a.scores.importance == pytest.approx(b.scores.importance, rel=1e-3, abs=1e-6)
+        if a.scores.cheap:
+            assert b.scores.cheap
+            assert a.scores.cheap.importance == pytest.approx(b.scores.cheap.importance, rel=1e-2, abs=1e-6)
     one, two = (AutoModelForCausalLM.from_pretrained(run.student_folder) for run in (alone, both))
     for value, other in zip(one.parameters(), two.parameters(), strict=True):
         assert (value - other).norm() <= 1e-4 * value.norm()

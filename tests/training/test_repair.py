@@ -16,9 +16,9 @@ from layerpeel.config.distill import DistillConfig
 from layerpeel.data.batches import load_rows
 from layerpeel.data.rows import Rows
 from layerpeel.errors import InputError
+from layerpeel.inference import front
 from layerpeel.inference.ridge import Regression
 from layerpeel.model.surgery import remove_layers
-from layerpeel.training import repair_front
 from layerpeel.training.repair_states import RepairState
 from layerpeel.training.repairing import repair_student
 from layerpeel.training.result import RepairResult
@@ -110,27 +110,34 @@ def test_each_projection_is_the_exact_solution_given_those_before_it(text: Path,
         {f"{n}": f"{layers}.{n}" for n in range(6)}
         | {f"{n} {name}": f"{layers}.{n}.{name}" for n in range(6) for name in (attention, mlp)},
     )
-    # Layer 1 stands for 1 and 2, and 3 for 3 and 4: before a gap the MLP alone is solved.
-    order = [(1, mlp, 2), (3, mlp, 4), (5, attention, 5), (5, mlp, 5)]
+    # Layer 1 stands for 1 and 2, and 3 for 3 and 4: before a gap, attention's helps the MLP's.
+    order = [(1, attention, 2), (1, mlp, 2), (3, attention, 4), (3, mlp, 4), (5, attention, 5), (5, mlp, 5)]
     assert [(each.layer, each.name) for each in result.projections] == [(layer, name) for layer, name, _ in order]
     for layer, name, stands_for in order:
         place = f"{layers}.{kept.index(layer)}"
-        states = run(shorter, rows, {"layer": place, "projection": f"{place}.{name}"})
-        if name == mlp:
-            needed, is_now = of_teacher[f"out {stands_for}"], states["out layer"]
-        else:
-            needed = of_teacher[f"in {stands_for}"] + of_teacher[f"out {stands_for} {name}"]
-            is_now = states["in layer"] + states["out projection"]
+        parts = {"layer": place, "projection": f"{place}.{name}", "mlp": f"{place}.{mlp}"}
+        states = run(shorter, rows, parts)
         module = shorter.get_submodule(f"{place}.{name}")
-        change = solved(states["in projection"], needed - is_now, needed, module.bias is not None, ridge)
-        matrix = change[: module.weight.shape[0] if family == "gpt2" else module.weight.shape[1]]
+        inputs, has_bias, larger = states["in projection"], module.bias is not None, 1.0
+        if name == attention and layer == stands_for:
+            needed = of_teacher[f"in {stands_for}"] + of_teacher[f"out {stands_for} {name}"]
+            lacks = needed - states["in layer"] - states["out projection"]
+        else:
+            needed = of_teacher[f"out {stands_for}"]
+            lacks = needed - states["out layer"]
+        if name == attention and layer < stands_for:  # with the MLP's inputs beside, made as large as those
+            weights = 1 / needed.square().mean(-1, keepdim=True)
+            larger = float(((weights * states["in mlp"] ** 2).mean() / (weights * inputs**2).mean()).sqrt())
+            inputs = torch.cat([larger * inputs, states["in mlp"]], dim=1)
+        change = solved(inputs, lacks, needed, has_bias, ridge)
+        matrix = larger * change[: module.weight.shape[0] if family == "gpt2" else module.weight.shape[1]]
         with torch.no_grad():
             module.weight += torch.tensor(matrix if family == "gpt2" else matrix.T).float()
-            if module.bias is not None:
+            if has_bias and larger == 1.0:
                 module.bias += torch.tensor(change[-1]).float()
         ours = student.layer(layer).get_submodule(name)
         torch.testing.assert_close(ours.weight, module.weight, rtol=1e-3, atol=1e-4)
-        if module.bias is not None:
+        if has_bias:
             torch.testing.assert_close(ours.bias, module.bias, rtol=1e-3, atol=1e-4)
 
 
@@ -162,7 +169,12 @@ def test_no_familys_error_goes_up(text: Path, family: str) -> None:
     assert not result.unknown or family in ATTENTION_ALONE
     changed = [each for each in result.projections if each.ridge is not None]
     assert changed and all(each.after <= each.before for each in result.projections)
-    assert len(result.projections) == (1 if family in ATTENTION_ALONE else 3 if family in MLP_ALONE else 4)
+    places = [(each.layer, each.name) for each in result.projections]
+    assert len(set(places)) == len(places) and {layer for layer, _ in places} >= {5}
+    if family in ATTENTION_ALONE or family in MLP_ALONE:
+        assert len(places) == (1 if family in ATTENTION_ALONE else 3)
+    else:  # both of the last layer; before the two gaps the MLP's, and where it helps attention's
+        assert 4 <= len(places) <= 6
     if family not in ATTENTION_ALONE:
         before = Student(tiny_model(family))
         before.remove(REMOVED)
@@ -194,7 +206,7 @@ def test_documents_in_a_row_stay_apart(text: Path) -> None:
 
 def test_states_in_a_file_are_those_in_memory(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_memory, _ = repaired(text)
-    monkeypatch.setattr(repair_front, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(front, "MEMORY_SHARE", 0.0)
     in_file, _ = repaired(text, state=RepairState(tmp_path / "state", "this repair"))
     same_weights(in_memory, in_file)
     assert not list((tmp_path / "state").glob(".states*"))
@@ -218,17 +230,18 @@ def test_a_resumed_repair_is_that_of_one_go(text: Path, tmp_path: Path, monkeypa
 
         return counted
 
-    monkeypatch.setattr(Regression, "solve", killed_at(3))
+    monkeypatch.setattr(Regression, "solve", killed_at(4))
     with pytest.raises(Killed):
         repaired(text, state=state)
     calls[0] = 0
     monkeypatch.setattr(Regression, "solve", killed_at(0))
     resumed, result = repaired(text, state=state)
-    assert calls[0] == len(expected.projections) - 2  # two were solved before, and are not again
+    # Of eight (the MLP's alone, both, the MLP's again before each of two gaps; the last layer's two), three were kept.
+    assert calls[0] == 5
     same_weights(uninterrupted, resumed)
     assert result.projections == expected.projections and result.tokens == expected.tokens
     again, result = repaired(text, state=state)
-    assert calls[0] == 2 and result.projections == expected.projections
+    assert calls[0] == 5 and result.projections == expected.projections
     same_weights(uninterrupted, again)
 
 

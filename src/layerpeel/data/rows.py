@@ -56,6 +56,10 @@ class Rows:
         """Real tokens of all rows."""
         return int(self.mask.sum())
 
+    def select(self, indices: Tensor) -> Rows:
+        """Some of the rows."""
+        return Rows(self.input_ids[indices], self.mask[indices], self.document.expand_as(self.input_ids)[indices])
+
     def take(self, indices: Tensor, *, counts: bool = True) -> dict[str, Tensor]:
         """A batch of rows: `input_ids`, `attention_mask` and `document`, each [B, T] of int64.
 

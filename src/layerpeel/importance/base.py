@@ -90,11 +90,13 @@ class Metric(ABC):
     Attributes:
         needs: what the metric reads of its inputs: `text`, `tasks`, or both.
         skips: whether it runs the model with each candidate skipped, for estimates of time and memory.
+        runs_besides: layer calls for each candidate besides those of the layers after it, for estimates.
         name: as the config names it, for progress bars; set by `make_metric`.
     """
 
     needs: frozenset[str]
     skips: bool = True
+    runs_besides: int = 0
     name: str = "a metric"
 
     @abstractmethod

@@ -6,12 +6,14 @@ from layerpeel.config.score import ScoreConfig
 from layerpeel.errors import InputError, reason_of, resolve_class
 from layerpeel.importance.base import Metric
 from layerpeel.importance.block_influence import BlockInfluence
+from layerpeel.importance.repaired_kl import RepairedKL
 from layerpeel.importance.task_quality import TaskQuality
 from layerpeel.importance.teacher_kl import TeacherKL
 
 METRICS: dict[str, type[Metric]] = {
     "task_quality": TaskQuality,
     "teacher_kl": TeacherKL,
+    "repaired_kl": RepairedKL,
     "block_influence": BlockInfluence,
 }
 

@@ -123,13 +123,13 @@ class DistributionMetric(Metric):
             branches = batch.final_hidden(inputs.student, inputs.candidates, tokens_per_call=chunk)
             alone = inputs.teacher is inputs.student
             teacher = branches[0] if alone else batch.final_hidden(inputs.teacher)[0]
-            return self._sums(inputs, branches, teacher)
+            return self.sums(inputs, branches, teacher)
 
         untouched, *skipped = mean_over_text(self, inputs, sums, branches=1 + len(inputs.candidates))
         pairs = zip(inputs.candidates, skipped, strict=True)
         return MetricResult({position: mean - untouched for position, mean in pairs})
 
-    def _sums(self, inputs: ScoringInputs, branches: Tensor, teacher: Tensor) -> Tensor:
+    def sums(self, inputs: ScoringInputs, branches: Tensor, teacher: Tensor) -> Tensor:
         """Sums over N tokens, of hidden states [1 + C, N, D] against the teacher's [N, D]: [1 + C]."""
         totals = torch.zeros(len(branches), dtype=torch.float64, device=branches.device)
         rows = inputs.budget.logit_rows(inputs.teacher, branches=3)

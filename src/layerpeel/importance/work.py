@@ -49,6 +49,7 @@ def count_work(
     """
     branches = 1 + (len(candidates) if metric.skips else 0)
     runs = layers + (sum(layers - 1 - position for position in candidates) if metric.skips else 0)
+    runs += metric.runs_besides * len(candidates)
     text_tokens = text_tokens if "text" in metric.needs else 0
     requests = requests if "tasks" in metric.needs else []
     generations = [r for r in requests if isinstance(r, Generation)]

@@ -135,8 +135,7 @@ class LayerwiseModel:
 
     def layer(self, position: int, hidden: Tensor, arguments: LayerInputs) -> Tensor:
         """Runs one layer on the batch that `arguments` were recorded for: [B, T, D] -> [B, T, D]."""
-        args, kwargs = arguments
-        return first_tensor(self.layers[position](hidden, *args, **kwargs))
+        return run_layer(self.layers[position], hidden, arguments)
 
     def layer_on_branches(
         self, position: int, hidden: Tensor, arguments: LayerInputs, batch: int, tokens_per_call: int | None = None
@@ -248,6 +247,12 @@ class LayerwiseModel:
     def runs_packed(self) -> bool:
         """Whether documents in a row stay apart when positions restart at 0 in each; the first read tries it out."""
         return runs_packed(self)
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, arguments: LayerInputs) -> Tensor:
+    """Runs a layer on the batch that `arguments` were recorded for: [B, T, D] -> [B, T, D]."""
+    args, kwargs = arguments
+    return first_tensor(layer(hidden, *args, **kwargs))
 
 
 class _BaseOutput(BaseModelOutputWithPast):

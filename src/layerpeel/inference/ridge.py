@@ -37,6 +37,10 @@ class NormalEquations:
         """Adds up what all processes have; every process has to call it."""
         sum_tensors([self.gram, self.cross, self.square])
 
+    def take_rows(self, other: NormalEquations, start: int) -> None:
+        """Takes over the sums of another's inputs from one on."""
+        self.gram, self.cross, self.square = other.gram[start:, start:], other.cross[start:], other.square
+
     def doubled(self, scale: Tensor, other: NormalEquations | None = None) -> NormalEquations:
         """The same in fp64, in which they are solved; on the CPU, if the device has no fp64.
 
@@ -84,10 +88,11 @@ class Regression:
     Args:
         inputs, outputs: of the map, without the bias.
         bias: whether it has one; a constant is then the last input.
+        first: how many of the inputs are of another kind, as those of a second map whose output is added.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, device: torch.device) -> None:
-        self.bias, self.outputs = bias, outputs
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, device: torch.device, first: int = 0) -> None:
+        self.bias, self.outputs, self.first = bias, outputs, first
         self.fit, self.held = (NormalEquations(inputs + bias, outputs, device) for _ in range(2))
 
     def add(self, inputs: Tensor, errors: Tensor, weights: Tensor, held: Tensor) -> None:
@@ -128,17 +133,27 @@ class Regression:
         """|X C - E|^2 over all tokens, for a change [I, O] in fp64."""
         return self.fit.doubled(torch.ones_like(change[:, :1]), self.held).error(change)
 
-    def _scale(self) -> Tensor:
-        """[I, 1] in fp64: what makes the constant as large as an input is in the mean; others stay as they are.
+    def without_first(self) -> Regression:
+        """The regression on the inputs that are not of another kind."""
+        rest = Regression(0, self.outputs, bias=self.bias, device=self.fit.gram.device)
+        for name in ("fit", "held"):
+            getattr(rest, name).take_rows(getattr(self, name), self.first)
+        return rest
 
-        So a ridge means the same to it.
+    def _scale(self) -> Tensor:
+        """[I, 1] in fp64: what makes the constant, and inputs of another kind, as large as the others are in the mean.
+
+        So a ridge means the same to them.
         """
         gram = self.fit.gram
         device = gram.device if gram.device.type in ("cpu", "cuda") else torch.device("cpu")
         diagonal = (gram.diagonal() + self.held.gram.diagonal()).to(device).double()
         scale = torch.ones_like(diagonal)
+        size = diagonal[self.first : len(diagonal) - self.bias].mean()
         if self.bias and diagonal[-1] > 0:
-            scale[-1] = (diagonal[:-1].mean() / diagonal[-1]).sqrt()
+            scale[-1] = (size / diagonal[-1]).sqrt()
+        if self.first and diagonal[: self.first].any():
+            scale[: self.first] = (size / diagonal[: self.first].mean()).sqrt()
         return scale[:, None]
 
 

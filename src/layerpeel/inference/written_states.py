@@ -5,8 +5,8 @@ Shapes: R rows, T tokens, D hidden, I what enters a projection.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,3 +75,19 @@ def read_writer(
         with suppress(_StopError):
             states.output = run(hidden)
     return states
+
+
+@contextmanager
+def inputs_of(layer: nn.Module, writer: Writer | None) -> Iterator[list[Tensor]]:
+    """While the context lasts, what enters a writer's projection is noted, call by call; nothing if there is none."""
+    noted: list[Tensor] = []
+    if not writer:
+        yield noted
+        return
+    assert writer.projection
+    module = layer.get_submodule(writer.projection.name)
+    handle = module.register_forward_pre_hook(lambda _, args: noted.append(args[0]))
+    try:
+        yield noted
+    finally:
+        handle.remove()

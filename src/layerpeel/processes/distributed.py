@@ -84,6 +84,14 @@ def sum_tensors(tensors: Iterable[torch.Tensor]) -> None:
             distributed.all_reduce(tensor)
 
 
+def wait_for_all() -> None:
+    """Returns when all processes have called it."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
 def check_launcher() -> None:
     """Checks the launcher's environment variables, before a library fails on them.
 

@@ -14,7 +14,7 @@ from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.teacher_text import WrittenText
 from layerpeel.model.architecture import count_parameters
 from layerpeel.model.forward_switches import attention_of
-from layerpeel.processes.distributed import RANK
+from layerpeel.processes.distributed import RANK, wait_for_all
 from layerpeel.run.events import (
     AnyEvent,
     Finish,
@@ -155,6 +155,7 @@ class OpenRun(Run):
         remove_paths(self._answers_folder)
         self.training_state().clear()
         self.repair_state().clear()
+        wait_for_all()  # before another process makes its files of the next round
 
     def _quality(self, student: Student, evaluation: Evaluation, reference: Evaluation) -> Quality:
         aggregate = evaluation.aggregate(reference, self.config.aggregate)

@@ -14,18 +14,15 @@ from layerpeel.config.distill import DistillConfig
 from layerpeel.data.batches import load_rows
 from layerpeel.data.rows import Rows
 from layerpeel.errors import InputError
+from layerpeel.inference.front import Front, batch_rows, share_of
 from layerpeel.model.origin import StoredDtypes
-from layerpeel.processes.distributed import processes_of
 from layerpeel.processes.progress import console, print_once, progress
 from layerpeel.training.recipe import TrainingRecipe
-from layerpeel.training.repair import RepairWalk, find_layer_writers
-from layerpeel.training.repair_front import Front, batch_rows
+from layerpeel.training.repair import RepairWalk, writers_at
 from layerpeel.training.repair_states import RepairState
 from layerpeel.training.result import RepairResult
 from layerpeel.training.student import Student
 from layerpeel.training.text import settings_hash
-
-HELD_BACK = 8  # one of so many rows is held back, for ridges to be judged by
 
 
 @torch.no_grad()
@@ -105,7 +102,7 @@ def can_repair(student: Student, *, required: bool = False) -> bool:
     Raises:
         InputError: none can be, and `required` says that they have to.
     """
-    if any(map(partial(find_layer_writers, student), range(len(student.kept_layers)))):
+    if any(map(partial(writers_at, student), range(len(student.kept_layers)))):
         return True
     reason = f"{type(student.model).__name__}: its layers do not add the output of a projection to their hidden states"
     if required:
@@ -151,13 +148,10 @@ def _front(student: Student, rows: Rows, state: RepairState | None, total: int) 
     Args:
         total: how often they will.
     """
-    processes = processes_of(student.model.device)
-    numbers = torch.arange(processes.process_index, len(rows), processes.num_processes)
-    part = Rows(rows.input_ids[numbers], rows.mask[numbers], rows.document.expand_as(rows.input_ids)[numbers])
-    held = numbers % HELD_BACK == min(HELD_BACK, len(rows)) - 1
+    part, held = share_of(rows, student.model.device)
     batches = -(-len(part) // batch_rows(student.teacher, part))
     with (
         progress("repairing", total * batches) as advance,
-        Front(student, part, held, state.folder if state else None, advance) as front,
+        Front(student.teacher, part, held, state.folder if state else None, advance) as front,
     ):
         yield front

@@ -1,4 +1,4 @@
-"""Hidden states of a text between two layers, of teacher and student, and their way through the layers.
+"""Hidden states of a text between two layers, as they are needed and as they are, and their way through layers.
 
 Shapes: N rows of this process, R rows of a batch, T tokens, D hidden.
 """
@@ -6,6 +6,7 @@ Shapes: N rows of this process, R rows of a batch, T tokens, D hidden.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,32 +17,45 @@ from torch import Tensor
 from layerpeel.data.rows import Rows, positions_of
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.model.layer_inputs import LayerInputs
+from layerpeel.processes.distributed import processes_of, sum_numbers
 from layerpeel.processes.progress import Advance
-from layerpeel.training.student import Student
 
 MEMORY_SHARE = 0.25  # of what is free: larger states are in a file, which the system keeps in memory where it can
+HELD_BACK = 8  # one of so many rows
+
+RunLayer = Callable[[Tensor, LayerInputs], Tensor]
+"""Runs a layer on some rows, with its other arguments: [R, T, D] -> [R, T, D]."""
 
 
 class Front:
     """The text of this process, and its hidden states where a walk over the layers is.
 
     Args:
+        layerwise: the model whose embeddings and arguments of layers both take.
+        held: [N] of bool, which rows are held back.
         folder: where states go that are large, in a file that is removed; the system's folder for such if not given.
         advance: called when a batch has gone through a layer.
 
     Attributes:
         rows: of this process.
-        held: [N] of bool, which rows are held back.
+        tokens: real ones, of all processes.
         of_teacher, of_student: [N, T, D] on the CPU, what enters the next layer of each.
     """
 
-    def __init__(self, student: Student, rows: Rows, held: Tensor, folder: Path | None, advance: Advance) -> None:
-        self.student, self.teacher, self.rows, self.held, self.advance = student, student.teacher, rows, held, advance
+    def __init__(
+        self,
+        layerwise: LayerwiseModel,
+        rows: Rows,
+        held: Tensor,
+        folder: Path | None = None,
+        advance: Advance | None = None,
+    ) -> None:
+        self.layerwise, self.rows, self.held, self._advance = layerwise, rows, held, advance
+        self.tokens = int(sum_numbers({"tokens": rows.tokens}, layerwise.device)["tokens"])
         self._files = ExitStack()
-        shape = (*rows.input_ids.shape, self.teacher.width)
-        self.of_teacher, self.of_student = (
-            empty_states(shape, student.model.dtype, folder, self._files) for _ in range(2)
-        )
+        shape = (*rows.input_ids.shape, layerwise.width)
+        dtype = layerwise.model.dtype
+        self.of_teacher, self.of_student = (empty_states(shape, dtype, folder, self._files) for _ in range(2))
 
     def __enter__(self) -> Front:
         return self
@@ -52,47 +66,42 @@ class Front:
 
     def batches(self) -> list[Tensor]:
         """Indices of rows that go through a layer at a time."""
-        return list(torch.arange(len(self.rows)).split(batch_rows(self.teacher, self.rows)))
+        numbers = torch.arange(len(self.rows))
+        return list(numbers.split(batch_rows(self.layerwise, self.rows))) if len(numbers) else []
 
-    def begin(self, start: int) -> None:
-        """Brings both to where a repair starts: before the student's layer of this position."""
-        shared, kept = min(self.student.shared_prefix, start), self.student.kept_layers.kept
+    def begin(self) -> None:
+        """Brings the teacher's before the first layer."""
         for rows in self.batches():
             self.of_teacher[rows] = self.begin_batch(rows)[0].cpu()
-        for index in range(shared):
-            self.move_teacher(index)
-        self.of_student.copy_(self.of_teacher)
-        for index in range(shared, kept[start]):
-            self.move_teacher(index)
-        for position in range(shared, start):
-            with self.student.layer_loaded(position):
-                self.move_student(position)
 
     def begin_batch(self, rows: Tensor) -> tuple[Tensor, list[LayerInputs]]:
-        """The first layer's hidden states [R, T, D] of a batch, and the arguments of each of the teacher's layers."""
+        """The first layer's hidden states [R, T, D] of a batch, and the arguments of each layer."""
         batch = self.rows.take(rows)
-        return self.teacher.begin(batch["input_ids"], positions_of(batch["document"]))
+        return self.layerwise.begin(batch["input_ids"], positions_of(batch["document"]))
 
-    def move_teacher(self, index: int) -> None:
-        """Runs a layer of the teacher."""
-        with self.teacher.weights_loaded(index):
-            self._move(self.of_teacher, self.teacher, index, index)
-
-    def move_student(self, position: int) -> None:
-        """Runs a layer of the student, which has its weights."""
-        self._move(self.of_student, self.student.layerwise, position, self.student.kept_layers.kept[position])
-
-    def _move(self, states: Tensor, layerwise: LayerwiseModel, position: int, index: int) -> None:
+    def move(self, states: Tensor, run: RunLayer, index: int) -> None:
         """Runs a layer on all rows.
 
         Args:
-            index: of the teacher's layer, whose arguments it takes.
+            states: [N, T, D], those of teacher or student; they are replaced.
+            index: of the layer whose arguments it takes.
         """
         for rows in self.batches():
             arguments = self.begin_batch(rows)[1][index]
-            hidden = states[rows].to(self.teacher.device)
-            states[rows] = layerwise.layer(position, hidden, arguments).cpu()
+            states[rows] = run(states[rows].to(self.layerwise.device), arguments).cpu()
             self.advance()
+
+    def advance(self) -> None:
+        """Says that a batch has gone through a layer."""
+        if self._advance:
+            self._advance()
+
+
+def share_of(rows: Rows, device: torch.device) -> tuple[Rows, Tensor]:
+    """This process's share of some rows, and which of it are held back, for ridges to be judged by: [N] of bool."""
+    processes = processes_of(device)
+    numbers = torch.arange(processes.process_index, len(rows), processes.num_processes)
+    return rows.select(numbers), numbers % HELD_BACK == min(HELD_BACK, len(rows)) - 1
 
 
 def batch_rows(layerwise: LayerwiseModel, rows: Rows) -> int:
