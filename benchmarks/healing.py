@@ -130,7 +130,7 @@ class Variant:
     Attributes:
         over: `defaults`, `step` or `tuned`.
         one_by_one: remove a layer, train, remove the next, as a run does; else all go at once.
-        text: the setting's `corpus`, what the `teacher` writes, or `both`.
+        text: the setting's `corpus`, what the `teacher` writes, or as much of `both`.
     """
 
     fields: dict[str, Any]
@@ -221,7 +221,8 @@ def config_of(setting: Setting, variant: Variant, tokens: int) -> DistillConfig:
     budget = {"tokens_per_round": tokens // rounds}
     fields = {**budget, **setting.text, **over, **variant.fields}
     corpus = fields["text"] if isinstance(fields["text"], list) else [fields["text"]]
-    fields["text"] = corpus * (variant.text != "teacher") + [{"from": "teacher"}] * (variant.text != "corpus")
+    as_much = [{"from": "teacher", "weight": len(corpus)}]
+    fields["text"] = corpus * (variant.text != "teacher") + as_much * (variant.text != "corpus")
     if number := fields.pop("rows", None):
         fields["tokens_per_step"] = number * fields["sequence_length"]
     return DistillConfig.model_validate(fields)

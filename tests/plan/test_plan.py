@@ -86,11 +86,12 @@ def test_text_from_the_teacher_by_hand(config: RunConfig) -> None:
 def test_repair_by_hand(config: RunConfig) -> None:
     config.distill.repair = RepairConfig(tokens=1000)
     planned = plan(config)
-    # The teacher's 6 layers once, and the student's from layer 1 on three times: 4 of 5 layers, then 3 of 4.
-    assert planned.layer_tokens["repair"] == 1000 * (6 + 3 * 4) + 1000 * (6 + 3 * 3)
+    # The teacher's 6 layers once, and the student's from layer 1 on three times: 4 of 5 layers, then 3 of 4; of these the
+    # one before the gap once more.
+    assert planned.layer_tokens["repair"] == 1000 * (6 + 3 * 4 + 1) + 1000 * (6 + 3 * 3 + 1)
     assert planned.seconds["repair"] > planned.layer_tokens["repair"]  # sums and solutions besides
-    # Of the MLP's projection, 48 inputs and 32 outputs: sums of two kinds of tokens in fp32, four such in fp64.
-    assert planned.repair_memory["sums and factors of a projection"] == (48 * 48 + 48 * 32) * (2 * 4 + 4 * 8)
+    # Of both projections at once, 48 and 32 inputs and 32 outputs: sums of two kinds of tokens in fp32, four such in fp64.
+    assert planned.repair_memory["sums and factors of a layer's projections"] == (80 * 80 + 80 * 32) * (2 * 4 + 4 * 8)
     on_cpu = repair_memory(planned.shape, 1000, "cpu")
     assert on_cpu["hidden states of teacher and student"] == 2 * 1000 * 32 * 4
     config.distill.repair = False
@@ -105,6 +106,11 @@ def test_ranking_once_and_training_once(config: RunConfig) -> None:
     assert plan(config).layer_tokens["training"] == 640 * (6 + 4)
     config.distill.when = "half"
     assert plan(config).layer_tokens["training"] == 160 * (6 + 5) + (160 + 320) * (6 + 4)
+
+
+def test_repaired_kl_runs_more_layers_than_skipping_alone() -> None:
+    skipped, repaired = (count_work(make_metric(name), 6, [1, 2, 3], 10, []) for name in ("teacher_kl", "repaired_kl"))
+    assert (skipped.layer_tokens, repaired.layer_tokens) == (10 * (6 + 4 + 3 + 2), 10 * (6 + 4 + 3 + 2 + 3 * 9))
 
 
 def test_block_influence_skips_nothing() -> None:

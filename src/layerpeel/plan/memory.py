@@ -68,11 +68,12 @@ def repair_memory(shape: Shape, tokens: int, device: str) -> dict[str, float]:
 
     The hidden states are in the host's memory, or in a file where they are large; here they are counted.
     """
-    numbers = shape.inner * (shape.inner + shape.width)
+    inputs = shape.inner + shape.width  # before a gap, both projections' at once
+    numbers = inputs * (inputs + shape.width)
     states = {"hidden states of teacher and student": 2.0 * tokens * shape.width * shape.itemsize}
     parts = {
         "weights": float(shape.parameters * shape.itemsize),
-        "sums and factors of a projection": float(numbers * (2 * 4 + 4 * 8)),
+        "sums and factors of a layer's projections": float(numbers * (2 * 4 + 4 * 8)),
         "a layer's inputs and outputs": float(
             tokens_per_call(shape.width, device) * (shape.kept + 2 * 4 * (shape.inner + 3 * shape.width))
         ),

@@ -24,7 +24,7 @@ from layerpeel.plan.speed import Speed
 from layerpeel.training.recipe import TrainingRecipe
 
 PADDED = 1.2  # positions in rows for each token of a task: on the stories, rows are filled to 75 to 86 %
-RIDGES_TRIED, FP64 = 5, 2  # in a repair, of each projection; how much longer its arithmetic takes than the layers'
+RIDGES_TRIED, FP64 = 4, 2  # in a repair, of each projection; how much longer its arithmetic takes than the layers'
 SCORING_BYTES_ON_GPU = 8 * 2**30  # of the branches, where `score.memory` does not say
 
 
@@ -163,19 +163,20 @@ class Parts:
         """Layer calls and seconds of a repair with so many layers gone, from the layer before the gap on.
 
         Sums and solutions are counted by their multiply-adds, which take as long as those of a layer: for each of two
-        projections, X^T X and X^T E for each token; and for each ridge a factor, a solution and an error.
+        projections, and before the gap for both at once, X^T X and X^T E for each token; and for each ridge a factor, a
+        solution and an error.
         """
         shape, layer = self.shape, self.speed.layer
         kept_layers = KeptLayers.full(shape.layers).without(_gap(shape.layers, removed))
         start = max(0, kept_layers.first_changed - 1)
         repaired = len(kept_layers) - start
-        calls = tokens * (shape.layers + 3 * repaired)
-        inputs = (shape.width, shape.inner)
+        calls = tokens * (shape.layers + 3 * repaired + 1)
+        inputs = repaired * (shape.width, shape.inner) + (shape.width + shape.inner,)
         sums = tokens * sum(size * (size + shape.width) for size in inputs)
         solved = RIDGES_TRIED * FP64 * sum(size**3 / 3 + 2 * size**2 * shape.width for size in inputs)
         each = layer / shape.layer_parameters  # seconds of a multiply-add
         alone = self.recipe.processes  # each process solves all
-        return float(calls), calls * layer + repaired * each * (sums + alone * solved)
+        return float(calls), calls * layer + each * (sums + alone * solved)
 
     def _training(self, removed: int, tokens: int) -> tuple[float, float]:
         """Layer calls, forward, and seconds of training with so many layers gone."""

@@ -138,7 +138,8 @@ def start_of(student: Student, removed: Iterable[int]) -> int:
 def passes(student: Student, start: int) -> int:
     """How often a repair runs the text through a layer."""
     kept = student.kept_layers
-    return start + kept.total + 2 * (len(kept) - start)
+    again = sum(gap > start for gap in kept.gaps)  # the layer before a gap, with what attention writes changed
+    return start + kept.total + 2 * (len(kept) - start) + again
 
 
 @contextmanager
