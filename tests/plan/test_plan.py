@@ -86,11 +86,11 @@ def test_text_from_the_teacher_by_hand(config: RunConfig) -> None:
 def test_repair_by_hand(config: RunConfig) -> None:
     config.distill.repair = RepairConfig(tokens=1000)
     planned = plan(config)
-    # The teacher's 6 layers once, and the student's from layer 1 on three times: 4 of 5 layers, then 3 of 4; of these the
-    # one before the gap once more.
+    # The teacher's 6 layers once, and the student's from layer 1 on three times: 4 of 5 layers, then 3 of 4; the one
+    # before the gap once more.
     assert planned.layer_tokens["repair"] == 1000 * (6 + 3 * 4 + 1) + 1000 * (6 + 3 * 3 + 1)
     assert planned.seconds["repair"] > planned.layer_tokens["repair"]  # sums and solutions besides
-    # Of both projections at once, 48 and 32 inputs and 32 outputs: sums of two kinds of tokens in fp32, four such in fp64.
+    # Of both projections, 48 and 32 inputs and 32 outputs: sums of two kinds of tokens in fp32, four such in fp64.
     assert planned.repair_memory["sums and factors of a layer's projections"] == (80 * 80 + 80 * 32) * (2 * 4 + 4 * 8)
     on_cpu = repair_memory(planned.shape, 1000, "cpu")
     assert on_cpu["hidden states of teacher and student"] == 2 * 1000 * 32 * 4
