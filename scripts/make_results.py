@@ -151,6 +151,7 @@ def healed(name: str) -> str:
     ]
     for tokens in sorted({run["tokens"] for run in runs}):
         parts.append(f"After training on {tokens:,} tokens:\n\n{healing.markdown(runs, tokens)}")
+    parts.append("Seconds are of one thread, beside other work on the same machine.")
     return "\n\n".join([*parts, source(result)])
 
 
