@@ -13,9 +13,9 @@ from torch.nn import functional
 from layerpeel.config.distill import LossConfig
 from layerpeel.errors import InputError
 from layerpeel.losses.loss_sum import LossSum
-from layerpeel.model.surgery import remove_layers
+from layerpeel.model.surgery import remove_layers, share
 from layerpeel.training.forward import next_tokens, run_both
-from layerpeel.training.student import Student, share
+from layerpeel.training.student import Student
 from layerpeel.training.trainable import parameters_to_train
 from tests.families import FAMILIES, UNLISTED, tiny_ids, tiny_model
 

@@ -9,7 +9,6 @@ Shapes: N rows of this process, T tokens, D hidden.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -18,16 +17,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from layerpeel.data.rows import positions_of
 from layerpeel.importance.base import MetricResult, ScoringInputs
 from layerpeel.importance.teacher_kl import TeacherKL
-from layerpeel.importance.text_metrics import TextBatch
+from layerpeel.importance.text_metrics import TextBatch, rows_of
 from layerpeel.inference.finite import NotFiniteError
 from layerpeel.inference.front import Front, share_of
 from layerpeel.inference.layerwise import LayerwiseModel, run_layer
 from layerpeel.inference.refitting import LayerRefit, find_layer_writers
+from layerpeel.model.surgery import share
 from layerpeel.processes.distributed import sum_numbers
-from layerpeel.processes.interrupts import stop_asked, stop_if_asked
+from layerpeel.processes.interrupts import stop_if_any_asked
 from layerpeel.processes.progress import progress
 
 
@@ -38,10 +37,7 @@ class RepairedKL(TeacherKL):
 
     @torch.no_grad()
     def score(self, inputs: ScoringInputs) -> MetricResult:
-        text, student = inputs.text, inputs.student
-        assert text is not None
-        if positions_of(text.document) is not None and not student.runs_packed:
-            text = text.unpacked()
+        text, student = rows_of(inputs), inputs.student
         halves = [text.select(torch.arange(first, len(text), 2)) for first in (0, 1 % len(text))]
         (fitted, held), (measured, _) = (share_of(half, student.device) for half in halves)
         with Front(student, fitted, held) as fit, Front(student, measured, _) as rest:
@@ -70,16 +66,21 @@ class _Walk:
         before = states
         with progress(f"scoring by {self.metric.name}", len(self.inputs.candidates)) as advance:
             for position in range(max(self.inputs.candidates) + 1):
+                if position:
+                    before, states = states, self._moved(states, position - 1)
                 if position in self.inputs.candidates:
                     importance[position] = self._cached_without(position, before, states) - self.as_it_is
                     advance()
-                    if sum_numbers({"asked": stop_asked()}, self.student.device)["asked"]:
-                        stop_if_asked()
-                before, states = states, [each.clone() for each in states]
-                with self.student.weights_loaded(position):
-                    for front, each in zip(self.fronts, states, strict=True):
-                        front.move(each, partial(self.student.layer, position), position)
+                    stop_if_any_asked(self.student.device)
         return importance
+
+    def _moved(self, states: Sequence[Tensor], position: int) -> list[Tensor]:
+        """What a layer of the student makes of what enters it, of each front."""
+        after = [each.clone() for each in states]
+        with self.student.weights_loaded(position):
+            for front, each in zip(self.fronts, after, strict=True):
+                front.move(each, partial(self.student.layer, position), position)
+        return after
 
     def _cached_without(self, position: int, before: Sequence[Tensor], states: Sequence[Tensor]) -> float:
         """As `_without`, or what was kept of a scoring that was interrupted, if all processes have it."""
@@ -102,14 +103,13 @@ class _Walk:
             before, states: of each front, what enters the layer before the candidate, and what enters the candidate.
         """
         last = len(self.student.layers) - 1
-        for front, earlier, entering in zip(self.fronts, before, states, strict=True):
-            front.of_teacher.copy_(entering)
+        self.fit.of_teacher.copy_(states[0])
+        for front, earlier in zip(self.fronts, before, strict=True):
             front.of_student.copy_(earlier)
         with ExitStack() as loaded:
             for each in range(max(0, position - 1), min(position + 1, last) + 1):
                 loaded.enter_context(self.student.weights_loaded(each))
-            for front in self.fronts:
-                front.move(front.of_teacher, partial(self.student.layer, position), position)
+            self.fit.move(self.fit.of_teacher, partial(self.student.layer, position), position)
             if position:
                 self._move_refitted(position - 1)
             if position < last:
@@ -127,7 +127,7 @@ class _Walk:
             follows: whether it comes after the candidate; then the others run through the layer itself.
         """
         layer = self.student.layers[position]
-        refitted = _with_parameters_shared(layer)
+        refitted = share(layer)
         writers = find_layer_writers(self.student, refitted, position)
         run = partial(self.student.layer, position)
         if writers:
@@ -164,11 +164,6 @@ def _final(layerwise: LayerwiseModel, front: Front) -> Tensor:
     batches = [TextBatch.of(front.rows.take(rows), layerwise.device) for rows in front.batches()]
     parts = [batch.final_hidden(layerwise)[0] for batch in batches]
     return torch.cat(parts) if parts else torch.zeros(0, layerwise.width, device=layerwise.device)
-
-
-def _with_parameters_shared(layer: nn.Module) -> nn.Module:
-    """A second module with the same parameters and buffers."""
-    return copy.deepcopy(layer, memo={id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())})
 
 
 def _replace(layer: nn.Module, parameters: Mapping[str, Tensor]) -> None:

@@ -141,6 +141,14 @@ class DistributionMetric(Metric):
         return totals
 
 
+def rows_of(inputs: ScoringInputs) -> Rows:
+    """The text, one document a row where the student could not keep them apart."""
+    assert inputs.text is not None
+    if positions_of(inputs.text.document) is not None and not inputs.student.runs_packed:
+        return inputs.text.unpacked()
+    return inputs.text
+
+
 def mean_over_text(
     metric: Metric, inputs: ScoringInputs, sums: Callable[[TextBatch], Tensor], branches: int = 1
 ) -> list[float]:
@@ -154,11 +162,7 @@ def mean_over_text(
     Returns:
         M means.
     """
-    assert inputs.text is not None
-    state = processes_of(inputs.student.device)
-    text = inputs.text
-    if positions_of(text.document) is not None and not inputs.student.runs_packed:
-        text = text.unpacked()
+    state, text = processes_of(inputs.student.device), rows_of(inputs)
     indices = torch.arange(len(text))[state.process_index :: state.num_processes]
     totals = _totals(metric, inputs, text, indices, sums, branches)
     if state.num_processes > 1:

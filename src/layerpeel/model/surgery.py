@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from layerpeel.errors import InputError
 from layerpeel.model.architecture import INDEX_ATTRIBUTES, LIST_ATTRIBUTES, find_architecture
 from layerpeel.model.config_check import check_config
 from layerpeel.model.config_fields import PER_LAYER_LISTS, rewrite_config, text_config
+
+Shared = TypeVar("Shared", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,12 @@ class KeptLayers:
         """The kept layers but for the teacher's `first` and `last` so many layers, and the listed ones."""
         protected = {*range(min(first, self.total)), *range(max(0, self.total - last), self.total), *layers}
         return tuple(layer for layer in self.kept if layer not in protected)
+
+
+def share(module: Shared) -> Shared:
+    """A second model or module with its own modules and config, and the same parameter and buffer tensors."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, memo={id(tensor): tensor for tensor in tensors})
 
 
 def remove_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:

@@ -9,6 +9,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
+
+from layerpeel.processes.distributed import sum_numbers
+
+if TYPE_CHECKING:
+    import torch
 
 DUPLICATE_WINDOW = 0.5  # seconds: a launcher forwards the signal that the terminal sent to every process already
 NOTICE = b"\nfinishing what is in hand; once more to end at once\n"
@@ -52,6 +58,12 @@ def stop_if_asked() -> None:
     """Raises `Interrupted` if a stop was requested."""
     if _requests:
         raise Interrupted(_requests[0][0])
+
+
+def stop_if_any_asked(device: torch.device) -> None:
+    """As `stop_if_asked`, once any process was asked; every process has to call it, at the same place."""
+    if sum_numbers({"asked": stop_asked()}, device)["asked"]:
+        stop_if_asked()
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -22,8 +22,7 @@ from torch import Tensor
 from layerpeel.inference.front import Front
 from layerpeel.inference.refitting import LayerRefit, find_layer_writers
 from layerpeel.inference.residual_writers import Writers
-from layerpeel.processes.distributed import sum_numbers
-from layerpeel.processes.interrupts import stop_asked, stop_if_asked
+from layerpeel.processes.interrupts import stop_if_any_asked
 from layerpeel.training.repair_states import RepairState
 from layerpeel.training.result import RepairedProjection, RepairResult
 from layerpeel.training.student import Student
@@ -62,8 +61,7 @@ class RepairWalk:
         kept = self.student.kept_layers
         for position in range(self.start, len(kept)):
             self._repair_layer(position, (*kept.kept, kept.total)[position + 1])
-            if sum_numbers({"asked": stop_asked()}, self.teacher.device)["asked"]:
-                stop_if_asked()
+            stop_if_any_asked(self.teacher.device)
 
     def _begin(self) -> None:
         """Brings the hidden states of both before the student's layer where the repair starts."""

@@ -6,7 +6,6 @@ for those in training, which are copies. Below the first that differs, both comp
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.model.surgery import KeptLayers, remove_layers
+from layerpeel.model.surgery import KeptLayers, remove_layers, share
 
 
 class Student:
@@ -148,9 +147,3 @@ class Student:
         parameters = self.parameters()
         for name, value in state.items():
             parameters[name].copy_(value)
-
-
-def share(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model with its own modules and config, and the same parameter and buffer tensors."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
