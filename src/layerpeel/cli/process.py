@@ -15,13 +15,16 @@ import tempfile
 import traceback
 import warnings
 
+from rich.console import Console
+
 from layerpeel.cli.verbs import app
 from layerpeel.errors import InputError, LayerpeelError, reason_of
-from layerpeel.processes.distributed import check_launcher
+from layerpeel.processes.distributed import RANK, check_launcher, is_main_process, is_of_another_process
 from layerpeel.processes.progress import console, shown, write_any_text
 from layerpeel.storage.outputs import disk_is_full
 
 LESS_MEMORY = "lower distill.batch_size, distill.sequence_length or score.memory"
+OTHERS = "its message tells why, if it had time for one; the same command again goes on from what was saved"
 
 
 def main() -> None:
@@ -35,11 +38,25 @@ def main() -> None:
         console.print("stopped; run the same command again to go on from here")
         sys.exit(128 + getattr(stop, "signal", signal.SIGINT))
     except Exception as error:
-        message, hint = _explain(error)
-        console.print(f"[bold red]error:[/] {shown(message)}", soft_wrap=True)
-        if hint:
-            console.print(f"[bold]hint:[/] {shown(hint)}", soft_wrap=True)
+        _say(error)
         sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def _say(error: Exception) -> None:
+    """Prints what the user gets for an exception.
+
+    Of several processes the main one speaks for all, where they may all have met the same bad input; what went wrong in
+    another one is said by that one.
+    """
+    speaks, which = console, ""
+    if not is_main_process():
+        if isinstance(error, InputError):
+            return
+        speaks, which = Console(stderr=True, highlight=False), f" (process {RANK})"
+    message, hint = _explain(error)
+    speaks.print(f"[bold red]error{which}:[/] {shown(message)}", soft_wrap=True)
+    if hint:
+        speaks.print(f"[bold]hint:[/] {shown(hint)}", soft_wrap=True)
 
 
 def _explain(error: Exception) -> tuple[str, str | None]:
@@ -49,6 +66,8 @@ def _explain(error: Exception) -> tuple[str, str | None]:
             return str(error), error.hint
         case RuntimeError() if _is_of_the_gpu(error):
             return "out of memory on the GPU", LESS_MEMORY
+        case RuntimeError() if is_of_another_process(error):
+            return f"another process is gone: {reason_of(error)}", OTHERS
         case MemoryError():
             return "out of memory", LESS_MEMORY
         case OSError():

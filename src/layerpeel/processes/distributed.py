@@ -92,6 +92,13 @@ def wait_for_all() -> None:
         distributed.barrier()
 
 
+def is_of_another_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process has ended, or did not come in time."""
+    import torch
+
+    return WORLD_SIZE > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower())
+
+
 def check_launcher() -> None:
     """Checks the launcher's environment variables, before a library fails on them.
 
