@@ -220,6 +220,7 @@ CASES: dict[str, tuple[Prepare | None, list[str], str]] = {
     "float16 is trained": (None, run("dtype=float16"), "dtype"),
     "tracker is unknown": (None, run("trackers=[mlflow]"), "trackers"),
     "streamed weights in a run": (None, run("score.weights=stream"), "score.weights"),
+    "streamed training in a run": (None, run("distill.weights=stream"), "a run evaluates, too"),
     "protects beyond the depth": (None, run("score.protect.layers=[6]"), "score.protect.layers"),
     "protects a negative layer": (None, run("score.protect.layers=[-1]"), "score.protect.layers"),
     "protects all": (None, run("score.protect={first: 3, last: 3}"), "score.protect"),

@@ -123,7 +123,7 @@ def test_a_streamed_repair_is_that_in_memory(
             raise KeyboardInterrupt
         return solve(*given)
 
-    arguments += ["-o", "streamed", "--set", "score.weights=stream"]
+    arguments += ["-o", "streamed", "--set", "distill.weights=stream"]
     monkeypatch.setattr(Regression, "solve", stops)
     code, _, err = call(monkeypatch, capsys, *arguments)
     assert code != 0 and not Path("streamed").exists()
@@ -316,6 +316,25 @@ def test_json_is_in_ascii_and_tables_do_without_unicode(
     assert "->" in printed("eval", "teacher", "run.yaml")
     assert "задача→" in str(json.loads(printed("eval", "teacher", "run.yaml", "--json")))
     assert printed("families") and printed("--help")
+
+
+def test_a_streamed_distillation_is_that_in_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place, *more in (("in-memory",), ("streamed", "--set", "distill.weights=stream")):
+        code, out, err = call(monkeypatch, capsys, "distill", "run.yaml", "--layers", "1-2", "-o", place, *more)
+        assert code == 0 and "4 layers, loss" in out, err
+    one, other = (load_file(Path(name) / "model.safetensors") for name in ("in-memory", "streamed"))
+    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    cards = [Path(name, "README.md").read_text(encoding="utf-8") for name in ("in-memory", "streamed")]
+    assert cards[0].replace("in-memory", "streamed") == cards[1] and "trained" in cards[1].lower()
+    code, _, err = call(
+        monkeypatch, capsys, "distill", "run.yaml", "--layers", "1", "-o", "none", *more, *TEACHERS_TEXT
+    )
+    assert code == 2 and "distill.weights: stream reads every layer from disk for every token" in err
+
+
+TEACHERS_TEXT = ["--set", "distill.text={from: teacher}"]
 
 
 @pytest.mark.slow

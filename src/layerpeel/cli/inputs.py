@@ -124,26 +124,26 @@ def find_model(model: str) -> str:
     return path if os.path.isdir(path) else model
 
 
-def load_layerwise(settings: RunConfig) -> tuple[LayerwiseModel, PreTrainedTokenizerBase]:
-    """Loads a config's teacher to be scored, with its layers in memory or read as they run (`score.weights`)."""
+def load_layerwise(settings: RunConfig, *, stream: bool) -> tuple[LayerwiseModel, PreTrainedTokenizerBase]:
+    """Loads a config's teacher, with its layers in memory or read as they run."""
     from layerpeel.inference.layerwise import LayerwiseModel
     from layerpeel.model.loading import load_teacher
     from layerpeel.model.streaming import load_streamed
 
-    if settings.score.weights == "stream":
-        if settings.merge_adapter:
-            raise InputError(
-                "merge_adapter: an adapter cannot be merged into layers that are read one at a time",
-                hint="use score.weights: memory, or merge it with peft and save the result",
-            )
-        streamed, tokenizer = load_streamed(
-            settings.teacher,
-            device=settings.device,
-            dtype=settings.dtype,
-            trust_remote_code=settings.trust_remote_code,
-            revision=settings.revision,
-            attn_implementation=settings.attn_implementation,
+    if not stream:
+        model, tokenizer = load_teacher(settings)
+        return LayerwiseModel(model), tokenizer
+    if settings.merge_adapter:
+        raise InputError(
+            "merge_adapter: an adapter cannot be merged into layers that are read one at a time",
+            hint="use weights: memory, or merge it with peft and save the result",
         )
-        return LayerwiseModel(streamed.model, streamed.weights_loaded), tokenizer
-    model, tokenizer = load_teacher(settings)
-    return LayerwiseModel(model), tokenizer
+    streamed, tokenizer = load_streamed(
+        settings.teacher,
+        device=settings.device,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        revision=settings.revision,
+        attn_implementation=settings.attn_implementation,
+    )
+    return LayerwiseModel(streamed.model, streamed.weights_loaded), tokenizer

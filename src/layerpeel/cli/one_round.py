@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.cli.inputs import check_new_folder, check_room, load_layerwise
@@ -21,13 +24,13 @@ from layerpeel.model.removal import remove_from_files
 from layerpeel.model.saving import save_model
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.processes.progress import shown
-from layerpeel.run.preflight import check_streamed
+from layerpeel.run.preflight import check_streamed_text
 from layerpeel.run.removal_card import HealingFacts, write_removal_card
 from layerpeel.storage.outputs import beside
 from layerpeel.training.repair_states import RepairState
 from layerpeel.training.repairing import check_repair, repair_student
-from layerpeel.training.result import RepairResult
-from layerpeel.training.rounds import distill, repair
+from layerpeel.training.result import RepairResult, TrainingResult
+from layerpeel.training.rounds import distill, repair, train_student
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_text import with_teacher_text
 
@@ -49,11 +52,12 @@ def distill_once(settings: RunConfig, layers: Sequence[int], folder: Path) -> No
         teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: DistillConfig, storage: StoredDtypes
     ) -> tuple[PreTrainedModel, HealingFacts, str]:
         student, result = distill(teacher, tokenizer, layers, config, seed=settings.seed, storage=storage)
-        ends = result.summary()
-        losses = f"loss {ends.first_loss:.4f} -> {ends.last_loss:.4f} over {result.tokens:,} tokens"
-        return student, HealingFacts.of(settings, result.repair, result), f"{losses} in {result.seconds:.0f} s"
+        return student, HealingFacts.of(settings, result.repair, result), _trained(result)
 
-    _write_student(settings, layers, folder, heal)
+    if settings.distill.weights == "stream":
+        _heal_streamed(settings, layers, folder, train=True)
+    else:
+        _write_student(settings, layers, folder, heal)
 
 
 def repair_once(settings: RunConfig, layers: Sequence[int], folder: Path) -> None:
@@ -70,47 +74,57 @@ def repair_once(settings: RunConfig, layers: Sequence[int], folder: Path) -> Non
         stdout.print(repair_table(result))
         return student, HealingFacts.of(settings, result, None), _solved(result)
 
-    if settings.score.weights == "stream":
-        _repair_streamed(settings, layers, folder, RepairState(kept, "repair"))
+    if settings.distill.weights == "stream":
+        _heal_streamed(settings, layers, folder, train=False)
     else:
         _write_student(settings, layers, folder, heal)
-    RepairState(kept, "").clear()
+        RepairState(kept, "").clear()
 
 
 def _solved(result: RepairResult) -> str:
     return f"{len(result.layers)} of them repaired on {result.tokens:,} tokens in {result.seconds:.0f} s"
 
 
-def _repair_streamed(settings: RunConfig, layers: Sequence[int], folder: Path, state: RepairState) -> None:
-    """As `repair_once`, with the teacher's layers read as they run, and tensors copied from file to file."""
+def _trained(result: TrainingResult) -> str:
+    ends = result.summary()
+    losses = f"loss {ends.first_loss:.4f} -> {ends.last_loss:.4f} over {result.tokens:,} tokens"
+    return f"{losses} in {result.seconds:.0f} s"
+
+
+def _heal_streamed(settings: RunConfig, layers: Sequence[int], folder: Path, *, train: bool) -> None:
+    """Repairs, and trains, with the teacher's layers read as they run; writes the student from file to file.
+
+    Args:
+        train: whether to; else repair is all there is, and has to be possible.
+    """
+    config, state = settings.distill, RepairState(beside(folder, "-solved"), "repair")
     check_new_folder(folder, settings.teacher)
     check_room(folder, settings.teacher, len(layers), **teacher_options(settings))
-    check_repair(settings.distill)
-    check_streamed(settings, settings.distill.text)
-    layerwise, tokenizer = load_layerwise(settings)
-    student = Student(layerwise)
+    if not train:
+        check_repair(config)
+    check_streamed_text("distill", config.text)
+    layerwise, tokenizer = load_layerwise(settings, stream=True)
+    student, training = Student(layerwise), None
     student.remove(layers)
     storage = stored_dtypes(teacher_origin(settings).with_layers(student.kept_layers.kept), layerwise.model)
-    result = repair_student(
-        student,
-        tokenizer,
-        settings.distill,
-        layers,
-        seed=settings.seed,
-        storage=storage,
-        state=state,
-        required=True,
-    )
-    assert result
-    stdout.print(repair_table(result))
+    options: dict[str, Any] = {"seed": settings.seed, "storage": storage}
+    repaired = repair_student(student, tokenizer, config, layers, state=state, required=not train, **options)
+    if repaired:
+        stdout.print(repair_table(repaired))
+        student.replaced = state.tensors(repaired.layers)
+    if train:
+        training = train_student(student, tokenizer, config, **options)
+    trained = {name: partial(torch.Tensor.detach, value) for name, value in student.trained_state().items()}
     removal = remove_from_files(
-        settings.teacher, layers, folder, replaced=state.tensors(result.layers), **teacher_options(settings)
+        settings.teacher, layers, folder, replaced={**student.replaced, **trained}, **teacher_options(settings)
     )
-    facts, sizes = HealingFacts.of(settings, result, None), (removal.parameters, removal.teacher_parameters)
+    facts, sizes = HealingFacts.of(settings, repaired, training), (removal.parameters, removal.teacher_parameters)
     write_removal_card(folder, settings.teacher, removal.layers, *sizes, facts, removal.broken_cycle)
     if removal.broken_cycle:
         stdout.print(f"note     {shown(removal.broken_cycle)}", soft_wrap=True)
-    stdout.print(f"{len(removal.layers)} layers, {_solved(result)}: {shown(folder)}", soft_wrap=True)
+    done = _trained(training) if training else _solved(repaired) if repaired else ""
+    stdout.print(f"{len(removal.layers)} layers, {done}: {shown(folder)}", soft_wrap=True)
+    state.clear()
 
 
 def _write_student(settings: RunConfig, layers: Sequence[int], folder: Path, heal: Heal) -> None:

@@ -76,7 +76,7 @@ def score(
     tasks = check_score(settings)
     folder = output_ or beside(settings.output, "-score")
     check_score_folder(folder, settings.teacher)
-    layerwise, tokenizer = load_layerwise(settings)
+    layerwise, tokenizer = load_layerwise(settings, stream=settings.score.weights == "stream")
     key = fingerprint(settings.teacher, layerwise.model.dtype, settings.revision)
     answer_cache = AnswerCache(folder / f"answers.{RANK}.jsonl", key)
     if reads_text(settings.score):

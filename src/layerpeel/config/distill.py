@@ -102,6 +102,9 @@ class DistillConfig(Section):
     head included; or a regular expression that is searched in parameter names with the teacher's layer indices."""
     radius: Annotated[int, Field(ge=1)] = 1
     """How far from a gap a neighbour may be."""
+    weights: Literal["memory", "stream"] = "memory"
+    """stream: frozen layers are read from the checkpoint one at a time, forward and backward, and only what trains
+    stays in memory (`distill` and `repair` only), for a teacher larger than memory."""
     train_norm: bool = False
     """Train the final norm, too."""
     train_head: bool = False

@@ -1,4 +1,4 @@
-"""A model whose layers are read from its safetensors files one at a time, to score models larger than memory."""
+"""A model whose layers are read from its safetensors files one at a time, for models larger than memory."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ M_MMAP_THRESHOLD = -3  # parameter of glibc's mallopt: larger blocks are mapped,
 class StreamedLayers:
     """Reads each layer's weights from safetensors files before it runs, and drops them afterwards.
 
-    The next layer (after the last, the first) is read while one runs, so at most two are in memory. For a GPU they are
-    read into pinned memory, from which a stream of their own copies them beside the computation.
+    The next layer is read while one runs, so at most two are in memory: the one above, or the one below where they are
+    asked for downward; after the last, the first. For a GPU they are read into pinned memory, from which a stream of
+    their own copies them beside the computation.
 
     Attributes:
         model: loaded but for its layers, whose weights are on the meta device between runs.
@@ -66,20 +67,25 @@ class StreamedLayers:
             if absent:
                 raise InputError(
                     f"{path}: layer {position} cannot be read on its own: the files have no tensor {absent[0]}",
-                    hint="use score.weights: memory",
+                    hint="keep the model in memory (weights: memory)",
                 )
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._read_ahead: dict[int, Future[LayerWeights]] = {}
+        self._last = -1  # the position that was loaded last
         self._copies = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
     @contextmanager
     def weights_loaded(self, position: int) -> Iterator[None]:
-        """Loads the weights of the layer at `position` while the context lasts."""
+        """Loads the weights of the layer at `position` while the context lasts, unless they are there."""
         layers = self._architecture.layers
+        if not any(parameter.is_meta for parameter in layers[position].parameters()):
+            yield
+            return
         ready = self._read_ahead.pop(position, None) or self._reader.submit(self._read, position)
         self._read_ahead.clear()
         layers[position].load_state_dict(ready.result().on_current_stream(), strict=False, assign=True)
-        following = (position + 1) % len(layers)
+        following = self._following(position)
+        self._last = position
         self._read_ahead[following] = self._reader.submit(self._read, following)
         try:
             yield
@@ -87,6 +93,11 @@ class StreamedLayers:
             layer = layers[position]
             meta = {name: value.to("meta") for name, value in layer.state_dict().items()}
             layer.load_state_dict(meta, strict=False, assign=True)
+
+    def _following(self, position: int) -> int:
+        """Which layer is likely to be asked for after this one: in a backward pass, the one below."""
+        upward = position > self._last or not position
+        return (position + (1 if upward else -1)) % len(self._architecture.layers)
 
     def _names(self, position: int) -> dict[str, str]:
         """The names of the layer's tensors, in its state dict and in the checkpoint."""
@@ -183,7 +194,7 @@ def _load_outside_layers(
     if missing:
         raise InputError(
             f"{path}: its parts cannot be read on their own: the files have no tensor {min(missing)}",
-            hint="use score.weights: memory",
+            hint="keep the model in memory (weights: memory)",
         )
     for name, buffer in model.named_buffers():
         set_module_tensor_to_device(model, name, device, value=buffer)
@@ -194,7 +205,7 @@ def _check_not_quantised(config: PretrainedConfig, path: str | Path) -> None:
     if method:
         raise InputError(
             f"{path}: the weights are quantised ({method}), and layers that are read one at a time stay as they are",
-            hint="use score.weights: memory, which undoes it where transformers can",
+            hint="keep the model in memory (weights: memory), which undoes it where transformers can",
         )
 
 

@@ -65,11 +65,15 @@ class Outline(Student):
         """Takes the layers out of the model."""
         architecture = find_architecture(model)
         layers = architecture.layers
-        self.model, self.trained = model, set()
+        self.model, self.trained, self.replaced = model, set(), {}
         self.kept_layers = KeptLayers.full(len(layers)).without(removed)
         architecture.set_layers([layers[layer] for layer in self.kept_layers.kept])
         self.layerwise = LayerwiseModel.__new__(LayerwiseModel)  # its `__init__` would run the model
         self.layerwise.model, self.layerwise.architecture = model, architecture
+
+    def is_streamed(self, position: int) -> bool:
+        """Never: what is on the meta device stays there."""
+        return False
 
 
 def shape_of(model: PreTrainedModel, rows: int, length: int) -> Shape:

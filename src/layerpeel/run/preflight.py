@@ -93,7 +93,8 @@ def check_score(config: RunConfig) -> list[Task]:
     check_metrics(config.score, has_text=bool(text), has_tasks=bool(tasks))
     if reads_text(config.score):
         _check_text(filter(None, map(file_of, text)))
-        check_streamed(config, text)
+        if config.score.weights == "stream":
+            check_streamed_text("score", text)
     return tasks
 
 
@@ -107,16 +108,19 @@ def _teacher_of(config: RunConfig) -> tuple[PretrainedConfig, int]:
     return teacher, total
 
 
-def check_streamed(config: RunConfig, text: Iterable[TextSource]) -> None:
+def check_streamed_text(section: str, text: Iterable[TextSource]) -> None:
     """Refuses text that a teacher would have to write whose layers are not in memory.
+
+    Args:
+        section: of the config, whose `weights` says that they are not.
 
     Raises:
         InputError: it would.
     """
-    if config.score.weights == "stream" and any(isinstance(source, TeacherTextConfig) for source in text):
+    if any(isinstance(source, TeacherTextConfig) for source in text):
         raise InputError(
-            "score.weights: stream reads every layer from disk for every token that the teacher would write",
-            hint="give text in place of {from: teacher}, or use score.weights: memory",
+            f"{section}.weights: stream reads every layer from disk for every token that the teacher would write",
+            hint=f"give text in place of {{from: teacher}}, or use {section}.weights: memory",
         )
 
 
@@ -143,12 +147,13 @@ def check_run(config: RunConfig) -> list[Task]:
     Raises:
         InputError: it says what will not do.
     """
-    if config.score.weights == "stream":
-        raise InputError(
-            "score.weights: stream is for `layerpeel score` and `layerpeel repair`; "
-            "a run trains, and needs the model in memory",
-            hint="set score.weights: memory",
-        )
+    verbs = {"score": "`layerpeel score`", "distill": "`layerpeel distill` and `layerpeel repair`"}
+    for name, section in (("score", config.score), ("distill", config.distill)):
+        if section.weights == "stream":
+            raise InputError(
+                f"{name}.weights: stream is for {verbs[name]}; a run evaluates, too, and needs the model in memory",
+                hint=f"set {name}.weights: memory",
+            )
     check_training_dtype(config)
     for name in config.trackers:
         if not find_spec(name):

@@ -1,8 +1,9 @@
-"""Teacher and student on one micro-batch; what both compute alike runs once."""
+"""Teacher and student on one micro-batch, in one walk over the layers; what both compute alike runs once."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -38,20 +39,32 @@ def run_both(
     """
     device = student.model.device
     input_ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device).bool()
-    shared, teacher = student.shared_prefix, student.teacher
+    teacher, shared = student.teacher, student.shared_prefix
     with torch.no_grad():
         positions = positions_of(batch["document"])
         common, arguments = teacher.begin(input_ids, positions)
         for index in range(shared):
-            common = teacher.layer(index, common, arguments[index])
-        teacher_states = teacher_states or _upper_states(teacher, common, arguments, shared, layers)
+            with teacher.weights_loaded(index):
+                common = teacher.layer(index, common, arguments[index])
     hidden = student.layerwise.begin(input_ids, positions)[0] if student.trains_embeddings else common
-    final, student_states = _student_states(student, hidden, arguments, layers, recompute)
+    of_teacher, of_student = dict(teacher_states or {}), dict[int, Tensor]()
+    for index in range(shared, len(teacher.layers)):
+        with nullcontext() if teacher_states else teacher.weights_loaded(index):  # for both, where they are streamed
+            if not teacher_states:
+                common = _teacher_layer(teacher, index, common, arguments[index])
+            if index in student.kept_layers.kept:
+                hidden = _student_layer(student, index, hidden, arguments[index], recompute)
+        if index in layers:
+            of_student[index] = hidden
+            of_teacher.setdefault(index, common)
+    if not teacher_states:
+        with torch.no_grad():
+            of_teacher[FINAL] = teacher.norm(common)
     return StepOutputs(
-        student_final=final,
-        teacher_final=teacher_states[FINAL],
-        student_hidden=student_states,
-        teacher_hidden=teacher_states,
+        student_final=student.layerwise.norm(hidden),
+        teacher_final=of_teacher[FINAL],
+        student_hidden=of_student,
+        teacher_hidden=of_teacher,
         mask=mask,
         labels=batch["labels"].to(device),
         student_head=student.layerwise,
@@ -61,32 +74,26 @@ def run_both(
     )
 
 
-def _student_states(
-    student: Student, hidden: Tensor, arguments: list[LayerInputs], layers: Collection[int], recompute: bool
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """Runs the student after the shared prefix; returns the output of the final norm, and those of `layers`."""
-    states: dict[int, Tensor] = {}
-    for position in range(student.shared_prefix, len(student.kept_layers)):
-        index = student.kept_layers.kept[position]
-        if recompute and torch.is_grad_enabled():
-            hidden = checkpoint(student.layerwise.layer, position, hidden, arguments[index], use_reentrant=False)
-        else:
-            hidden = student.layerwise.layer(position, hidden, arguments[index])
-        if index in layers:
-            states[index] = hidden
-    return student.layerwise.norm(hidden), states
+@torch.no_grad()
+def _teacher_layer(teacher: LayerwiseModel, index: int, hidden: Tensor, arguments: LayerInputs) -> Tensor:
+    return teacher.layer(index, hidden, arguments)
 
 
-def _upper_states(
-    teacher: LayerwiseModel, hidden: Tensor, arguments: list[LayerInputs], start: int, layers: Collection[int]
-) -> dict[int, Tensor]:
-    """Runs the teacher from a layer on; returns the outputs of `layers` and, under FINAL, of the final norm."""
-    states = {}
-    for index in range(start, len(teacher.layers)):
-        hidden = teacher.layer(index, hidden, arguments[index])
-        if index in layers:
-            states[index] = hidden
-    return states | {FINAL: teacher.norm(hidden)}
+def _student_layer(student: Student, index: int, hidden: Tensor, arguments: LayerInputs, recompute: bool) -> Tensor:
+    """Runs the student's version of a layer; where it is streamed, it is read again in the backward pass.
+
+    Args:
+        recompute: keep only what enters it, and run it again in the backward pass.
+    """
+    position = student.kept_layers.position(index)
+
+    def run(hidden: Tensor) -> Tensor:
+        with student.layer_loaded(position):
+            return student.layerwise.layer(position, hidden, arguments)
+
+    if torch.is_grad_enabled() and (recompute or student.is_streamed(position)):
+        return checkpoint(run, hidden, use_reentrant=False)  # type: ignore[no-any-return]
+    return run(hidden)
 
 
 def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:

@@ -7,8 +7,8 @@ for those in training, which are copies. Below the first that differs, both comp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class Student:
         teacher: the teacher, to be run layer by layer.
         kept_layers: which teacher layers the student still has.
         trained: names of the parameters that are the student's own copies.
+        replaced: reads parameters that differ from the teacher's and do not train, by name, where weights are streamed.
     """
 
     def __init__(self, teacher: PreTrainedModel | LayerwiseModel) -> None:
@@ -37,19 +38,23 @@ class Student:
         self.layerwise = LayerwiseModel(self.model)
         self.kept_layers = KeptLayers.full(len(self.layerwise.layers))
         self.trained: set[str] = set()
+        self.replaced: Mapping[str, Callable[[], Tensor]] = {}
 
     def layer(self, index: int) -> nn.Module:
         """The student's version of a teacher layer."""
         return self.layerwise.layers[self.kept_layers.position(index)]
 
+    def is_streamed(self, position: int) -> bool:
+        """Whether a layer has weights that are not in memory now."""
+        return any(parameter.is_meta for parameter in self.layerwise.layers[position].parameters())
+
     @contextmanager
     def layer_loaded(self, position: int) -> Iterator[None]:
-        """Loads a layer's weights, and those of the teacher's, while the context lasts, where they are streamed."""
-        if not self.teacher.streamed:
+        """Loads a layer's weights, and those of the teacher's, while the context lasts, unless they are there."""
+        if not self.is_streamed(position):
             yield
             return
-        index = self.kept_layers.kept[position]
-        layer, of_teacher = self.layerwise.layers[position], self.teacher.layers[index]
+        layer, index = self.layerwise.layers[position], self.kept_layers.kept[position]
         prefix = f"{self.layerwise.architecture.layer_prefix()}.{index}."
 
         def take(state: Mapping[str, Tensor]) -> None:
@@ -57,7 +62,9 @@ class Student:
             layer.load_state_dict(shared, strict=False, assign=True)
 
         with self.teacher.weights_loaded(index):
-            take(of_teacher.state_dict())
+            state = self.teacher.layers[index].state_dict()
+            replaced = {name: self.replaced[prefix + name] for name in state if prefix + name in self.replaced}
+            take(state | {name: read().to(state[name].device) for name, read in replaced.items()})
             try:
                 yield
             finally:
@@ -96,15 +103,22 @@ class Student:
 
     def add_trained(self, names: Iterable[str]) -> None:
         """Gives the student its own copy of these parameters, to be trained."""
-        parameters, new = self.parameters(), set(names) - self.trained
+        new = set(names) - self.trained
+        for layer in {self.layer_of(name) for name in new}:
+            with nullcontext() if layer is None else self.layer_loaded(self.kept_layers.position(layer)):
+                self._copy({name for name in new if self.layer_of(name) == layer})
+
+    def _copy(self, names: set[str]) -> None:
+        """Puts copies in the place of parameters."""
+        parameters = self.parameters()
         copies = {
-            id(parameters[name]): nn.Parameter(parameters[name].detach().clone(), requires_grad=False) for name in new
+            id(parameters[name]): nn.Parameter(parameters[name].detach().clone(), requires_grad=False) for name in names
         }
         for module in self.model.modules():
             for name, parameter in module._parameters.items():
                 if id(parameter) in copies:
                     module._parameters[name] = copies[id(parameter)]
-        self.trained |= new
+        self.trained |= names
 
     def drop_trained(self, layer: int) -> None:
         """Gives the student the teacher's weights in a layer again."""
@@ -130,10 +144,10 @@ class Student:
         """How many of the first layers teacher and student both run, with the same weights, on the same input."""
         if self.trains_embeddings:
             return 0
-        trained = {self.layer_of(name) for name in self.trained}
+        changed = {self.layer_of(name) for name in (*self.trained, *self.replaced)}
         kept = self.kept_layers.kept
-        first_trained = next((position for position, layer in enumerate(kept) if layer in trained), len(kept))
-        return min(first_trained, self.kept_layers.first_changed)
+        first = next((position for position, layer in enumerate(kept) if layer in changed), len(kept))
+        return min(first, self.kept_layers.first_changed)
 
     def trained_state(self) -> dict[str, Tensor]:
         """The trained weights, by name."""
