@@ -100,7 +100,7 @@ def generation() -> str:
 
 
 def streaming() -> str:
-    """Peak memory of scoring with layers read from disk."""
+    """Peak memory of scoring and of training with layers read from disk."""
     result = read("streaming")
     peaks = {name: way["peak_bytes"] / 2**20 for name, way in result["ways"].items()}
     times = result.get("times_in_memory", {})
@@ -109,7 +109,18 @@ def streaming() -> str:
         f"A random bfloat16 Llama of {result['parameters'] / 1e9:.2f} billion parameters in 48 layers, scored by "
         f"`teacher_kl` with `score.weights: stream`: {peaks['stream']:,.0f} MiB at the peak, "
         f"{100 * peaks['stream'] / peaks['load']:.0f} % of the {peaks['load']:,.0f} MiB that loading its weights "
-        f"takes; the scores are those in memory.{slower} {source(result)}"
+        f"takes; the scores are those in memory.{slower} {source(result)}\n\n{streamed_training()}"
+    )
+
+
+def streamed_training() -> str:
+    result = read("streamed-training")
+    peaks = {name: way["peak_bytes"] / 2**20 for name, way in result["ways"].items()}
+    return (
+        f"Another of {result['parameters'] / 1e9:.2f} billion in 112 layers, of which two train: {peaks['stream']:,.0f} MiB "
+        f"at the peak with `distill.weights: stream`, {100 * result['memory_ratio']:.0f} % of the {peaks['memory']:,.0f} "
+        f"MiB in memory, in {result['time_ratio']:.1f} times the time on small batches; the losses differ by "
+        f"{result['largest_difference_of_losses']:g}. {source(result)}"
     )
 
 
