@@ -56,7 +56,7 @@ def main() -> None:
         results = {way: in_a_process(way, Path(folder)) for way in WAYS}
     losses = {way: results[way].pop("losses") for way in WAYS}
     record = {
-        "command": "python benchmarks/streamed_training.py " + " ".join(sys.argv[1:]),
+        "command": "python benchmarks/streamed_training.py",
         "machine": machine(),
         "parameters": parameters,
         "ways": results,

@@ -117,9 +117,10 @@ def streamed_training() -> str:
     result = read("streamed-training")
     peaks = {name: way["peak_bytes"] / 2**20 for name, way in result["ways"].items()}
     return (
-        f"Another of {result['parameters'] / 1e9:.2f} billion in 112 layers, of which two train: {peaks['stream']:,.0f} MiB "
-        f"at the peak with `distill.weights: stream`, {100 * result['memory_ratio']:.0f} % of the {peaks['memory']:,.0f} "
-        f"MiB in memory, in {result['time_ratio']:.1f} times the time on small batches; the losses differ by "
+        f"Another of {result['parameters'] / 1e9:.2f} billion in 112 layers, of which two train: "
+        f"{peaks['stream']:,.0f} MiB at the peak with `distill.weights: stream`, "
+        f"{100 * result['memory_ratio']:.0f} % of the {peaks['memory']:,.0f} MiB in memory, in "
+        f"{result['time_ratio']:.1f} times the time on small batches; the losses differ by "
         f"{result['largest_difference_of_losses']:g}. {source(result)}"
     )
 
