@@ -47,21 +47,9 @@ def run_both(
             with teacher.weights_loaded(index):
                 common = teacher.layer(index, common, arguments[index])
     hidden = student.layerwise.begin(input_ids, positions)[0] if student.trains_embeddings else common
-    of_teacher, of_student = dict(teacher_states or {}), dict[int, Tensor]()
-    for index in range(shared, len(teacher.layers)):
-        with nullcontext() if teacher_states else teacher.weights_loaded(index):  # for both, where they are streamed
-            if not teacher_states:
-                common = _teacher_layer(teacher, index, common, arguments[index])
-            if index in student.kept_layers.kept:
-                hidden = _student_layer(student, index, hidden, arguments[index], recompute)
-        if index in layers:
-            of_student[index] = hidden
-            of_teacher.setdefault(index, common)
-    if not teacher_states:
-        with torch.no_grad():
-            of_teacher[FINAL] = teacher.norm(common)
+    of_student, of_teacher = _upper_states(student, hidden, common, arguments, layers, recompute, teacher_states)
     return StepOutputs(
-        student_final=student.layerwise.norm(hidden),
+        student_final=of_student.pop(FINAL),
         teacher_final=of_teacher[FINAL],
         student_hidden=of_student,
         teacher_hidden=of_teacher,
@@ -72,6 +60,39 @@ def run_both(
         step_tokens=step_tokens,
         step_labels=step_labels,
     )
+
+
+def _upper_states(
+    student: Student,
+    of_student: Tensor,
+    of_teacher: Tensor,
+    arguments: list[LayerInputs],
+    layers: Collection[int],
+    recompute: bool,
+    teacher_states: Mapping[int, Tensor] | None,
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Runs both from the first layer that differs; a layer that is streamed is read once for both.
+
+    Args:
+        of_student, of_teacher: hidden states that enter it.
+
+    Returns:
+        the outputs of `layers` and, under FINAL, of the final norm: the student's, and the teacher's.
+    """
+    teacher, states, needed = student.teacher, dict[int, Tensor](), dict(teacher_states or {})
+    for index in range(student.shared_prefix, len(teacher.layers)):
+        with nullcontext() if teacher_states else teacher.weights_loaded(index):
+            if not teacher_states:
+                of_teacher = _teacher_layer(teacher, index, of_teacher, arguments[index])
+            if index in student.kept_layers.kept:
+                of_student = _student_layer(student, index, of_student, arguments[index], recompute)
+        if index in layers:
+            states[index] = of_student
+            needed.setdefault(index, of_teacher)
+    if not teacher_states:
+        with torch.no_grad():
+            needed[FINAL] = teacher.norm(of_teacher)
+    return states | {FINAL: student.layerwise.norm(of_student)}, needed
 
 
 @torch.no_grad()
