@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import layerpeel.demo
+from layerpeel.export import runtimes as runtimes  # else one that is imported under `in_process` keeps its `call`
 from layerpeel.export.workers import exchange
 
 TOKENIZER = Path(layerpeel.demo.__file__).parent / "teacher"
