@@ -19,6 +19,8 @@ from layerpeel.processes.progress import shown
 
 if TYPE_CHECKING:
     from layerpeel.export.outcomes import Outcome
+    from layerpeel.export.runtimes import Target
+    from layerpeel.export.source import Source
 
 Python = Annotated[
     str | None, typer.Option("--python", metavar="PATH", help="The interpreter of the environment with the runtime.")
@@ -96,7 +98,7 @@ def export(
 ) -> None:
     """Write the student of a round as a full checkpoint with its model card, or for another runtime, verified there."""
     with importing():
-        from layerpeel.export.runtimes import Target, export_to
+        from layerpeel.export.runtimes import Target
         from layerpeel.export.source import Source
         from layerpeel.export.verify.runtimes import RuntimeOptions
 
@@ -117,16 +119,7 @@ def export(
     if speed:
         target.check_timed()
     teacher = student.teacher(trust_remote_code=trust_remote_code) if speed else None
-    outcomes: dict[str, Outcome] = {}
-    try:
-        with student.checkpoint(folder) as checkpoint:
-            for outcome in export_to(checkpoint, folder, target, Path(os.path.abspath(source)).name, teacher):
-                student.keep(outcome)
-                outcomes[outcome.path] = outcome
-    finally:  # what was verified is said, even if what came later failed
-        if outcomes:
-            _print(list(outcomes.values()), as_json)
-    _exit(list(outcomes.values()))
+    _export_to(student, folder, target, teacher, as_json)
 
 
 def verify(
@@ -181,6 +174,21 @@ def _export_checkpoint(source: str, folder: Path, round_: int | None, set_: list
     stdout.print(f"student  {shown(folder)} (round {number})", soft_wrap=True)
     if repository:
         stdout.print(f"hub      {shown(push(folder, repository))}", soft_wrap=True)
+
+
+def _export_to(student: Source, folder: Path | None, target: Target, teacher: Path | None, as_json: bool) -> None:
+    from layerpeel.export.runtimes import export_to
+
+    outcomes: dict[str, Outcome] = {}
+    try:
+        with student.checkpoint(folder) as checkpoint:
+            for outcome in export_to(checkpoint, folder, target, Path(os.path.abspath(student.path)).name, teacher):
+                student.keep(outcome)
+                outcomes[outcome.path] = outcome
+    finally:  # what was verified is said, even if what came later failed
+        if outcomes:
+            _print(list(outcomes.values()), as_json)
+    _exit(list(outcomes.values()))
 
 
 def _needed(folder: Path | None) -> Path:

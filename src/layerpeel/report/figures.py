@@ -218,8 +218,8 @@ def draw_speed(lines: Sequence[SpeedLine], total: int) -> Figure:
                 label = one_line(line.name, 44) if part == "generation" else None
                 if values:
                     axes.plot(
-                        [0, *line.removed],
-                        [1.0, *values],
+                        line.removed,
+                        values,
                         color=colour,
                         marker=marker,
                         markersize=4.5,

@@ -126,7 +126,7 @@ def student_mark(run: Run, number: int, last_pass: bool) -> str:
 
 
 def verified_rows(run: Run) -> list[VerifiedRow]:
-    """What was verified of the students that the run has now: by depth, the deepest first."""
+    """What was verified of the students that the run has now: the deepest last."""
     numbers = range(len(run.rounds) + 1)
     rows = [
         row

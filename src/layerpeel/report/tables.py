@@ -229,13 +229,16 @@ def runtime_table(rows: Sequence[VerifiedRow]) -> Table:
         Column("verdict", lambda row: Cell(f"{'right' if row.right else 'WRONG'}, as {row.precision}", row.precision)),
         column("mean KL", lambda row: row.mean_kl, lambda kl: f"{kl:.2g}"),
         column("same top token", lambda row: row.same_top, lambda share: f"{percent(share)} %"),
-        column("size", lambda row: row.bytes, size),
-        *([column("teacher's size", lambda row: row.teacher_bytes, size)] if timed else []),
+        Column("size", _sizes),
         *(_rate_columns("prompt", lambda speed: speed.prompt) if timed else []),
         *(_rate_columns("generated", lambda speed: speed.generation) if timed else []),
         *([column("ratio of layers", lambda row: row.layers_ratio, lambda ratio: number(ratio, 2))] if timed else []),
     ]
-    return make_table("Verified in other runtimes; speeds are tokens/s, teacher → student", rows, columns)
+    return make_table("Verified in other runtimes; sizes and speeds: teacher → student", rows, columns)
+
+
+def _sizes(row: VerifiedRow) -> Cell:
+    return Cell((f"{size(row.teacher_bytes)} → " if row.teacher_bytes else "") + size(row.bytes), row.bytes)
 
 
 def _rate_columns(title: str, rates_of: Callable[[RuntimeSpeed], Rates]) -> list[Column[VerifiedRow]]:
