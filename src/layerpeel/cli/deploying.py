@@ -147,7 +147,8 @@ def verify(
 
     check_precision(precision)
     passage = read_text(text)
-    run = Run(student) if (Path(student).expanduser() / "journal.jsonl").is_file() else None
+    folder = Path(student).expanduser()
+    run = Run(folder) if (folder / "journal.jsonl").is_file() else None
     reference = Reference(checkpoint_of(student), dtype, trust_remote_code=trust_remote_code)
     question = make_question(passage, reference.tokenizer, reference.config, tokens)
     options = RuntimeOptions(
