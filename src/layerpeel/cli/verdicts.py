@@ -8,17 +8,21 @@ from rich.table import Table
 
 from layerpeel.cli.output import stdout
 from layerpeel.processes.progress import shown
+from layerpeel.processes.text import number
 
 if TYPE_CHECKING:
+    from layerpeel.export.outcomes import Outcome
     from layerpeel.export.verify.comparison import Comparison
     from layerpeel.export.verify.verifying import Verdict
+    from layerpeel.report.runtimes import RuntimeSpeed
 
 STARTS = (0, 1, 8, 64, 256, 512, 1024, 2048, 4096)  # of the groups of positions that the table shows
 
 
-def print_verdict(verdict: Verdict, path: str) -> None:
-    """Prints where and how far a runtime is from the student, whether that is rounding, and what else it may be."""
-    stdout.print(f"{shown(path)} in {shown(verdict.runtime)}, {verdict.precision}", soft_wrap=True)
+def print_outcome(outcome: Outcome) -> None:
+    """Prints where and how far a runtime is from the student, whether that is rounding, what else, and how fast."""
+    verdict = outcome.verdict
+    stdout.print(f"{shown(outcome.path)} in {shown(verdict.runtime)}, {verdict.precision}", soft_wrap=True)
     stdout.print(verdict_table(verdict))
     measured = verdict.comparison
     ids = "the same" if measured.first_other_token is None else _other_ids(measured)
@@ -31,6 +35,17 @@ def print_verdict(verdict: Verdict, path: str) -> None:
         stdout.print(f"likely       {shown(cause)}", soft_wrap=True)
     result = "right" if verdict.is_right else f"WRONG: {'; '.join(verdict.faults)}"
     stdout.print(f"verdict      {shown(result)}", soft_wrap=True)
+    if outcome.speed:
+        stdout.print(f"speed        {_speed(outcome.speed)}", soft_wrap=True)
+
+
+def _speed(speed: RuntimeSpeed) -> str:
+    parts = (
+        f"{name} {number(rates.teacher, 1)} → {number(rates.student, 1)} tokens/s, {rates.ratio:.2f} times"
+        for name, rates in (("prompt", speed.prompt), ("generation", speed.generation))
+    )
+    read = f"{speed.prompt_tokens} + {speed.new_tokens} tokens, medians of {speed.turns} turns"
+    return f"teacher → student: {'; '.join(parts)} ({read})"
 
 
 def verdict_table(verdict: Verdict) -> Table:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layerpeel.errors import InputError, RunError, nearest
-from layerpeel.export.verify.gguf_header import import_gguf, read_header
+from layerpeel.export.verify.gguf_header import file_kinds, import_gguf, read_header
 from layerpeel.export.verify.llama_cpp import find_program
 from layerpeel.export.verify.worker import call_python, last_words
 from layerpeel.model.layer_cycles import gguf_pattern
@@ -83,7 +83,7 @@ def parse_kinds(text: str | None) -> list[str]:
         InputError: one is named twice or is no kind that GGUF files have.
     """
     kinds = [kind.strip().lower() for kind in (text or "").split(",") if kind.strip()]
-    available = {name.lower() for name in _file_types()}
+    available = set(file_kinds().values())
     for kind in kinds:
         if kind not in available:
             raise InputError(f"--quantize {text}: there is no '{kind}'{nearest(kind, available)}")
@@ -138,8 +138,3 @@ def _fields(gguf: Any, reader: Any, but: str) -> Iterator[tuple[str, Any, Any, A
         if name not in ("general.architecture", but) and not name.startswith("GGUF."):
             inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             yield name, field.types[0], field.contents(), inner
-
-
-def _file_types() -> list[str]:
-    gguf = import_gguf()
-    return [kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType]

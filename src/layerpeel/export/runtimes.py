@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,15 +11,18 @@ from pathlib import Path
 
 from layerpeel.errors import InputError, nearest
 from layerpeel.export.gguf import LlamaCpp, parse_kinds, write_ggufs
+from layerpeel.export.outcomes import Outcome, bytes_of
+from layerpeel.export.timing import TURNS, Load, Rate, time_beside, time_gguf, time_vllm
 from layerpeel.export.verify.llama_cpp import check_server
 from layerpeel.export.verify.reference import Reference
 from layerpeel.export.verify.runtimes import RuntimeOptions, ask
 from layerpeel.export.verify.text import make_question, read_text
-from layerpeel.export.verify.verifying import Verdict, verify, with_name
+from layerpeel.export.verify.verifying import verify, with_name
 from layerpeel.export.verify.worker import call_python
 from layerpeel.model.side_files import is_carried
 from layerpeel.processes.progress import console
 from layerpeel.storage.files import partial_of, remove_paths, write_folder, write_json
+from layerpeel.storage.outputs import absolute
 
 RECORD = "verified.json"
 OPTIMUM = {  # the subcommand of optimum-cli, and what to install for it
@@ -67,31 +71,76 @@ class Target:
         """Whether anything is written for it: vLLM reads the checkpoint as it is."""
         return self.runtime != "vllm"
 
+    def check_timed(self) -> None:
+        """Checks that students can be timed in it.
 
-def export_to(checkpoint: Path, folder: Path | None, target: Target, name: str) -> Iterator[tuple[str, Verdict]]:
-    """Writes a student for a runtime, and verifies each file of it: its path and the verdict, one after another.
+        Raises:
+            InputError: they cannot.
+        """
+        if self.runtime not in TURNS:
+            raise InputError(f"--speed: nothing is timed in {self.runtime}", hint=f"only in {' and '.join(TURNS)}")
 
-    The files are in their place, whole, before the first is verified. The verdicts are kept beside them.
+
+def export_to(
+    checkpoint: Path, folder: Path | None, target: Target, name: str, teacher: Path | None = None
+) -> Iterator[Outcome]:
+    """Writes a student for a runtime and verifies each file of it, then times those that are right.
+
+    The files are in their place, whole, before the first is verified. What came of them is kept beside them.
 
     Args:
         folder: a new or empty one; None for a runtime that reads the checkpoint.
         name: the first part of the names of GGUF files.
+        teacher: a checkpoint, beside which the student is timed; None if it is not to be.
+
+    Yields:
+        what came of each file, one after another; and once more when it has been timed.
 
     Raises:
         InputError: the runtime cannot be told what the student is.
-        RunError: a converter fails.
+        RunError: a converter fails, or a runtime says no time.
     """
+    outcomes: dict[str, Outcome] = {}
+
+    def kept(outcome: Outcome) -> Outcome:
+        outcomes[Path(outcome.path).name] = outcome
+        if folder is not None:
+            write_json(folder / RECORD, {name: each.to_json() for name, each in outcomes.items()})
+        return outcome
+
     paths = [checkpoint] if folder is None else _write(checkpoint, folder, target, name)
     reference = Reference(checkpoint, trust_remote_code=target.options.trust_remote_code)
     question = make_question(read_text(None), reference.tokenizer, reference.config)
-    verdicts: dict[str, Verdict] = {}
     for path in paths:
         console.print(f"verifying {path.name}", style="dim", markup=False)
         verdict = verify(reference, question, ask(str(path), question, reference, target.options))
-        verdicts[path.name] = with_name(verdict, path.name) if len(paths) > 1 else verdict
-        if folder is not None:
-            write_json(folder / RECORD, {each: verdict_of.to_json() for each, verdict_of in verdicts.items()})
-        yield str(path), verdicts[path.name]
+        yield kept(Outcome(str(path), with_name(verdict, path.name) if len(paths) > 1 else verdict))
+    if teacher is not None:
+        load = Load.of(question)
+        del reference  # the memory is for what is timed
+        yield from map(kept, _time(list(outcomes.values()), teacher, folder, target, load))
+
+
+def _time(outcomes: list[Outcome], teacher: Path, folder: Path | None, target: Target, load: Load) -> Iterator[Outcome]:
+    """Times the files that are right beside the teacher's, which are made for this and removed."""
+    options = target.options
+
+    def measure(path: Path) -> Rate:
+        if target.llama_cpp:
+            return time_gguf(path, load, options.llama_cpp, options.python)
+        return time_vllm(path, load, options.python, options.dtype, trust_remote_code=options.trust_remote_code)
+
+    if not any(outcome.verdict.is_right for outcome in outcomes):
+        return
+    with tempfile.TemporaryDirectory(prefix="layerpeel-", dir=folder and absolute(folder).parent) as scratch:
+        files = [teacher]
+        if target.llama_cpp:
+            console.print("writing the teacher's files, to time them", style="dim")
+            files = write_ggufs(teacher, Path(scratch), "teacher", target.kinds, target.llama_cpp)
+        for outcome, file in zip(outcomes, files, strict=True):
+            if outcome.verdict.is_right:
+                speed = time_beside(measure, file, Path(outcome.path), load, TURNS[target.runtime])
+                yield replace(outcome, speed=speed, teacher_bytes=bytes_of(file))
 
 
 def _write(checkpoint: Path, folder: Path, target: Target, name: str) -> list[Path]:

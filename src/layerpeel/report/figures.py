@@ -188,6 +188,55 @@ def _smooth(curve: Sequence[Mapping[str, float]], key: str, most: int = 300) -> 
     return [float(mean[0]) for mean in means], [float(mean[1]) for mean in means]
 
 
+@dataclass(frozen=True)
+class SpeedLine:
+    """A runtime in the chart of speed.
+
+    Attributes:
+        name: of the runtime, and the kind of its files.
+        removed: number of layers removed, at each depth.
+        generation, prompt: times the teacher's speed, at each depth; empty where it was not timed.
+    """
+
+    name: str
+    removed: Sequence[int]
+    generation: Sequence[float]
+    prompt: Sequence[float]
+
+
+def draw_speed(lines: Sequence[SpeedLine], total: int) -> Figure:
+    """Measured speed against layers removed, as a multiple of the teacher's, beside what layers alone would give.
+
+    Args:
+        total: number of the teacher's layers.
+    """
+    deepest = max(max(line.removed) for line in lines)
+    with canvas(9.6, 3.7 + 0.22 * len(lines), ncols=2, sharey=True) as (figure, panels):
+        for axes, part in zip(panels, ("generation", "prompt"), strict=True):
+            for line, colour, marker in zip(lines, cycle(COLOURS), cycle(MARKERS), strict=False):
+                values = getattr(line, part)
+                label = one_line(line.name, 44) if part == "generation" else None
+                if values:
+                    axes.plot(
+                        line.removed,
+                        values,
+                        color=colour,
+                        marker=marker,
+                        markersize=4.5,
+                        linewidth=1.4,
+                        label=label,
+                    )
+            depths = np.linspace(0, deepest, 50)
+            label = "by layers alone" if part == "generation" else None
+            axes.plot(depths, total / (total - depths), color=INK, linewidth=0.9, linestyle=":", label=label)
+            axes.set(title=part, xlabel="layers removed")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid()
+        panels[0].set_ylabel("times the teacher's speed")
+        figure.legend(loc="outside lower left", ncols=2)
+    return figure
+
+
 def draw_costs(rows: Sequence[CostRow]) -> Figure:
     """Seconds of scoring, repair and training, above what each round lost."""
     rounds = [row.round for row in rows]

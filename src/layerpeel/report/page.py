@@ -20,8 +20,10 @@ from layerpeel.report.measure import measurements
 from layerpeel.report.measurements import Measurements, NotMeasured
 from layerpeel.report.pictures import make_pictures
 from layerpeel.report.rows import DepthRow, TableRow
+from layerpeel.report.runtimes import VerifiedRow, verified_rows
+from layerpeel.report.serving import serve_commands
 from layerpeel.run.card import teacher_name
-from layerpeel.run.events import Start
+from layerpeel.run.events import Machine, Start
 from layerpeel.run.folder import Run
 from layerpeel.storage.files import write_whole
 
@@ -50,9 +52,10 @@ def write_report(
     if isinstance(measured, Measurements):
         depths = [replace(row, speed=measured.depths[row.round]) for row in depths]
     runs = dict(zip(gather.names_of([run, *others]), [run, *others], strict=True))
-    pictures = make_pictures(run, runs, folder / "figures")
-    tables.write_tables(folder / "tables", _files(run, runs, depths))
-    context = _context(run, list(runs), depths, measured)
+    verified = verified_rows(run)
+    pictures = make_pictures(run, runs, folder / "figures", depths, verified)
+    tables.write_tables(folder / "tables", _files(run, runs, depths) | {"runtimes": verified})
+    context = _context(run, list(runs), depths, measured) | _runtimes(run, verified)
     context |= {"pictures": pictures, "figures": "figures/", "refresh": WATCH_SECONDS if refresh else None}
     page = folder / "index.html"
     write_whole(page, render("page.html.jinja", context))
@@ -117,6 +120,19 @@ def _context(
         "teacher": teacher_name(run.config.teacher),
         "hashes": gather.hashes(run),
         "command": gather.command_of(run),
+    }
+
+
+def _runtimes(run: Run, verified: Sequence[VerifiedRow]) -> dict[str, Any]:
+    """The template's variables on other runtimes."""
+    machines: list[Machine] = []
+    for row in verified:
+        machines += [row.machine] if row.machine not in machines else []
+    return {
+        "runtimes": tables.runtime_table(verified),
+        "runtime_speed": next((row.speed for row in verified if row.speed), None),
+        "runtime_machines": machines,
+        "serve": serve_commands(run, verified),
     }
 
 

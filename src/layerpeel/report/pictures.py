@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from layerpeel.processes.text import one_line
 from layerpeel.report import figures, gather, style, tables
 from layerpeel.report.rows import DepthRow
+from layerpeel.report.runtimes import VerifiedRow
 from layerpeel.report.tables import Table
 from layerpeel.run.folder import Run
 
@@ -50,11 +51,15 @@ class Drawing:
         return Picture(self.name, self.title, self.note, svg, self.table)
 
 
-def make_pictures(run: Run, runs: dict[str, Run], folder: Path) -> dict[str, Picture]:
+def make_pictures(
+    run: Run, runs: dict[str, Run], folder: Path, depths: Sequence[DepthRow], verified: Sequence[VerifiedRow]
+) -> dict[str, Picture]:
     """Draws and saves the figures for which there are values.
 
     Args:
         runs: all that are compared, by name, `run` included.
+        depths: of `run`, with what was measured of them.
+        verified: its students in other runtimes.
 
     Returns:
         by name; empty if the teacher has not been measured.
@@ -64,7 +69,7 @@ def make_pictures(run: Run, runs: dict[str, Run], folder: Path) -> dict[str, Pic
     folder.mkdir(parents=True, exist_ok=True)
     drawings = [_quality(run, runs), _tasks(run)]
     if run.rounds:
-        drawings += [*_importance(run), _costs(run), *_training(run)]
+        drawings += [*_importance(run), _costs(run), *_training(run), *_speed(depths, verified)]
     return {drawing.name: drawing.save(folder) for drawing in drawings}
 
 
@@ -148,3 +153,37 @@ def _training(run: Run) -> list[Drawing]:
         return []
     note = "Mean loss of each stretch of a round, and its parts without their weights."
     return [Drawing("training", "Training, by round", note, figures.draw_training(curves))]
+
+
+def _speed(depths: Sequence[DepthRow], verified: Sequence[VerifiedRow]) -> list[Drawing]:
+    timed = [row for row in verified if row.speed and row.round]
+    if not timed:
+        return []
+    by_file: dict[str, list[VerifiedRow]] = {}
+    for row in timed:
+        by_file.setdefault(f"{row.name} {row.kind}", []).append(row)
+    lines = [_speed_line(name, rows) for name, rows in by_file.items()]
+    teacher = depths[0].speed
+    if teacher:
+        students = [(row.round, row.speed) for row in depths[1:] if row.speed and not row.last_pass]
+        ratios = [teacher.ms_per_token / speed.ms_per_token for _, speed in students]
+        lines.append(figures.SpeedLine("PyTorch, as measured for this report", [n for n, _ in students], ratios, []))
+    return [
+        Drawing(
+            "speed",
+            "Speed against layers removed",
+            "How many times as fast as the teacher a student generates and reads a prompt, in each runtime and kind "
+            "of file that was timed; medians of turns. Dotted: if layers were all that takes time.",
+            figures.draw_speed(lines, timed[0].teacher_layers),
+        )
+    ]
+
+
+def _speed_line(name: str, rows: Sequence[VerifiedRow]) -> figures.SpeedLine:
+    speeds = [row.speed for row in rows if row.speed]
+    return figures.SpeedLine(
+        name=name,
+        removed=[row.round for row in rows],
+        generation=[speed.generation.ratio for speed in speeds],
+        prompt=[speed.prompt.ratio for speed in speeds],
+    )

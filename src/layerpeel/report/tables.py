@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from layerpeel.processes.text import count, duration, number, one_line, percent, size
 from layerpeel.report.measurements import DepthSpeed
 from layerpeel.report.rows import CostRow, DepthRow, ImportanceRow, QualityRow, RemovalRow, TableRow
+from layerpeel.report.runtimes import Rates, RuntimeSpeed, VerifiedRow
 
 R = TypeVar("R")
 
@@ -216,6 +217,41 @@ def removal_table(rows: Sequence[RemovalRow]) -> Table:
         column("cheap metric alone", lambda row: row.cheap_chooses_same, lambda same: answers[same]),
     ]
     return make_table("Layers removed, in order", rows, columns)
+
+
+def runtime_table(rows: Sequence[VerifiedRow]) -> Table:
+    """Students in other runtimes: whether they are right, how large, and how fast beside the teacher."""
+    timed = any(row.speed for row in rows)
+    columns: list[Column[VerifiedRow]] = [
+        column("runtime", lambda row: row.runtime, one_line),
+        column("file", lambda row: row.kind, one_line),
+        Column("layers", lambda row: Cell(str(row.layers) + (", last pass" if row.last_pass else ""), row.layers)),
+        Column("verdict", lambda row: Cell(f"{'right' if row.right else 'WRONG'}, as {row.precision}", row.precision)),
+        column("mean KL", lambda row: row.mean_kl, lambda kl: f"{kl:.2g}"),
+        column("same top token", lambda row: row.same_top, lambda share: f"{percent(share)} %"),
+        Column("size", _sizes),
+        *(_rate_columns("prompt", lambda speed: speed.prompt) if timed else []),
+        *(_rate_columns("generated", lambda speed: speed.generation) if timed else []),
+        *([column("ratio of layers", lambda row: row.layers_ratio, lambda ratio: number(ratio, 2))] if timed else []),
+    ]
+    return make_table("Verified in other runtimes; sizes and speeds: teacher → student", rows, columns)
+
+
+def _sizes(row: VerifiedRow) -> Cell:
+    return Cell((f"{size(row.teacher_bytes)} → " if row.teacher_bytes else "") + size(row.bytes), row.bytes)
+
+
+def _rate_columns(title: str, rates_of: Callable[[RuntimeSpeed], Rates]) -> list[Column[VerifiedRow]]:
+    def both(row: VerifiedRow) -> Cell:
+        if not row.speed:
+            return Cell("–", None)
+        rates = rates_of(row.speed)
+        return Cell(f"{number(rates.teacher, 1)} → {number(rates.student, 1)}", rates.student)
+
+    def ratio(row: VerifiedRow) -> float | None:
+        return rates_of(row.speed).ratio if row.speed else None
+
+    return [Column(f"{title} tokens/s", both), column("ratio", ratio, lambda value: number(value, 2))]
 
 
 def _number4(value: float | None) -> str:

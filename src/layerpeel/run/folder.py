@@ -8,7 +8,8 @@ NAME/journal.jsonl           one line an event, flushed and fsynced; the only tr
            .training.safetensors  the state of the training that is running
      text/teacher-HASH/      text that the teacher wrote, as token ids (see `data.token_documents`)
      student/                the Hugging Face checkpoint, with its model card
-     report/                 the page, its figures and tables, and what was measured for it
+     report/                 the page, its figures and tables, what was measured for it, and what was verified of the
+                             students in other runtimes
 
 Each line of the journal has a checksum that covers the lines before it, and the hashes of the files that its event
 wrote (see `run.events`).

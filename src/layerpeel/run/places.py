@@ -92,15 +92,33 @@ def find_places(run: Run, overrides: Sequence[str] = ()) -> None:
     """
     config = _moved(run.config, run)
     for text in overrides:
-        field, value = read_override(text)
-        if field != "teacher" or not isinstance(value, str):
-            raise InputError(f"--set {text}: only the teacher's place can be set here", hint="as in --set teacher=PATH")
-        config = resolve_paths(config.model_copy(update={"teacher": value}), Path())
+        config = resolve_paths(config.model_copy(update={"teacher": teacher_place(text)}), Path())
     run.located = config
+
+
+def teacher_place(override: str) -> str:
+    """The PATH of `teacher=PATH`.
+
+    Raises:
+        InputError: the override is of something else.
+    """
+    field, value = read_override(override)
+    if field != "teacher" or not isinstance(value, str):
+        raise InputError(f"--set {override}: only the teacher's place can be set here", hint="as in --set teacher=PATH")
+    return value
 
 
 def load_run_teacher(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads the teacher of a run.
+
+    Raises:
+        InputError: it is gone, or another than when the run began.
+    """
+    return load_teacher(checked_teacher(run))
+
+
+def checked_teacher(run: Run) -> RunConfig:
+    """The config that a run's teacher is loaded by, once it is known to be there and the same.
 
     Raises:
         InputError: it is gone, or another than when the run began.
@@ -111,7 +129,7 @@ def load_run_teacher(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             f"teacher: {config.teacher} is gone", hint="bring it back, or say where it is now: --set teacher=PATH"
         )
     check_teacher(run, digests(config.teacher, config.revision), config.teacher)
-    return load_teacher(config)
+    return config
 
 
 def check_teacher(run: Run, teacher_files: dict[str, str], path: str) -> None:

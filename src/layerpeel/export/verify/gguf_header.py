@@ -17,12 +17,14 @@ class Header:
     Attributes:
         architecture: llama.cpp's name of the family.
         precision: of most of its weights, as `limits.PRECISIONS` has them; None for another.
+        kind: its quantisation, as `--quantize` names it.
         facts: by the keys of `facts.facts_of`.
         fields: all others, by their names without the architecture.
     """
 
     architecture: str
     precision: str | None
+    kind: str
     facts: dict[str, Any]
     fields: dict[str, Any]
 
@@ -42,8 +44,8 @@ def read_header(file: Path) -> Header:
         raise InputError(f"{file} is no GGUF file, or a damaged one ({reason_of(error)})") from None
     architecture = str(fields.get("general.architecture"))
     values = {name.removeprefix(f"{architecture}."): value for name, value in fields.items()}
-    kind = values.get("general.file_type")
-    has_name = kind is not None and kind in list(gguf.LlamaFileType)
+    number = values.get("general.file_type")
+    kind = file_kinds().get(number, f"kind {number}")
     facts = {
         "layers": values.get("block_count"),
         "rope_theta": values.get("rope.freq_base"),
@@ -52,8 +54,17 @@ def read_header(file: Path) -> Header:
         "separate_head": "output.weight" in tensors,
     }
     facts = {name: value for name, value in facts.items() if value is not None}
-    precision = precision_of(gguf.LlamaFileType(kind).name) if has_name else None
-    return Header(architecture, precision, facts, values)
+    return Header(architecture, precision_of(kind), kind, facts, values)
+
+
+def file_kinds() -> dict[Any, str]:
+    """The kinds that GGUF files have, by the numbers in their headers: f32, bf16, q8_0, q4_k_m, ...
+
+    Raises:
+        InputError: the package gguf is missing.
+    """
+    kinds = import_gguf().LlamaFileType
+    return {int(kind): kind.name.removeprefix("MOSTLY_").removeprefix("ALL_").lower() for kind in kinds}
 
 
 def import_gguf() -> Any:

@@ -69,7 +69,7 @@ class Server:
         for form in forms:
             try:
                 rows = form(question)
-            except (_Refused, KeyError, TypeError, IndexError, ValueError) as error:
+            except (Refused, KeyError, TypeError, IndexError, ValueError) as error:
                 refusals.append(f"{form.__name__.strip('_')}: {reason_of(error)}")
                 continue
             ids, log_probs = pack_top(rows)
@@ -84,14 +84,14 @@ class Server:
         body = {"model": self.model, "content": text, "prompt": text, "add_special": True, "add_special_tokens": True}
         try:
             return [int(token) for token in self._post("/tokenize", body)["tokens"]]
-        except (_Refused, KeyError, TypeError, ValueError):
+        except (Refused, KeyError, TypeError, ValueError):
             return None
 
     def _greedy(self, question: Question) -> str | None:
         body = {"prompt": question.prompt, "max_tokens": question.new_tokens, "temperature": 0}
         try:
             return str(self._post("/v1/completions", {"model": self.model} | body)["choices"][0]["text"])
-        except (_Refused, KeyError, IndexError, TypeError):
+        except (Refused, KeyError, IndexError, TypeError):
             return None
 
     def _prompt_logprobs(self, question: Question) -> list[Pairs]:
@@ -121,7 +121,7 @@ class Server:
         logprobs = response["choices"][0]["logprobs"]
         likely, own_tokens = logprobs["top_logprobs"], logprobs["token_logprobs"]
         if len(own_tokens) < len(question.token_ids):
-            raise _Refused("it does not echo the text's tokens")
+            raise Refused("it does not echo the text's tokens")
         rows = []
         for place in question.positions:
             pairs, next_token = self._with_ids(likely[place + 1] or {}), question.token_ids[place + 1]
@@ -175,36 +175,43 @@ class Server:
             if count <= most:
                 try:
                     return self._post(path, body | {name: count})
-                except _Refused as error:
+                except Refused as error:
                     refusal = error
         raise refusal
 
     def _get(self, path: str) -> Any:
         try:
-            return self._call(urllib.request.Request(self.address + path))
-        except (_Refused, ValueError) as error:
+            return request_json(self.address + path)
+        except (Refused, ValueError) as error:
             raise InputError(
                 f"{self.address}: it does not answer as an OpenAI-compatible server ({reason_of(error)})",
                 hint="give the address of the server, such as http://127.0.0.1:8000",
             ) from None
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
-        content = json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        return self._call(urllib.request.Request(self.address + path, content, headers))
-
-    def _call(self, request: urllib.request.Request) -> Any:
-        try:
-            with urllib.request.urlopen(request, timeout=SECONDS) as response:
-                return json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            raise _Refused(f"{error.code} {error.read(300).decode(errors='replace')}") from None
-        except (OSError, json.JSONDecodeError) as error:
-            raise _Refused(reason_of(error)) from None
+        return request_json(self.address + path, body)
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """The server does not answer a request, or not as this form has it."""
+
+
+def request_json(address: str, body: dict[str, Any] | None = None) -> Any:
+    """What a server answers to a GET, or to a POST with a body.
+
+    Raises:
+        Refused: nothing that is JSON.
+        ValueError: it is no address.
+    """
+    content = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address, content, {"Content-Type": "application/json"} if body else {})
+    try:
+        with urllib.request.urlopen(request, timeout=SECONDS) as response:
+            return json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        raise Refused(f"{error.code} {error.read(300).decode(errors='replace')}") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise Refused(reason_of(error)) from None
 
 
 def _is_plain(text: str) -> bool:

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,7 @@ def ask_worker(runtime: str, model: Path, question: Question, python: str = sys.
         InputError: there is no such Python, or it has no such runtime.
         RunError: the runtime cannot load or run the model.
     """
-    script, packages = SCRIPTS[runtime]
     request = {
-        "model": str(model.absolute()),
         "text": question.text,
         "token_ids": question.token_ids,
         "positions": question.positions,
@@ -50,16 +50,31 @@ def ask_worker(runtime: str, model: Path, question: Question, python: str = sys.
         "dtype": None,
         "trust_remote_code": False,
     }
-    with tempfile.TemporaryDirectory(prefix="layerpeel-") as name:
-        folder = Path(name)
-        (folder / "request.json").write_text(json.dumps(request | options), encoding="utf-8")
-        call_python(python, [str(WORKERS / "exchange.py"), script, name], f"{runtime}, {model}", packages)
-        answered = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+    with exchanged(runtime, model, request | options, python) as (folder, answered):
         ids, log_probs = read_arrays(folder, answered["runtime"])
     precision = precision_of(answered["precision"]) if answered["precision"] else None
     return Answers(
         answered["runtime"], precision, answered["token_ids"], ids, log_probs, answered["greedy"], answered["facts"]
     )
+
+
+@contextmanager
+def exchanged(
+    runtime: str, model: Path, request: dict[str, Any], python: str = sys.executable
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folder that a runtime in another Python answers in (see `workers/exchange.py`), and its answers.
+
+    Raises:
+        InputError: there is no such Python, or it has no such runtime.
+        RunError: the runtime cannot load or run the model.
+    """
+    script, packages = SCRIPTS[runtime]
+    with tempfile.TemporaryDirectory(prefix="layerpeel-") as name:
+        folder = Path(name)
+        content = json.dumps({"model": str(model.absolute())} | request)
+        (folder / "request.json").write_text(content, encoding="utf-8")
+        call_python(python, [str(WORKERS / "exchange.py"), script, name], f"{runtime}, {model}", packages)
+        yield folder, json.loads((folder / "answers.json").read_text(encoding="utf-8"))
 
 
 def call_python(python: str, arguments: list[str], what: str, packages: str) -> str:

@@ -11,6 +11,10 @@ top_log_probs.npy. The first argument is a module beside this file with a class 
     logits(ids)                 [T, V] in float32; or, of a runtime that does not give them, both of
     top(ids, count)             [T, K] token ids and [T, K] log-probabilities of each next token
     greedy(ids, count)          the most likely continuation
+
+With "timed" in the request, only the seconds are asked that a prompt and so many new tokens take, again and again:
+
+    seconds(ids, count)         of reading the ids and generating exactly so many tokens
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from typing import Any
 import numpy as np
 
 CHUNK = 64  # positions whose logits are sorted at a time
+REPEATS = 3  # of which the fastest counts
 
 
 def top_of(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -70,7 +75,17 @@ def answer(runtime: Any, request: dict[str, Any], folder: Path) -> None:
     (folder / "answers.json").write_text(json.dumps(written), encoding="utf-8")
 
 
+def time(runtime: Any, request: dict[str, Any], folder: Path) -> None:
+    """Writes the tokens a second of reading a prompt, and of what is generated after the first token."""
+    ids, count = request["token_ids"], request["new_tokens"]
+    runtime.seconds(ids, 2)  # it warms up
+    first, last = (min(runtime.seconds(ids, each) for _ in range(REPEATS)) for each in (1, count))
+    rates = {"prompt": len(ids) / first, "generation": (count - 1) / max(last - first, 1e-6)}
+    (folder / "answers.json").write_text(json.dumps({"runtime": runtime.version} | rates), encoding="utf-8")
+
+
 if __name__ == "__main__":
     chosen, place = sys.argv[1], Path(sys.argv[2])
     asked = json.loads((place / "request.json").read_text(encoding="utf-8"))
-    answer(importlib.import_module(chosen).Runtime(asked), asked, place)
+    work = time if asked.get("timed") else answer
+    work(importlib.import_module(chosen).Runtime(asked), asked, place)

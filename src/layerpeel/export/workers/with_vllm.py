@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -49,3 +50,9 @@ class Runtime:
         sampling = vllm.SamplingParams(max_tokens=count, temperature=0)
         (output,) = self.engine.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
         return list(output.outputs[0].token_ids)
+
+    def seconds(self, ids: list[int], count: int) -> float:
+        sampling = vllm.SamplingParams(max_tokens=count, min_tokens=count, ignore_eos=True, temperature=0)
+        started = time.perf_counter()
+        self.engine.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+        return time.perf_counter() - started
