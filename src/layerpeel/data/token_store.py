@@ -52,7 +52,7 @@ class TokenStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._used: set[Path] = set()
-        self._texts: dict[str, _Text | None] = {}  # that were asked for, in the main process
+        self._texts: dict[tuple[str, PreTrainedTokenizerBase, int], _Text | None] = {}  # in the main process
 
     def reader(
         self, sources: Sequence[TextSource], tokenizer: PreTrainedTokenizerBase, seed: int, tokens: int
@@ -72,7 +72,7 @@ class TokenStore:
         read = partial(read_tokens, sources, tokenizer, seed)
 
         def prepare() -> Path | None:
-            key = repr((sources, id(tokenizer), seed))
+            key = repr(sources), tokenizer, seed
             if key not in self._texts:
                 self._texts[key] = _open(self.folder, sources, tokenizer, seed)
             text = self._texts[key]
