@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +30,11 @@ from layerpeel.data.token_documents import (
 from layerpeel.data.token_store import TokenStore
 from layerpeel.data.tokenizing import DOCUMENTS_PER_CALL, read_tokens
 from layerpeel.errors import InputError, RunError
-from layerpeel.processes.interrupts import Interrupted
+from layerpeel.processes.distributed import RANK, is_main_process, processes_of
+from layerpeel.processes.interrupts import Interrupted, interruptible
 from tests.data.test_batches import PACKINGS
 from tests.families import byte_tokenizer
+from tests.training.test_parallel import launch
 
 MakeSource = Callable[..., TextConfig]
 
@@ -282,3 +288,37 @@ def test_what_is_wrong_with_text_is_said_when_it_is_reached(make_source: MakeSou
         assert load([source], 9, texts=texts).tokens >= 9
         with pytest.raises(InputError, match=f"line {DOCUMENTS_PER_CALL + 1}: column 'text' holds int"):
             load([source], None, texts=texts)
+
+
+@pytest.mark.slow
+def test_one_process_tokenises_for_both_and_errors_reach_both(sources: list[TextConfig], tmp_path: Path) -> None:
+    paths = [source.path for source in sources]
+    (tmp_path / "bad.jsonl").write_text('{"text": "ab"}\n{"text": 3}\n')
+    launch("-m", "tests.data.test_token_store", str(tmp_path), *paths)
+    read = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert read[0] == read[1]
+    expected = load([TextConfig(path=path) for path in paths], 400, 100, texts=None)
+    assert read[0]["ids"] == expected.input_ids.tolist()
+    assert re.search("line 2: column 'text' holds int", read[0]["error"]) and read[0]["stop"] == 15
+
+
+def _worker(folder: Path, *paths: str) -> None:
+    """Reads a text, then one that cannot be read, then one at which a stop is asked of the main process."""
+    processes_of(torch.device("cpu"))
+    if not is_main_process():
+        tokenizing.mix_documents = no_text
+    sources, texts = [TextConfig(path=path) for path in paths], TokenStore(folder / "text")
+    ids = load(sources, 400, 100, texts=texts).input_ids.tolist()
+    with pytest.raises(InputError) as error:
+        load([TextConfig(path=str(folder / "bad.jsonl"))], texts=texts)
+    if is_main_process():
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Interrupted) as stop:
+        load(sources, seed=4, texts=texts)
+    result = {"ids": ids, "error": str(error.value), "stop": stop.value.signal}
+    (folder / f"{RANK}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    with interruptible():
+        _worker(Path(sys.argv[1]), *sys.argv[2:])
