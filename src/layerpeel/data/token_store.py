@@ -102,15 +102,15 @@ class _Text:
     """What is there of a text: how much, and in which files.
 
     Args:
-        vocabulary: the digest of its tokenizer's.
+        tokenizer: its tokenizer.
         made_by: what it depends on.
 
     Attributes:
         files: the checksum of each file, by its name, in their order.
     """
 
-    def __init__(self, folder: Path, vocabulary: str, made_by: dict[str, Any]) -> None:
-        self.folder, self.vocabulary, self.made_by = folder, vocabulary, made_by
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, made_by: dict[str, Any]) -> None:
+        self.folder, self.tokenizer, self.made_by = folder, tokenizer, made_by
         self.documents = self.tokens = 0
         self.files: dict[str, str] = {}
         for name, documents, checksum in _files(folder):
@@ -131,8 +131,8 @@ class _Text:
                 before = self.tokens
                 shard = _take(documents, min(SHARD, tokens - before))
                 if not shard:
-                    text = TokenText(self.documents, self.tokens, self.vocabulary, self.files, self.made_by)
-                    text.write(self.folder)
+                    vocabulary = vocabulary_digest(self.tokenizer)
+                    TokenText(self.documents, self.tokens, vocabulary, self.files, self.made_by).write(self.folder)
                     break
                 name = _name(self.documents)
                 self._add(name, shard, write_documents(self.folder / name, shard))
@@ -161,7 +161,7 @@ def _open(folder: Path, sources: Sequence[TextSource], tokenizer: PreTrainedToke
         "seed": seed,
     }
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
-    return _Text(folder / f"tokens-{key}", vocabulary_digest(tokenizer), made_by)
+    return _Text(folder / f"tokens-{key}", tokenizer, made_by)
 
 
 def _read(folder: Path) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -74,7 +75,7 @@ def tokenize(documents: Iterator[PlacedDocument], tokenizer: PreTrainedTokenizer
                 print_once(f"{where}: the tokenizer drops at least half of this text (others are not named)")
             if isinstance(document, str):
                 ids = with_start(ids, start) + (end if ids[-1:] != end else [])
-            yield torch.tensor(ids, dtype=torch.int32)
+            yield torch.from_numpy(np.array(ids, dtype=np.int32))  # several times faster than of a list
 
 
 def _ahead(documents: Iterator[PlacedDocument], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[_Encoded]]:
