@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from layerpeel.config.fields import TeacherTextConfig, TextConfig, TextSource
-from layerpeel.data.batches import load_rows, tokenize
-from layerpeel.data.documents import mix_documents
+from layerpeel.data.batches import load_rows
 from layerpeel.data.token_documents import find_token_text, read_token_documents
+from layerpeel.data.tokenizing import read_tokens
 from layerpeel.errors import InputError, RunError
 from layerpeel.inference.sampling import Sampler
 from layerpeel.inference.teacher_text import MOST_TOKENS, TeacherWriter, WrittenText, tokens_of
@@ -123,7 +123,7 @@ def test_as_many_tokens_are_written_as_were_asked_for(tmp_path: Path) -> None:
 def test_it_is_read_into_rows_exactly_as_it_was_written(tmp_path: Path) -> None:
     written = write(tmp_path)
     source = TextConfig(path=str(written.folder), shuffle=0)
-    read = tokenize(mix_documents([source], 0), tiny_tokenizer())
+    read = read_tokens([source], tiny_tokenizer(), 0)
     assert [ids.tolist() for ids in read] == documents(written)
     rows = load_rows([source], tiny_tokenizer(), sequence_length=24, packing="none")
     assert [ids[mask].tolist() for ids, mask in zip(rows.input_ids, rows.mask, strict=True)] == documents(written)

@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from layerpeel.processes import distributed
-from layerpeel.processes.distributed import gather, is_main_process, processes_of, sum_numbers
+from layerpeel.processes.distributed import from_main, gather, is_main_process, processes_of, sum_numbers
 
 
 def test_a_process_without_a_launcher_is_alone() -> None:
     cpu = torch.device("cpu")
     assert is_main_process() and processes_of(cpu).num_processes == 1 and processes_of(cpu).process_index == 0
     assert gather({"answers": [1, 2]}) == [{"answers": [1, 2]}]
+    assert from_main(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        from_main(lambda: 1 // 0)
     assert sum_numbers({"loss": 0.1, "tokens": 3.0}, cpu) == {"loss": 0.1, "tokens": 3.0}
 
 

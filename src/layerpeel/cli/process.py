@@ -93,7 +93,7 @@ def _keep_traceback() -> str:
 
 def _quiet_libraries() -> None:
     """Silences warnings, logs and progress bars of libraries, among which layerpeel's messages would be lost."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Read when these libraries are imported, which is where they are first needed:
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -10,8 +10,9 @@ Shapes: N rows, B batch, T tokens.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,17 +21,14 @@ from transformers import PreTrainedTokenizerBase
 
 from layerpeel.config.distill import Packing
 from layerpeel.config.fields import TextConfig, TextSource
-from layerpeel.data.chats import Messages, write_chat
-from layerpeel.data.documents import PlacedDocument, mix_documents
-from layerpeel.data.packing import pack
+from layerpeel.data.packing import OPEN_ROWS, pack
 from layerpeel.data.rows import Rows, TokenRow
 from layerpeel.data.token_documents import check_vocabulary
-from layerpeel.data.tokenizing import start_tokens, with_start
-from layerpeel.errors import InputError, reason_of
-from layerpeel.processes.progress import print_once
+from layerpeel.data.token_store import TokenStore
+from layerpeel.data.tokenizing import read_tokens
+from layerpeel.errors import InputError
 
-DOCUMENTS_PER_CALL = 512
-USUAL_CHARACTERS = 6  # of a token at most; a text with more of them may have lost some
+ROWS_AHEAD = OPEN_ROWS + 4  # that are read, at most, to know the rows that are asked for
 
 
 def load_rows(
@@ -42,6 +40,7 @@ def load_rows(
     max_tokens: int | None = None,
     seed: int = 0,
     skip_tokens: int = 0,
+    texts: TokenStore | None = None,
 ) -> Rows:
     """Reads, mixes and tokenises text to rows of `sequence_length`, until they hold `max_tokens` (or the text ends).
 
@@ -54,6 +53,7 @@ def load_rows(
         skip_tokens: how many real tokens to leave out first, in whole rows. At its end the text starts again, in the
             same order, but no row is given twice. So, with the same seed, each round gets new rows if it skips what
             the rounds before it were given, until the text is used up.
+        texts: keeps the token ids, so that no text is read and tokenised twice; then every process has to call this.
 
     Raises:
         InputError: there is no text, or token ids are of another tokenizer.
@@ -62,71 +62,19 @@ def load_rows(
         if isinstance(source, TextConfig):
             check_vocabulary(Path(source.path), tokenizer)
 
+    wanted = sys.maxsize if max_tokens is None else skip_tokens + max_tokens + ROWS_AHEAD * sequence_length
+    read_documents = (
+        texts.reader(sources, tokenizer, seed, wanted) if texts else partial(read_tokens, sources, tokenizer, seed)
+    )
+
     def read() -> Iterator[TokenRow]:
-        return pack(tokenize(mix_documents(sources, seed), tokenizer), sequence_length, packing)
+        return pack(read_documents(), sequence_length, packing)
 
     rows = _from_token(read, skip_tokens, math.inf if max_tokens is None else max_tokens)
     if not rows:
         raise InputError("no text: no source is given", hint="give at least one (distill.text)")
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     return Rows.of(rows, sequence_length, padding)
-
-
-def tokenize(documents: Iterator[PlacedDocument], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
-    """Token ids; texts with the tokenizer's beginning- and end-of-text tokens, chats with those of their template.
-
-    What is token ids already stays as it is. Texts that a template has rendered already have some of these tokens, and
-    get no second ones.
-    """
-    start, end = start_tokens(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    unknown, all_known = tokenizer.unk_token_id, True
-    while chunk := list(islice(documents, DOCUMENTS_PER_CALL)):
-        texts = [text if isinstance(text, str) else _written(text, tokenizer, where) for where, text in chunk]
-        token_ids = _encode(texts, tokenizer, chunk[0][0])
-        for at, ((where, document), text, ids) in enumerate(zip(chunk, texts, token_ids, strict=True)):
-            if isinstance(document, Tensor):
-                yield document
-                continue
-            if all_known and unknown is not None and ids and 2 * ids.count(unknown) >= len(ids):
-                all_known = False
-                print_once(f"{where}: the tokenizer does not know at least half of this text (others are not named)")
-            is_tried = at == 0 or len(text) > USUAL_CHARACTERS * len(ids)
-            if all_known and unknown is None and is_tried and _loses_text(tokenizer, text, ids):
-                all_known = False
-                print_once(f"{where}: the tokenizer drops at least half of this text (others are not named)")
-            if isinstance(document, str):
-                ids = with_start(ids, start) + (end if ids[-1:] != end else [])
-            yield torch.tensor(ids, dtype=torch.int32)
-
-
-def _written(document: Messages | Tensor, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    """A chat as its template writes it; nothing of what is token ids already."""
-    return "" if isinstance(document, Tensor) else write_chat(document, tokenizer, where)
-
-
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, where: str) -> list[list[int]]:
-    """The token ids of texts, without special tokens.
-
-    Args:
-        where: how a message about the first of them begins.
-
-    Raises:
-        InputError: the tokenizer cannot read them.
-    """
-    try:
-        token_ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception as error:  # of tokenizers' own, for words that a vocabulary without an unknown token lacks
-        raise InputError(
-            f"{where}: the tokenizer cannot read this text or one soon after it ({reason_of(error)})",
-            hint="give it a token for the unknown (unk_token), or other text",
-        ) from None
-    return token_ids
-
-
-def _loses_text(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> bool:
-    """Whether less than half of a text comes back from its tokens, white space aside."""
-    back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return 2 * len("".join(back.split())) < len("".join(text.split()))
 
 
 def step_rows(rows: Rows, *, tokens: int, steps: int, seed: int) -> Iterator[Tensor]:

@@ -41,13 +41,35 @@ def digest_of_text(source: TextConfig) -> str | None:
     Returns:
         None for a hub dataset whose commit is not known, as of one without a network that was never here.
     """
-    if not os.path.exists(source.path) and not glob.has_magic(source.path):
+    if _is_on_hub(source):
         return _commit_of(source.path) or _cached_commit(source.path, source.name)
     digest = hashlib.sha256()
-    for path in map(Path, expand(source.path)):
-        for file in _files_in(path) if path.is_dir() else [path]:
-            digest.update(sampled_digest(file).encode())
+    for file in _files_of(source):
+        digest.update(sampled_digest(file).encode())
     return digest.hexdigest()[:16]
+
+
+def version_of_text(source: TextConfig) -> list[Any] | None:
+    """What tells the content of a source from what it may hold later: its digest, and when its files were changed.
+
+    Returns:
+        None where `digest_of_text` gives that.
+    """
+    digest = digest_of_text(source)
+    if digest is None:
+        return None
+    files = [] if _is_on_hub(source) else _files_of(source)
+    return [digest, *([file.name, file.stat().st_mtime_ns] for file in files)]
+
+
+def _is_on_hub(source: TextConfig) -> bool:
+    return not os.path.exists(source.path) and not glob.has_magic(source.path)
+
+
+def _files_of(source: TextConfig) -> list[Path]:
+    """The files of a source that is not on the hub, in their order."""
+    paths = map(Path, expand(source.path))
+    return [file for path in paths for file in (_files_in(path) if path.is_dir() else [path])]
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -68,17 +68,17 @@ def token_text_digest(folder: Path) -> str | None:
     return hashlib.sha256(repr([text.documents, *text.files.values()]).encode()).hexdigest()[:16]
 
 
-def write_documents(path: Path, documents: Sequence[Sequence[int]]) -> str:
+def write_documents(path: Path, documents: Sequence[Sequence[int] | Tensor]) -> str:
     """Writes a file of documents; each process that calls this does. Gives its checksum."""
     lengths = torch.tensor([len(document) for document in documents], dtype=torch.int32)
-    tokens = torch.tensor([token for document in documents for token in document], dtype=torch.int32)
+    tokens = torch.cat([torch.as_tensor(document, dtype=torch.int32) for document in documents])
     checksum = _checksum(tokens, lengths)
     write_whole(path, save({"tokens": tokens, "lengths": lengths}, {"sha256": checksum}), each_process=True)
     return checksum
 
 
 def read_documents_in(path: Path) -> tuple[list[Tensor], str] | None:
-    """The documents of a file, and its checksum; None if it is not there, or not as it was written."""
+    """The documents of a file, mapped into memory, and its checksum; None if it is gone, or not as it was written."""
     try:
         with safe_open(path, framework="pt") as file:
             tokens, lengths = file.get_tensor("tokens"), file.get_tensor("lengths")

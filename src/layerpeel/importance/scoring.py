@@ -12,6 +12,7 @@ from layerpeel.config.run import RunConfig
 from layerpeel.config.score import ScoreConfig
 from layerpeel.data.batches import load_rows
 from layerpeel.data.rows import Rows
+from layerpeel.data.token_store import TokenStore
 from layerpeel.errors import InputError
 from layerpeel.importance.base import ScoringInputs
 from layerpeel.importance.estimate import Estimate, estimate
@@ -28,8 +29,8 @@ from layerpeel.processes.progress import print_once
 from layerpeel.tasks.base import Task
 
 
-def scoring_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
-    """The text that metrics read; None if the config has no text."""
+def scoring_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase, texts: TokenStore | None = None) -> Rows | None:
+    """The text that metrics read, from `texts` as `load_rows` has it; None if the config has no text."""
     text = config.score.text or config.distill.text
     if not text:
         return None
@@ -39,6 +40,7 @@ def scoring_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Rows 
         sequence_length=config.distill.sequence_length,
         max_tokens=config.score.tokens,
         seed=config.seed,
+        texts=texts,
     )
 
 

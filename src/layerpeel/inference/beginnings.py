@@ -9,11 +9,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from layerpeel.config.fields import TeacherTextConfig, TextConfig, TextSource
-from layerpeel.data.batches import tokenize
 from layerpeel.data.chats import write_chat
 from layerpeel.data.digests import digest_of_text
 from layerpeel.data.documents import Document, mix_documents
-from layerpeel.data.tokenizing import encode_text, start_tokens
+from layerpeel.data.tokenizing import encode_text, read_tokens, start_tokens
 from layerpeel.errors import InputError
 from layerpeel.processes.progress import print_once
 
@@ -70,7 +69,7 @@ class Beginnings:
         if self.prompts:
             return self._prompts(self.prompts)
         if self.files:
-            documents = tokenize(mix_documents(self.files, self.seed), self.tokenizer)
+            documents = read_tokens(self.files, self.tokenizer, self.seed)
             opened = [tuple(ids[:OPENING].tolist()) for ids in islice(documents, MOST)]
             return [ids for ids in opened if 0 < len(ids) < self.length and ids[-1] != self.tokenizer.eos_token_id]
         if not self.fixed:

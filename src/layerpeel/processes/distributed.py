@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from layerpeel.errors import InputError
 
@@ -61,6 +61,28 @@ def gather(value: T) -> list[T]:
     from torch import distributed
 
     return gather_object([value]) if distributed.is_initialized() else [value]
+
+
+def from_main(work: Callable[[], T]) -> T:
+    """What `work` gives in the main process, the only one that runs it; every process has to call it.
+
+    Raises:
+        Exception, KeyboardInterrupt: in all of them, if `work` raised it.
+    """
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return work()
+    value, error = None, None
+    if is_main_process():
+        try:
+            value = work()
+        except (Exception, KeyboardInterrupt) as raised:
+            error = raised
+    value, error = gather((value, error))[0]
+    if error:
+        raise error
+    return cast(T, value)
 
 
 def sum_numbers(numbers: Mapping[str, float], device: torch.device) -> dict[str, float]:

@@ -16,8 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from layerpeel.config.fields import TextConfig
 from layerpeel.config.run import RunConfig
-from layerpeel.data.batches import tokenize
-from layerpeel.data.documents import mix_documents
+from layerpeel.data.tokenizing import read_tokens
 from layerpeel.errors import LayerpeelError
 from layerpeel.inference.decoding import plain_generation
 from layerpeel.inference.engine import Engine
@@ -205,7 +204,7 @@ def sample_prompts(
     sources = config.distill.text or config.score.text or []
     text = [source for source in sources if isinstance(source, TextConfig)] or kept_texts
     try:
-        documents = list(islice(tokenize(mix_documents(text, config.seed), tokenizer), 2))
+        documents = list(islice(read_tokens(text, tokenizer, config.seed), 2))
     except (LayerpeelError, OSError):
         return []
     return [("text", Generation(tuple(ids[:24].tolist()), SAMPLE_TOKENS, ())) for ids in documents if len(ids)]

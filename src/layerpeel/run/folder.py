@@ -7,6 +7,7 @@ NAME/journal.jsonl           one line an event, flushed and fsynced; the only tr
            .repair/         the projections that the repair which is running has solved
            .training.safetensors  the state of the training that is running
      text/teacher-HASH/      text that the teacher wrote, as token ids (see `data.token_documents`)
+          tokens-HASH/       all text that the run reads, as token ids, until it ends (see `data.token_store`)
      student/                the Hugging Face checkpoint, with its model card
      report/                 the page, its figures and tables, what was measured for it, and what was verified of the
                              students in other runtimes
@@ -81,7 +82,7 @@ class Run(RunRecord):
 
     @property
     def text_folder(self) -> Path:
-        """Where the texts are that the teacher writes."""
+        """Where the texts are that the teacher writes, and the token ids of those that are read."""
         return self.folder / "text"
 
     @property

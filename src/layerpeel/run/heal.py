@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from layerpeel.config.run import RunConfig
+from layerpeel.data.token_store import TokenStore
 from layerpeel.importance.base import ScoringInputs
 from layerpeel.importance.scores import LayerScores
 from layerpeel.tasks.evaluation import evaluate
@@ -13,11 +14,14 @@ from layerpeel.training.rounds import train_student
 from layerpeel.training.student import Student
 
 
-def heal_candidates(student: Student, inputs: ScoringInputs, scores: LayerScores, config: RunConfig) -> None:
+def heal_candidates(
+    student: Student, inputs: ScoringInputs, scores: LayerScores, config: RunConfig, texts: TokenStore
+) -> None:
     """Removes each of the best few candidates on trial, distils for a few steps, and notes what the tasks lose then.
 
     Args:
         scores: of the candidates; gets their `healed` and `heal_seconds`.
+        texts: as for `load_rows`.
     """
     assert config.score.heal and inputs.reference
     started = time.monotonic()
@@ -28,7 +32,8 @@ def heal_candidates(student: Student, inputs: ScoringInputs, scores: LayerScores
     for layer in scores.ranked()[: config.score.heal.keep]:
         trial = student.fork()
         trial.remove([layer])
-        train_student(trial, inputs.tokenizer, distill, seed=config.seed, description=f"healing without layer {layer}")
+        description = f"healing without layer {layer}"
+        train_student(trial, inputs.tokenizer, distill, seed=config.seed, description=description, texts=texts)
         evaluation = evaluate(trial.model, inputs.tokenizer, inputs.tasks)
         scores.healed[layer] = teacher - evaluation.aggregate(inputs.reference, config.aggregate)
     scores.heal_seconds = time.monotonic() - started

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layerpeel.config.run import RunConfig
+from layerpeel.data.rows import Rows
+from layerpeel.data.token_store import TokenStore
 from layerpeel.importance.base import ScoringInputs
 from layerpeel.importance.scores import LayerScores, last_ranking
 from layerpeel.importance.scoring import score_candidates, scoring_text, unremovable_teacher_layers
@@ -28,6 +30,7 @@ from layerpeel.training.rounds import train_last, train_student
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache, cache_for
 from layerpeel.training.teacher_text import with_teacher_text
+from layerpeel.training.text import tokenize_text
 
 
 class Peeling:
@@ -44,6 +47,7 @@ class Peeling:
         storage: the dtypes that the student's tensors will be saved in.
         cache: the teacher's hidden states on disk; None if they are computed each time.
         free: the teacher layers that may go next, as of the last `stop_reason`.
+        texts: the token ids of all text that is read.
     """
 
     def __init__(self, run: OpenRun, config: RunConfig, tasks: Sequence[Task]) -> None:
@@ -55,6 +59,7 @@ class Peeling:
         self.run, self.config, self.tasks = run, config, tasks
         self.cache: TeacherCache | None = None
         self.free: tuple[int, ...] = ()
+        self.texts = TokenStore(run.text_folder)
         with leaving_nothing(run):
             pinned = config.model_copy(update={"revision": run.pinned_config.revision})
             self.teacher, self.tokenizer = load_teacher(pinned)
@@ -62,7 +67,7 @@ class Peeling:
             check_trained(self.student, config.distill)
             self.origin = teacher_origin(pinned)
             self.storage = stored_dtypes(self.origin, self.teacher)
-            self.text = None if config.has_teacher_text else scoring_text(config, self.tokenizer)
+            self.text = None if config.has_teacher_text else self._read_text()
 
     def begin(self) -> None:
         """Evaluates the teacher, unless that was done, and brings the student to the end of the last round."""
@@ -77,18 +82,30 @@ class Peeling:
         """Lets the teacher write the text that the config wants of it, as far as it is not there, and reads it."""
         if not self.config.has_teacher_text:
             return
-        target, layers = self.config.stop.target_layers, len(self.student.kept_layers)
         self.config, texts = with_teacher_text(
             self.config,
             self.student.teacher,
             self.tokenizer,
             self.run.text_folder,
-            removals=1 if target is None else layers - target,
+            removals=self._removals,
             teacher_files=self.run.start.teacher_files if self.run.start else None,
         )
         for text in texts:
             self.run.record_teacher_text(text)
-        self.text = scoring_text(self.config, self.tokenizer)
+        self.text = self._read_text()
+
+    def _read_text(self) -> Rows | None:
+        """Tokenises what the run will read, as far as that is known and not done; gives what metrics read."""
+        tokenize_text(self.config, self.tokenizer, self.texts, self._removals)
+        text = scoring_text(self.config, self.tokenizer, self.texts)
+        self.texts.remove_unused()
+        return text
+
+    @property
+    def _removals(self) -> int:
+        """How many layers will go, as far as the config says so: else one at least."""
+        target = self.config.stop.target_layers
+        return 1 if target is None else self.student.kept_layers.total - target
 
     def stop_reason(self) -> str | None:
         """Why the run is over: the name of the stop that holds, or `no_candidates`; None to go on."""
@@ -113,7 +130,7 @@ class Peeling:
             inputs = self._scoring_inputs()
             scores = self._last_ranking() or score_candidates(inputs, self.student.kept_layers)
             if self.config.score.heal:
-                heal_candidates(self.student, inputs, scores, self.config)
+                heal_candidates(self.student, inputs, scores, self.config, self.texts)
             self.run.record_scores(scores)
         assert self.run.scored
         return self.run.scored.removed
@@ -132,6 +149,7 @@ class Peeling:
             seed=self.config.seed,
             storage=self.storage,
             state=self.run.repair_state(),
+            texts=self.texts,
         )
 
     def train(self) -> TrainingResult:
@@ -147,6 +165,7 @@ class Peeling:
             cache=self.cache,
             state=self.run.training_state(),
             log=self.run.track,
+            texts=self.texts,
         )
 
     def evaluate(self) -> Evaluation:
@@ -171,6 +190,7 @@ class Peeling:
         save_model(self.student.model, self.tokenizer, self.run.student_folder, self.storage.main, origin)
         write_card(self.run, self.run.student_folder, len(self.student.kept_layers.removed), last_pass)
         self.run.record_finish(reason, self.student, last_pass)
+        self.texts.clear()
 
     def _scoring_inputs(self) -> ScoringInputs:
         return ScoringInputs(
@@ -203,5 +223,6 @@ class Peeling:
             cache=self.cache,
             state=self.run.training_state(),
             log=self.run.track,
+            texts=self.texts,
         )
         return self.run.student_record(self.student, None, training, self.evaluate())

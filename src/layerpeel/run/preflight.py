@@ -25,7 +25,7 @@ from layerpeel.model.loading import load_teacher_config
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.run.folder import Run
 from layerpeel.run.teacher_checks import check_pattern, note_cycle
-from layerpeel.storage.files import remove_folder
+from layerpeel.storage.files import remove_folder, remove_paths
 from layerpeel.storage.outputs import check_output
 from layerpeel.tasks.base import Task
 from layerpeel.tasks.registry import make_tasks
@@ -173,6 +173,7 @@ def leaving_nothing(run: Run) -> Iterator[None]:
         yield
     except InputError:
         if [event.event for event in run.events] == ["start"]:
+            remove_paths(run.text_folder)
             remove_folder(run.folder, ("config.yaml", "journal.jsonl"))
         raise
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from layerpeel.config.distill import DistillConfig
 from layerpeel.data.batches import load_rows
 from layerpeel.data.rows import Rows
+from layerpeel.data.token_store import TokenStore
 from layerpeel.errors import InputError
 from layerpeel.inference.front import Front, batch_rows, share_of
 from layerpeel.model.origin import StoredDtypes
@@ -36,6 +37,7 @@ def repair_student(
     storage: torch.dtype | StoredDtypes = torch.float32,
     state: RepairState | None = None,
     required: bool = False,
+    texts: TokenStore | None = None,
 ) -> RepairResult | None:
     """Repairs a student's projections in closed form, and leaves the weights in it.
 
@@ -46,6 +48,7 @@ def repair_student(
         storage: what repaired weights are rounded to, so that what is measured is what will be saved.
         state: where solved projections are kept; a repair that was stopped gives the same to the last bit.
         required: whether to refuse a model that cannot be repaired, instead of leaving it as it is.
+        texts: as for `load_rows`.
 
     Returns:
         what was done; None if there is no text, the model cannot be repaired, or the config says that it should not.
@@ -58,7 +61,7 @@ def repair_student(
     if not repairs or not can_repair(student, required=required):
         return None
     started = time.monotonic()
-    rows = _load_rows(student, tokenizer, config, repairs.tokens, seed)
+    rows = _load_rows(student, tokenizer, config, repairs.tokens, seed, texts)
     start = start_of(student, removed)
     state = state and state.for_repair(_settings(config, seed, student, start))
     stored = storage if isinstance(storage, StoredDtypes) else StoredDtypes(storage)
@@ -118,7 +121,12 @@ def _settings(config: DistillConfig, seed: int, student: Student, start: int) ->
 
 
 def _load_rows(
-    student: Student, tokenizer: PreTrainedTokenizerBase, config: DistillConfig, tokens: int, seed: int
+    student: Student,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DistillConfig,
+    tokens: int,
+    seed: int,
+    texts: TokenStore | None,
 ) -> Rows:
     return load_rows(
         config.text,
@@ -127,6 +135,7 @@ def _load_rows(
         packing=TrainingRecipe(config).packing(student.teacher),
         max_tokens=tokens,
         seed=seed,
+        texts=texts,
     )
 
 

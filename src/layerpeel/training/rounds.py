@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config.distill import DistillConfig
 from layerpeel.config.run import RunConfig
+from layerpeel.data.token_store import TokenStore
 from layerpeel.errors import InputError
 from layerpeel.inference.teacher_text import TeacherWriter
 from layerpeel.model.origin import StoredDtypes
@@ -42,6 +43,7 @@ def train_student(
     state: TrainingState | None = None,
     log: Log | None = None,
     description: str = "distilling",
+    texts: TokenStore | None = None,
 ) -> TrainingResult:
     """Trains what `config` names, and leaves the weights in the student.
 
@@ -53,6 +55,7 @@ def train_student(
         round_number: counted from 1; later rounds shuffle their rows differently.
         before: the trainings that the student has been through; this one goes on in the text where they stopped.
         cache, state, log, description: as for `Trainer`; on a CPU a resumed training gives the same to the last bit.
+        texts: as for `load_rows`.
 
     Raises:
         InputError: nothing to train, or no text.
@@ -64,11 +67,10 @@ def train_student(
     if student.model.dtype is torch.float16:
         raise InputError("dtype: float16 gradients would underflow", hint="train with dtype: bfloat16 or float32")
     started = time.monotonic()
-    names = recipe.parameters(student)
-    text = TrainingText.after(before, recipe, student)
+    names, text = recipe.parameters(student), TrainingText.after(before, recipe, student)
     state = state and state.for_training(text.settings(seed, round_number))
     trainer = Trainer(student, names, recipe, cache=cache, state=state, log=log, description=description)
-    result = trainer.train(text.load(tokenizer, seed), seed + round_number)
+    result = trainer.train(text.load(tokenizer, seed, texts), seed + round_number)
     stored = storage if isinstance(storage, StoredDtypes) else StoredDtypes(storage)
     student.load_trained({n: value.to(stored.of(n)) for n, value in student.trained_state().items() if n in names})
     result.seconds += time.monotonic() - started
@@ -85,12 +87,13 @@ def train_last(
     cache: TeacherCache | None,
     state: TrainingState | None,
     log: Log | None,
+    texts: TokenStore | None,
 ) -> TrainingResult:
     """The training after the last removal, as `distill.at_end` says.
 
     Args:
         before: the trainings of the rounds that the student has been through.
-        storage, cache, state, log: as for `train_student`.
+        storage, cache, state, log, texts: as for `train_student`.
     """
     distill = config.distill.at_end(len(student.kept_layers.removed))
     assert distill
@@ -107,6 +110,7 @@ def train_last(
         state=state,
         log=log,
         description="last pass",
+        texts=texts,
     )
 
 

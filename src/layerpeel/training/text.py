@@ -12,9 +12,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from layerpeel.config.distill import Packing
-from layerpeel.data.batches import load_rows
+from layerpeel.config.run import RunConfig
+from layerpeel.data.batches import ROWS_AHEAD, load_rows
 from layerpeel.data.rows import Rows
 from layerpeel.data.token_documents import token_text_digest
+from layerpeel.data.token_store import TokenStore
 from layerpeel.processes.progress import console, print_once
 from layerpeel.training.recipe import TrainingRecipe
 from layerpeel.training.result import TrainingSummary
@@ -48,8 +50,11 @@ class TrainingText:
             )
         return cls(recipe, packing, sum(each.tokens for each in before) if recipe.config.fresh_text else 0)
 
-    def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> Rows:
+    def load(self, tokenizer: PreTrainedTokenizerBase, seed: int, texts: TokenStore | None = None) -> Rows:
         """Reads and tokenises the rows, and says how full they are.
+
+        Args:
+            texts: as for `load_rows`.
 
         Raises:
             InputError: there is no text.
@@ -62,6 +67,7 @@ class TrainingText:
             max_tokens=self.recipe.config.tokens_per_round,
             seed=seed,
             skip_tokens=self.skip,
+            texts=texts,
         )
         steps = f"{self.recipe.steps():,} step{'s' * (self.recipe.steps() > 1)} of {self.recipe.step_tokens:,} tokens"
         print_once(f"{steps}: rows {rows.tokens / rows.mask.numel():.0%} full".replace("%", " %"))
@@ -71,6 +77,18 @@ class TrainingText:
         """A hash of what the steps of the training depend on, but for the weights and the content of the text."""
         fields = self.recipe.config.model_dump(mode="json", exclude=WITHOUT_EFFECT)
         return settings_hash(fields, self.recipe.processes, seed, round_number, self.skip)
+
+
+def tokenize_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase, texts: TokenStore, removals: int) -> None:
+    """Tokenises all the text that the repairs and trainings of so many removals read, as far as it is not there.
+
+    Raises:
+        InputError, Interrupted: as for `TokenStore.reader`.
+    """
+    distill = config.distill
+    if tokens := distill.text_tokens(removals):
+        rows = removals + 1 + ROWS_AHEAD  # each training may exceed its tokens by a row
+        texts.reader(distill.text, tokenizer, config.seed, tokens + rows * distill.sequence_length)
 
 
 def settings_hash(fields: dict[str, Any], *others: Any) -> str:
