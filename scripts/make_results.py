@@ -125,6 +125,17 @@ def streamed_training() -> str:
     )
 
 
+def tokenising() -> str:
+    """Text that is tokenised once, against anew each time."""
+    result = read("tokenising")
+    faster = result["faster"]
+    return (
+        f"{result['tokens'] / 1e6:.1f} million tokens of web text by SmolLM2's tokenizer: the first time by both cores, "
+        f"{faster['first']:.1f} times as fast as by one ({faster['anew, all threads']:.1f} without writing it to the "
+        f"disk), and each time after that {faster['again']:.0f} times as fast. {source(result)}"
+    )
+
+
 def distillation() -> str:
     """A training step compared with other implementations."""
     lines = [
@@ -212,6 +223,7 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("The harness's own scores, for the teacher and every single-layer removal", "harness-equality-*", equality),
     ("Generation for all candidates: storyteller-18's copy tasks", "generation", generation),
     ("Models larger than memory", "streaming", streaming),
+    ("Text to token ids", "tokenising", tokenising),
     ("A step of distillation", "distillation-*", distillation),
     ("Our checkpoints in an older transformers", "old-transformers", older_transformers),
     ("Removing layers from files", "remove", removal),
