@@ -1,4 +1,4 @@
-"""The configs of published models, each run on a tiny random model of its family and depth, on the kit's text and tasks."""
+"""The configs of published models, each run on a tiny random model of its family and depth."""
 
 from __future__ import annotations
 
@@ -42,4 +42,4 @@ def test_a_published_models_config_runs(name: str, kit: Path, tmp_path: Path) ->
         task.limit = 1  # type: ignore[attr-defined]
     run = peel(config)
     assert run.finish and run.finish.reason == "target_layers" and len(run.rounds) == 1
-    assert list(run.rounds[0].end.evaluation.tasks) == [task.name for task in shipped.tasks]
+    assert list(run.rounds[0].end.evaluation.scores) == [task.name for task in shipped.tasks]

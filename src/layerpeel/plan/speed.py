@@ -26,8 +26,11 @@ from layerpeel.plan.shape import Shape
 from layerpeel.training.recipe import MASTER_DTYPE, TrainingRecipe, autocast
 
 NEW = 6  # tokens that are generated for a time
-WORDS = 1024  # in the vocabulary of models whose layers are timed by generating: a real one's logits would take gigabytes
+WORDS = (
+    1024  # in the vocabulary of models whose layers are timed by generating: a real one's logits would take gigabytes
+)
 REPEATS, LEAST_SECONDS = 5, 0.5  # of what is timed, at least
+MOST_SECONDS = 6.0  # on one thing that is timed; long calls need fewer repeats
 MOST_KEPT_BY_MALLOC = 31 * 2**20  # bytes; glibc's own limit is 32 MiB
 
 
@@ -215,7 +218,7 @@ def _decode_times(one: PreTrainedModel, two: PreTrainedModel, device: torch.devi
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """The median time of some calls, after a first one."""
     times: list[float] = []
-    while len(times) <= REPEATS or sum(times) < LEAST_SECONDS:
+    while len(times) < 2 or (sum(times) < MOST_SECONDS and (len(times) <= REPEATS or sum(times) < LEAST_SECONDS)):
         _wait(device)
         started = time.perf_counter()
         work()
