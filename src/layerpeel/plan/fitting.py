@@ -32,14 +32,12 @@ MOST_TOKENS = 10**8  # of a round; also those by which memory is planned
 FASTER = 0.8  # the share of float32's time from which on bfloat16 is worth to take
 STEPS = 6  # of the search for how many tokens fit
 
-# From what costs least to what costs most; each is added to those before it until a run fits into the memory.
-SAVINGS: list[dict[str, Any]] = [
-    {"repair_tokens": 32_768},
-    {"score_memory": 2**29},
-    *({"batch_size": rows} for rows in (4, 2, 1)),
-    {"checkpointing": True},
-    {"train": "neighbours"},
-]
+# By the phase of a run that takes the most memory: what makes it smaller, in this order.
+SAVINGS: dict[str, list[dict[str, Any]]] = {
+    "repair": [{"repair_tokens": 32_768}, {"repair_tokens": 0}],
+    "scoring": [{"score_memory": 2**29}, {"score_memory": 2**27}],
+    "training": [*({"batch_size": rows} for rows in (4, 2, 1)), {"checkpointing": True}, {"train": "neighbours"}],
+}
 REMEDY = (
     "name a smaller model, or start where there is more memory (--gpu-memory says how much of it a run may take); "
     "`layerpeel score` and `layerpeel repair` can read a model's layers from disk, with score.weights: stream"
@@ -69,21 +67,35 @@ def fit_memory(choices: Choices, fitter: Fitter, limit: float) -> tuple[Choices,
     Raises:
         InputError: nothing does.
     """
-    savings = [{"dtype": "bfloat16"}] * fitter.may_be_narrow + SAVINGS
-    planned = fitter.plan(replace(choices, tokens_per_round=MOST_TOKENS), timed=False)
-    for saving in savings:
-        if planned.peak <= limit:
-            break
-        choices = replace(choices, **saving)
-        planned = fitter.plan(replace(choices, tokens_per_round=MOST_TOKENS), timed=False)
-    if planned.peak > limit:
-        weights = size(planned.training_memory["weights"])
-        raise InputError(
-            f"{choices.teacher}: the smallest run of it takes {size(planned.peak)} of memory, {weights} of them for "
-            f"its weights, and there are {size(limit)}",
-            hint=REMEDY,
-        )
+
+    def plan() -> Plan:
+        return fitter.plan(replace(choices, tokens_per_round=MOST_TOKENS), timed=False)
+
+    planned, left = plan(), {phase: [*savings] for phase, savings in SAVINGS.items()}
+    if planned.peak > limit and fitter.may_be_narrow:
+        choices = replace(choices, dtype="bfloat16")
+        planned = plan()
+    while planned.peak > limit:
+        savings = left[_largest_phase(planned)]
+        if not savings:
+            weights = size(planned.training_memory["weights"])
+            raise InputError(
+                f"{choices.teacher}: the smallest run of it takes {size(planned.peak)} of memory, {weights} of them "
+                f"for its weights, and there are {size(limit)}",
+                hint=REMEDY,
+            )
+        choices = replace(choices, **savings.pop(0))
+        planned = plan()
     return choices, planned
+
+
+def _largest_phase(planned: Plan) -> str:
+    phases = {
+        "repair": planned.repair_memory,
+        "scoring": planned.scoring_memory,
+        "training": planned.training_memory,
+    }
+    return max(phases, key=lambda phase: sum(phases[phase].values()))
 
 
 def fit_time(choices: Choices, fitter: Fitter, seconds: float) -> tuple[Choices, Plan]:

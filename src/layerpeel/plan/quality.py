@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -55,7 +55,7 @@ class Measure:
         requests: of each sample.
     """
 
-    fields: dict[str, Any]
+    fields: Mapping[str, Any]
     requests: Sequence[Sequence[Request]]
 
     def first(self, limit: int) -> list[Request]:
@@ -70,7 +70,7 @@ def harness_measures(parameters: int, tokenizer: PreTrainedTokenizerBase) -> tup
     measures: list[Measure] = []
     for name in (name for name, least in HARNESS.items() if parameters >= least):
         fields = {"name": name, "kind": "harness", "task": name}
-        (task,) = make_tasks([TaskConfig(**fields, limit=MOST_ROWS)])
+        (task,) = make_tasks([TaskConfig.model_validate({**fields, "limit": MOST_ROWS})])
         try:
             task.check()
             measures.append(Measure(fields, [sample.requests for sample in task.samples(tokenizer)]))
@@ -130,7 +130,7 @@ def sampled_texts(settings: RunConfig, documents: int = SAMPLED) -> list[str]:
     return [text for text in texts if text.strip()]
 
 
-def text_measure(fields: dict[str, Any], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Measure:
+def text_measure(fields: Mapping[str, Any], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Measure:
     """The task of the perplexity of texts that are in no file yet."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "held-out.jsonl"
@@ -140,7 +140,7 @@ def text_measure(fields: dict[str, Any], texts: Sequence[str], tokenizer: PreTra
         return Measure(fields, [sample.requests for sample in task.samples(tokenizer)])
 
 
-def measure_to_be_written(fields: dict[str, Any], length: int) -> Measure:
+def measure_to_be_written(fields: Mapping[str, Any], length: int) -> Measure:
     """The task of the perplexity of text that the teacher has yet to write: its documents are at most so long."""
     return Measure(fields, [[LogLikelihood((0,), (0,) * (length - 1))]] * SAMPLED)
 

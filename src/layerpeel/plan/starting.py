@@ -190,7 +190,7 @@ class _Quality:
 
 
 def _quality(choices: Choices, wishes: Wishes, planner: Planner, parameters: int) -> _Quality:
-    """Tasks of the harness, where they can be had, and held-out text of the user's; with neither, text of the teacher's."""
+    """Tasks of the harness, where they can be had, and held-out text of the user's; with neither, the teacher's."""
     measures: list[Measure] = []
     if wishes.harness:
         console.print("looking for tasks of lm-evaluation-harness", style="dim")
