@@ -158,7 +158,7 @@ def _value(value: Any) -> str:
 
 
 def _number(value: int) -> str:
-    return f"{value:_}"
+    return f"{value:_}" if value >= 10_000 else str(value)
 
 
 def _megabytes(size: int | None) -> str:

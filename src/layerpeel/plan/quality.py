@@ -122,12 +122,13 @@ def sampled_texts(settings: RunConfig, documents: int = SAMPLED) -> list[str]:
     with progress("held-out text from the teacher", documents * length) as advance:
         written = sampler.sample([beginnings.of(number) for number in range(documents)], range(documents), advance)
     texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in written]
-    if not any(map(str.strip, texts)):
+    texts = [text for text in texts if tokenizer.encode(text, add_special_tokens=False)]
+    if not texts:
         raise InputError(
             f"{settings.teacher}: it writes nothing by itself, so there is no text to heal and to measure it on",
             hint="give text: --text FOLDER",
         )
-    return [text for text in texts if text.strip()]
+    return texts
 
 
 def text_measure(fields: Mapping[str, Any], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Measure:
