@@ -59,6 +59,7 @@ QUICK = [
     "distill.batch_size=2",
     "distill.tokens_per_step=32",
     "score.tokens=64",
+    "distill.repair.tokens=64",
 ]
 QUICK_STUDY = ["seeds=[0]", "remove=1", "variants={one: {score.shortlist: null}}", *QUICK, "distill.tokens_per_round=0"]
 ADDED = {**dict.fromkeys(["run", "score", "distill", "eval", "plan"], QUICK), "study": QUICK_STUDY}
@@ -121,7 +122,8 @@ def call(arguments: list[str]) -> int:
 
 
 def quick(arguments: list[str]) -> list[str]:
-    return [*arguments, *(word for value in ADDED.get(arguments[0], []) for word in ("--set", value))]
+    without_network = ["--no-harness"] if arguments[0] == "init" else []
+    return [*arguments, *without_network, *(word for value in ADDED.get(arguments[0], []) for word in ("--set", value))]
 
 
 def write_rows(path: Path, *rows: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
 from layerpeel.config.fields import TextConfig
 from layerpeel.config.run import RunConfig, TaskConfig
@@ -95,29 +94,6 @@ def test_the_requests_are_those_of_the_file(tmp_path: Path) -> None:
     assert measure.first(2) == task.requests(tiny_tokenizer())
     assert [len(sample) for sample in measure.requests] == [3, 1] and measure.first(1) == [*measure.requests[0]]
     assert "sequence_length" not in held_out_fields("held.jsonl", 1024)
-
-
-@pytest.fixture
-def local_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Two tasks of the harness in files; the first is for any model, the second for those of 1000 parameters."""
-    save_texts(tmp_path / "rows.jsonl", ["w5", "w7", "w9"])
-    names = []
-    for name in ("small", "large"):
-        task = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{text}}",
-            "doc_to_choice": ["w3", "w4"],
-            "doc_to_target": 0,
-            "metric_list": [{"metric": "acc"}],
-        }
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
-        names.append(str(tmp_path / f"{name}.yaml"))
-    monkeypatch.setattr(quality, "HARNESS", {names[0]: 0.0, names[1]: 1000.0})
-    return names
 
 
 @pytest.mark.slow

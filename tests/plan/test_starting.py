@@ -84,6 +84,32 @@ def test_text_of_the_users(folder: Path, teacher: Path) -> None:
     assert started.choices.limit == 3 and started.plan.seconds["evaluation"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [None, "text.jsonl"])
+def test_tasks_of_the_harness_rank_the_layers(
+    text: str | None, folder: Path, teacher: Path, local_tasks: list[str]
+) -> None:
+    save_texts(folder / "text.jsonl")
+    started = start(wishes_for(teacher, text=text, harness=True, minutes=600))
+    config = load_config("my.yaml")
+    assert [task.name for task in config.tasks] == [*local_tasks, *(["held_out"] if text else [])]
+    assert (
+        config.score.decide == "task_quality" and config.score.shortlist and config.score.shortlist.by == "teacher_kl"
+    )
+    assert Path("my-held-out.jsonl").exists() == bool(text) and len(started.files) == 1 + bool(text)
+    planned = make_plan(config, gpus=1, fsdp=False, flops=None, bandwidth=2e12)
+    assert planned.seconds == pytest.approx(started.plan.seconds)
+
+
+def test_without_the_hub_a_note_says_why(
+    folder: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(starting, "harness_measures", lambda parameters, tokenizer: ([], "no network"))
+    start(wishes_for(teacher, harness=True))
+    assert "note: no network; quality is measured on text" in capsys.readouterr().err
+    assert [task.name for task in load_config("my.yaml").tasks] == ["held_out"]
+
+
 def test_a_config_in_another_folder_names_the_model_in_full(folder: Path, teacher: Path) -> None:
     (folder / "models").symlink_to(teacher.parent)
     (folder / "configs").mkdir()

@@ -56,7 +56,11 @@ def init(
     minutes: Annotated[float, typer.Option("--minutes", min=1, help="How long the run may take on this machine.")] = 60,
     gpu_memory: Annotated[
         str | None,
-        typer.Option("--gpu-memory", metavar="SIZE", help="What the run may take of it, as 24GB; what is free here."),
+        typer.Option(
+            "--gpu-memory",
+            metavar="SIZE",
+            help="Memory that the run may take, as 24GB; all that is free here, if not given.",
+        ),
     ] = None,
     harness: Annotated[
         bool, typer.Option(help="Ask for tasks of lm-evaluation-harness, which are fetched from the hub.")

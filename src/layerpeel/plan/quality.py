@@ -39,7 +39,7 @@ HARNESS = {
     "winogrande": 1e9,
 }
 MOST_ROWS = 200  # of each task of the harness
-HELD_OUT, SAMPLED = 64, 32  # documents of the user's that are held out, about; that the teacher writes
+HELD_OUT, SAMPLED = 64, 32  # documents of the user's that are held out, about; that the teacher writes, at most
 LEAST_EVERY = 10  # of so many documents, one is held out at the most
 READ = 4096  # documents of the text by which it is decided how many are held out
 CHARACTERS = 2000  # of a document that is held out, at most
@@ -109,7 +109,7 @@ def _as_text(placed: PlacedDocument, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(document, skip_special_tokens=True))
 
 
-def sampled_texts(settings: RunConfig, documents: int = SAMPLED) -> list[str]:
+def sampled_texts(settings: RunConfig, documents: int) -> list[str]:
     """Documents that the teacher writes, which are none of those that it writes for a run; loads the teacher.
 
     Raises:

@@ -196,7 +196,8 @@ def _quality(choices: Choices, wishes: Wishes, planner: Planner, parameters: int
         console.print("looking for tasks of lm-evaluation-harness", style="dim")
         measures, missing = harness_measures(parameters, planner.tokenizer)
         if missing:
-            console.print(shown(f"note: {missing}; quality is also measured on text"), soft_wrap=True)
+            instead = "fewer tasks are asked" if measures else "quality is measured on text"
+            console.print(shown(f"note: {missing}; {instead}"), soft_wrap=True)
     (fields,) = choices.tasks
     if wishes.text:
         texts = held_out_texts(TextConfig(path=wishes.text, hold_out=choices.hold_out), planner.tokenizer)
@@ -208,7 +209,7 @@ def _quality(choices: Choices, wishes: Wishes, planner: Planner, parameters: int
 
 def _write(choices: Choices, wishes: Wishes, quality: _Quality, planned: Plan) -> list[Path]:
     """Writes held-out text, if there is some, and the config; gives the files, the config first."""
-    texts = sampled_texts(choices.config()) if quality.texts is None else quality.texts
+    texts = sampled_texts(choices.config(), choices.limit) if quality.texts is None else quality.texts
     if texts:
         write_texts(wishes.held_out, texts)
     minutes = sum(planned.seconds.values()) / 60
