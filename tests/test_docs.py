@@ -59,10 +59,14 @@ QUICK = [
     "distill.batch_size=2",
     "distill.tokens_per_step=32",
     "score.tokens=64",
-    "distill.repair.tokens=64",
 ]
 QUICK_STUDY = ["seeds=[0]", "remove=1", "variants={one: {score.shortlist: null}}", *QUICK, "distill.tokens_per_round=0"]
-ADDED = {**dict.fromkeys(["run", "score", "distill", "eval", "plan"], QUICK), "study": QUICK_STUDY}
+QUICK_RUN = [*QUICK, "distill.repair.tokens=64"]
+ADDED = {
+    **dict.fromkeys(["run", "plan"], QUICK_RUN),
+    **dict.fromkeys(["score", "distill", "eval"], QUICK),
+    "study": QUICK_STUDY,
+}
 DEMO_IS_LONG = "variants={one: {teacher: models/my-llama, tasks: [{kind: choice, data: questions.jsonl}]}}"
 
 FENCE = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```[ ]*$", re.MULTILINE | re.DOTALL)

@@ -25,6 +25,7 @@ BY_TEXT = [
 ]
 SCORINGS = BY_TASKS + BY_TEXT
 SHARES = {"scoring": 0.2, "evaluation": 0.1, "repair": 0.25}  # of the time, at most; training gets what is left
+FOR_TOKENS = ("training", "sampling")
 RESERVE = 0.1  # of the time, for what is not planned: loading, saving, the report
 LEAST_TOKENS, LEAST_REPAIR, LEAST_ROWS = 2048, 4096, 16
 ROWS_OF_TASKS = 50  # which a ranking by tasks needs at least
@@ -162,7 +163,7 @@ def _cheaper(choices: Choices, part: str, halvings: int) -> Choices:
 def _with_tokens(choices: Choices, fitter: Fitter, planned: Plan, usable: float) -> tuple[Choices, Plan]:
     """The choices, with as many tokens of training, and text for them, as the rest of the time allows."""
     for _ in range(STEPS):
-        spent = planned.seconds["training"] + planned.seconds.get("sampling", 0.0)
+        spent = sum(planned.seconds.get(part, 0.0) for part in FOR_TOKENS)
         free = usable - (_total(planned) - spent)
         tokens = choices.tokens_per_round
         if 0.95 * free <= spent <= free or (spent > free and tokens == LEAST_TOKENS):
