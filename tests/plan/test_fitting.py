@@ -130,7 +130,7 @@ def test_a_model_that_does_not_fit_is_refused(choices: Choices, fitter: Fitter) 
     assert message.endswith(" of memory, 202 kB of them for its weights, and there are 1.00 MB")
     assert caught.value.hint == (
         "name a smaller model, or start where there is more memory (--gpu-memory says how much of it a run may take); "
-        "`layerpeel score` and `layerpeel repair` can read a model's layers from disk, with score.weights: stream"
+        "`layerpeel score`, `layerpeel repair` and `layerpeel distill` can read layers from disk (`weights: stream`)"
     )
 
 
