@@ -158,3 +158,26 @@ def test_the_text_says_what_was_chosen(choices: Choices) -> None:
     lines = spare.text_of_config("of a tiny model").splitlines()
     assert lines[0] == "# of a tiny model" and all(line.count(" # ") <= 2 and len(line) <= 140 for line in lines)
     assert choices.config().has_teacher_text and choices.config().score.every == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "models/a",
+        "Org/Model-1.5B",
+        "010",
+        "1e4",
+        "true",
+        "~",
+        "a: b",
+        "a #b",
+        "a\nteacher: b",
+        "модель",
+        '"',
+        "01-ai/Yi",
+    ],
+)
+def test_any_name_is_read_back(name: str, choices: Choices) -> None:
+    named = replace(choices, teacher=name, output=name)
+    assert named.config().teacher == name
+    assert len(named.text_of_config().splitlines()) == len(choices.text_of_config().splitlines())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,9 @@ import yaml
 from layerpeel.config.distill import RepairConfig
 from layerpeel.config.reading import parse_config
 from layerpeel.config.run import RunConfig
+from layerpeel.config.yaml_values import read_yaml
 
+PLAIN = re.compile(r"[A-Za-z/._~][A-Za-z0-9/._~-]*")  # what needs no quotes in YAML, where it is no other value
 COMMENTS_AT = 50  # the column of comments, after lines that are shorter
 KEPT = 4  # candidates that the tasks decide among
 
@@ -67,7 +70,7 @@ class Choices:
 
     def config(self) -> RunConfig:
         """The config that the text says; paths in it are as they were given."""
-        return parse_config(yaml.safe_load(self.text_of_config()), "init")
+        return parse_config(read_yaml(self.text_of_config(), "init", "see configs/ for examples"), "init")
 
     def text_of_config(self, heading: str = "") -> str:
         """The config as YAML.
@@ -154,7 +157,10 @@ def _commented(line: str, comment: str) -> str:
 
 def _value(value: Any) -> str:
     """A plain value in YAML, within a line."""
-    return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=math.inf).strip()[1:-1]
+    if not isinstance(value, str):
+        return str(value)
+    is_plain = PLAIN.fullmatch(value) and yaml.safe_load(value) == value
+    return value if is_plain else json.dumps(value, ensure_ascii=False)
 
 
 def _number(value: int) -> str:

@@ -34,7 +34,7 @@ from layerpeel.plan.quality import (
     write_texts,
 )
 from layerpeel.processes.progress import console, shown
-from layerpeel.processes.text import size
+from layerpeel.processes.text import one_line, size
 from layerpeel.run.preflight import check_teacher
 from layerpeel.storage.files import write_whole
 
@@ -212,10 +212,10 @@ def _write(choices: Choices, wishes: Wishes, quality: _Quality, planned: Plan) -
     texts = sampled_texts(choices.config(), choices.limit) if quality.texts is None else quality.texts
     if texts:
         write_texts(wishes.held_out, texts)
-    minutes = sum(planned.seconds.values()) / 60
+    name, minutes = one_line(Path(wishes.model).name), sum(planned.seconds.values()) / 60
     heading = (
-        f"{Path(wishes.model).name}, {choices.layers} layers to {choices.target_layers}, sized by `layerpeel init` for "
-        f"about {minutes:.0f} min here: layerpeel run {wishes.file.name}"
+        f"{name}, {choices.layers} layers to {choices.target_layers}, sized by `layerpeel init` for "
+        f"about {minutes:.0f} min here: layerpeel run {one_line(wishes.file.name)}"
     )
     write_whole(wishes.file, choices.text_of_config(heading))
     return [wishes.file, *([wishes.held_out] if texts else [])]
