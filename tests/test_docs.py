@@ -62,6 +62,9 @@ QUICK = [
 ]
 QUICK_STUDY = ["seeds=[0]", "remove=1", "variants={one: {score.shortlist: null}}", *QUICK, "distill.tokens_per_round=0"]
 ADDED = {**dict.fromkeys(["run", "score", "distill", "eval", "plan"], QUICK), "study": QUICK_STUDY}
+WITHOUT_TEXT = (
+    "distill.repair.tokens=64"  # for a config of `init`: text that the teacher writes is as long as is read of it
+)
 DEMO_IS_LONG = "variants={one: {teacher: models/my-llama, tasks: [{kind: choice, data: questions.jsonl}]}}"
 
 FENCE = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```[ ]*$", re.MULTILINE | re.DOTALL)
@@ -121,7 +124,10 @@ def call(arguments: list[str]) -> int:
 
 
 def quick(arguments: list[str]) -> list[str]:
-    return [*arguments, *(word for value in ADDED.get(arguments[0], []) for word in ("--set", value))]
+    if arguments[0] == "init":
+        return [*arguments, "--no-harness"]  # without a network
+    added = [*ADDED.get(arguments[0], []), *([WITHOUT_TEXT] if "first.yaml" in arguments else [])]
+    return [*arguments, *(word for value in added for word in ("--set", value))]
 
 
 def write_rows(path: Path, *rows: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from layerpeel.cli.process import main
 from layerpeel.config.reading import load_config
 from layerpeel.inference.ridge import Regression
 from layerpeel.model.loading import load_model
+from layerpeel.plan.speed import Speed
 from layerpeel.run.loop import peel
 from layerpeel.training.rounds import repair
 from tests.families import save_tiny, tiny_tokenizer
@@ -427,3 +428,24 @@ def test_words_from_outside_cannot_style_the_terminal(
     )
     code, out, _ = call(monkeypatch, capsys, "run", "run.yaml")
     assert code == 0 and "[red]x[/]" in out
+
+
+def test_init_writes_a_config_and_says_what_comes_next(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speed = Speed(1e-3, 1e-3, 0.0, 0.0, 0.0, 1e-3, 0.0)
+    monkeypatch.setattr(Speed, "measure", classmethod(lambda cls, *given: speed))
+    arguments = ["init", "teacher", "-o", "my.yaml", "--text", "text.txt", "--minutes", "20", "--no-harness"]
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    assert "6 layers to 5" in out and "held out my-held-out.jsonl" in out
+    assert out.splitlines()[-1] == "next     layerpeel run my.yaml"
+    code, planned, err = call(monkeypatch, capsys, "plan", "my.yaml", "--json")
+    assert code == 0, err
+    assert 0.6 * 1200 < sum(json.loads(planned)["seconds"].values()) < 0.9 * 1200
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert (code, out) == (2, "") and "error: --output: my.yaml is there already" in err
+    code, out, err = call(monkeypatch, capsys, "init", "teacher", "-o", "b.yaml", "--gpu-memory", "much")
+    assert (code, out) == (2, "") and "error: --gpu-memory much: expected a size" in err and "--gpu-memory 24GB" in err
+    code, out, err = call(monkeypatch, capsys, "init", "teacher", "-o", "b.yaml", "--gpu-memory", "1MB", "--no-harness")
+    assert (code, out) == (2, "") and "the smallest run of it takes" in err and not Path("b.yaml").exists()

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from layerpeel.config.fields import TextConfig
 from layerpeel.data.batches import load_rows
 from layerpeel.data.chats import write_chat
-from layerpeel.data.documents import mix_documents, read_documents
+from layerpeel.data.documents import held_out_documents, mix_documents, read_documents
 from layerpeel.errors import InputError
 
 MakeSource = Callable[..., TextConfig]
@@ -197,3 +197,23 @@ def test_no_more_is_read_than_asked_for(make_source: MakeSource, tokenizer: PreT
     assert len(load_rows([make_source(rows, shuffle=400)], tokenizer, **options)) == 10
     with pytest.raises(InputError, match="holds int"):
         load_rows([make_source(rows, shuffle=1000)], tokenizer, **options)
+
+
+def test_held_out_documents_are_in_no_training_text(tmp_path: Path) -> None:
+    for file in range(2):  # of a folder, the documents of all files are counted on
+        texts = [f"{file}{number}" for number in range(4)]
+        (tmp_path / f"{file}.txt").write_text("\n<|endoftext|>\n".join(texts))
+    source = TextConfig(path=str(tmp_path), hold_out=3)
+    assert [document for _, document in held_out_documents(source)] == ["00", "03", "12"]
+    assert list(read_documents(source)) == ["01", "02", "10", "11", "13"]
+    assert sorted(document for _, document in mix_documents([source], 0)) == ["01", "02", "10", "11", "13"]
+    everything = TextConfig(path=str(tmp_path))
+    assert len(list(read_documents(everything))) == 8 and not list(held_out_documents(everything))
+
+
+def test_nothing_is_left_of_one_document(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("one")
+    assert input_error(TextConfig(path=str(tmp_path / "book.txt"), hold_out=5)) == (
+        ": it holds one document, and hold_out leaves that out",
+        "give more documents (in a .txt file, a line <|endoftext|> ends one), or no hold_out",
+    )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from layerpeel.config.distill import DistillConfig, RepairConfig
 from layerpeel.config.fields import TeacherTextConfig, TextConfig
@@ -27,7 +28,7 @@ from layerpeel.model.loading import load_config_of
 from layerpeel.plan.memory import repair_memory, scoring_memory
 from layerpeel.plan.planning import Plan, plan_run
 from layerpeel.plan.shape import Shape, empty_model, shape_of
-from layerpeel.plan.speed import Speed, _decode_times
+from layerpeel.plan.speed import Speed, _decode_times, _seconds
 from layerpeel.run.teacher_checks import read_for_plan
 from tests.families import save_tiny, tiny_model
 
@@ -184,6 +185,38 @@ def test_the_publishers_generation_options_do_not_slow_the_times(monkeypatch: py
     _decode_times(one, two, torch.device("cpu"))
     assert options and not {"num_beams", "repetition_penalty", "cache_implementation"} & set().union(*options)
     assert one.generation_config.num_beams == 4  # as it was
+
+
+def test_layers_are_timed_in_generation_with_a_small_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[PreTrainedModel] = []
+
+    def timed(one: PreTrainedModel, two: PreTrainedModel, device: torch.device) -> tuple[float, float]:
+        models.extend((one, two))
+        return 0.0, 0.0
+
+    monkeypatch.setattr("layerpeel.plan.speed._decode_times", timed)
+    monkeypatch.setattr("layerpeel.plan.speed._seconds", lambda work, device: work() or 1.0)
+    teacher = tiny_model("llama", vocab_size=5000, pad_token_id=4999).config
+    Speed.measure(teacher, DistillConfig(text="none", sequence_length=16), torch.float32, "cpu")
+    assert [(len(model.model.layers), model.config.vocab_size) for model in models] == [(1, 1024), (2, 1024)]
+    assert teacher.vocab_size == 5000
+
+
+def test_long_calls_are_timed_fewer_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], []
+
+    def work(seconds: float) -> Callable[[], None]:
+        def take() -> None:
+            now[0] += seconds
+            calls.append(seconds)
+
+        return take
+
+    monkeypatch.setattr("layerpeel.plan.speed.time.perf_counter", lambda: now[0])
+    for seconds, times in ((0.01, 50), (0.25, 6), (2.0, 3), (60.0, 2)):
+        calls.clear()
+        assert _seconds(work(seconds), torch.device("cpu")) == pytest.approx(seconds)
+        assert times <= len(calls) <= times + 1
 
 
 @pytest.mark.slow

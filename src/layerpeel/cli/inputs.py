@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
 import typer
+from pydantic import Field, TypeAdapter, ValidationError
 
+from layerpeel.config.fields import AS_BYTES
 from layerpeel.errors import InputError
 from layerpeel.storage.outputs import check_output, check_space, is_empty
 
@@ -33,6 +35,9 @@ def expand_home(text: str) -> Path:
 
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config; see configs/.")]
+ConfigOutput = Annotated[
+    Path, typer.Option("--output", "-o", parser=expand_home, metavar="FILE", help="Where to write the config.")
+]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.field=value, over the config's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Layers = Annotated[str, typer.Option("--layers", help="Layers to remove, counted from 0: 5,7 or 5-8.")]
@@ -78,6 +83,18 @@ def parse_layers(text: str) -> list[int]:
     if repeated:
         raise InputError(f"--layers {text}: layer {repeated[0]} is named twice", hint="name each layer once")
     return layers
+
+
+def parse_size(option: str, text: str) -> int:
+    """The bytes that an option names, such as 24GB.
+
+    Raises:
+        InputError: it is no such size.
+    """
+    try:
+        return TypeAdapter(Annotated[int, Field(ge=1), AS_BYTES]).validate_python(text)
+    except ValidationError:
+        raise InputError(f"{option} {text}: expected a size", hint=f"as in {option} 24GB") from None
 
 
 def check_new_folder(folder: Path, model: str) -> None:

@@ -14,6 +14,7 @@ from layerpeel.processes.text import count, duration, moment, one_line, percent,
 if TYPE_CHECKING:
     from layerpeel.importance.scores import LayerScores
     from layerpeel.plan.planning import Plan
+    from layerpeel.plan.starting import Started
     from layerpeel.report import tables
     from layerpeel.report.listing import RunStatus
     from layerpeel.run.events import Quality
@@ -122,3 +123,22 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def start_lines(started: Started) -> list[Table | str]:
+    """What a first config chose, what it will take, and the next command."""
+    choices, scoring = started.choices, started.choices.scoring
+    config, *others = map(shown, started.files)
+    ranking = {0: "once", 1: "before each removal"}.get(scoring.every, f"before each {scoring.every} removals")
+    repair = f", repaired on {choices.repair_tokens:,}" if choices.repair_tokens else ""
+    return [
+        f"{choices.layers} layers to {choices.target_layers}",
+        f"scored by {scoring.decide} {ranking}, on {scoring.tokens:,} tokens",
+        f"measured on {', '.join(str(task['name']) for task in choices.tasks)}, {choices.limit} rows each",
+        f"trained on {choices.tokens_per_round:,} tokens after each removal{repair}, of "
+        + (shown(choices.text) if choices.text else "text that the teacher writes"),
+        *plan_tables(started.plan),
+        f"config   {config}",
+        *(f"held out {other}" for other in others),
+        f"next     layerpeel run {config}",
+    ]

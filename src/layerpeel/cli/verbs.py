@@ -6,6 +6,7 @@ Each imports what it needs, for torch and transformers take seconds, which `--he
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from layerpeel.cli.app import app, importing
 from layerpeel.cli.inputs import (
     AsJson,
     ConfigFile,
+    ConfigOutput,
     Folder,
     Layers,
     MergeAdapter,
@@ -29,12 +31,48 @@ from layerpeel.cli.inputs import (
     find_model,
     load_layerwise,
     parse_layers,
+    parse_size,
 )
 from layerpeel.cli.output import finish_run, print_estimates, stdout, write_scores
 from layerpeel.cli.removal import removal_lines
-from layerpeel.cli.tables import evaluation_table, plan_tables
+from layerpeel.cli.tables import evaluation_table, plan_tables, start_lines
 from layerpeel.processes.distributed import RANK, is_main_process
 from layerpeel.storage.outputs import beside, check_output
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(help="A model folder or a hub name.")],
+    output_: ConfigOutput,
+    target_layers: Annotated[
+        int | None, typer.Option("--target-layers", min=1, help="The depth to reach; about four fifths if not given.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text", metavar="PATH", help="Text to heal on: a file, a folder; the teacher writes it if not given."
+        ),
+    ] = None,
+    minutes: Annotated[float, typer.Option("--minutes", min=1, help="How long the run may take on this machine.")] = 60,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu-memory",
+            metavar="SIZE",
+            help="Memory that the run may take, as 24GB; all that is free here, if not given.",
+        ),
+    ] = None,
+    harness: Annotated[
+        bool, typer.Option(help="Ask for tasks of lm-evaluation-harness, which are fetched from the hub.")
+    ] = True,
+) -> None:
+    """Write a first config for a model, sized for this machine, that runs as it stands."""
+    with importing():
+        from layerpeel.plan.starting import Wishes, start
+
+    memory = parse_size("--gpu-memory", gpu_memory) if gpu_memory else None
+    started = start(Wishes(os.path.expanduser(model), output_, target_layers, text, minutes, memory, harness))
+    stdout.print(*start_lines(started), sep="\n", soft_wrap=True)
 
 
 @app.command()
@@ -200,8 +238,8 @@ def plan(
 ) -> None:
     """Say what a run will take in memory, layer calls and time; reads no weights, and times a random layer."""
     with importing():
-        from layerpeel.cli.planning import make_plan
         from layerpeel.config.reading import load_config
+        from layerpeel.plan.machine import make_plan
 
     planned = make_plan(load_config(config, set_), gpus=gpus, fsdp=fsdp, flops=flops, bandwidth=bandwidth)
     if as_json:

@@ -98,6 +98,8 @@ class TextConfig(Section):
     shuffle: Annotated[int, Field(ge=0), AS_COUNT] = 2048
     """Documents that are held in memory, of which the next is drawn at random, so that a sorted file gives no one-sided
     beginning; 0: in order. Lower it where documents are books."""
+    hold_out: Annotated[int, Field(ge=2), AS_COUNT] | None = None
+    """Leave out the first of every so many documents; `layerpeel init` writes those to a file for a task."""
 
 
 def _as_source(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from torch import Tensor
@@ -22,12 +23,21 @@ TEXT, CHATS = "text", ("messages", "conversations")  # the default columns
 
 
 def read_documents(source: TextConfig) -> Iterator[Document]:
-    """The documents of one source, in the order of its rows; empty ones are left out.
+    """The documents of one source, in the order of its rows; empty ones are left out, and those that it holds out.
 
     Raises:
         InputError: as in `read_rows`; a column is absent or holds something else; or there is no document at all.
     """
     return (document for _, document in _placed_documents(source))
+
+
+def held_out_documents(source: TextConfig) -> Iterator[PlacedDocument]:
+    """The documents that a source holds out, in the order of its rows.
+
+    Raises:
+        InputError: as `read_documents`.
+    """
+    return islice(_all_documents(source), 0, None, source.hold_out) if source.hold_out else iter(())
 
 
 def mix_documents(sources: Sequence[TextSource], seed: int) -> Iterator[PlacedDocument]:
@@ -52,6 +62,19 @@ def mix_documents(sources: Sequence[TextSource], seed: int) -> Iterator[PlacedDo
 
 
 def _placed_documents(source: TextConfig) -> Iterator[PlacedDocument]:
+    count = 0
+    for number, document in enumerate(_all_documents(source)):
+        if not source.hold_out or number % source.hold_out:
+            count += 1
+            yield document
+    if source.hold_out and not count:
+        raise InputError(
+            f"{source.path}: it holds one document, and hold_out leaves that out",
+            hint="give more documents (in a .txt file, a line <|endoftext|> ends one), or no hold_out",
+        )
+
+
+def _all_documents(source: TextConfig) -> Iterator[PlacedDocument]:
     if find_token_text(Path(source.path)):
         yield from ((source.path, document) for document in read_token_documents(Path(source.path)))
         return

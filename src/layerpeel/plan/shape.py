@@ -83,8 +83,9 @@ def shape_of(model: PreTrainedModel, rows: int, length: int) -> Shape:
         rows, length: of a training batch.
     """
     config, layers = text_config(model.config), find_architecture(model).layers
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = getattr(config, "num_attention_heads", None) or 0  # recurrent models have none
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    size = getattr(config, "head_dim", None) or config.hidden_size // max(1, queries)
     return Shape(
         layers=len(layers),
         width=config.hidden_size,

@@ -26,7 +26,11 @@ from layerpeel.plan.shape import Shape
 from layerpeel.training.recipe import MASTER_DTYPE, TrainingRecipe, autocast
 
 NEW = 6  # tokens that are generated for a time
+WORDS = (
+    1024  # in the vocabulary of models whose layers are timed by generating: a real one's logits would take gigabytes
+)
 REPEATS, LEAST_SECONDS = 5, 0.5  # of what is timed, at least
+MOST_SECONDS = 6.0  # on one thing that is timed; long calls need fewer repeats
 MOST_KEPT_BY_MALLOC = 31 * 2**20  # bytes; glibc's own limit is 32 MiB
 
 
@@ -80,10 +84,10 @@ class Speed:
         target = pick_device(device)
         # As in a run: until glibc has seen a large tensor go, it gives all back at once, and layers are slower by half.
         torch.empty(MOST_KEPT_BY_MALLOC, dtype=torch.uint8)
-        one, two = (_random_model(config, layers, dtype).to(target) for layers in (1, 2))
-        timed = _Timed(one, TrainingRecipe(distill))
+        timed = _Timed(_random_model(config, 1, dtype).to(target), TrainingRecipe(distill))
         layer, head, head_loss = timed.layer(), timed.head(), timed.head_loss()
         trained_layer, update = timed.training()
+        one, two = (_random_model(config, layers, dtype, WORDS).to(target) for layers in (1, 2))
         call, row = _decode_times(one, two, target)
         return cls(
             layer,
@@ -171,9 +175,18 @@ class _Timed:
         return layer, update
 
 
-def _random_model(config: PretrainedConfig, layers: int, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of the first layers of this shape, with random weights."""
+def _random_model(
+    config: PretrainedConfig, layers: int, dtype: torch.dtype, vocabulary: int | None = None
+) -> PreTrainedModel:
+    """A model of the first layers of this shape, with random weights.
+
+    Args:
+        vocabulary: as many entries, at most; as given if None.
+    """
     config = copy.deepcopy(config)
+    text = text_config(config)
+    if vocabulary and text.vocab_size > vocabulary:
+        text.vocab_size, text.pad_token_id = vocabulary, None
     rewrite_config(text_config(config), list(range(min(layers, text_config(config).num_hidden_layers))))
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
@@ -205,7 +218,7 @@ def _decode_times(one: PreTrainedModel, two: PreTrainedModel, device: torch.devi
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """The median time of some calls, after a first one."""
     times: list[float] = []
-    while len(times) <= REPEATS or sum(times) < LEAST_SECONDS:
+    while len(times) < 2 or (sum(times) < MOST_SECONDS and (len(times) <= REPEATS or sum(times) < LEAST_SECONDS)):
         _wait(device)
         started = time.perf_counter()
         work()

@@ -49,6 +49,21 @@ def check(config: RunConfig) -> list[Task]:
 
 def check_plan(config: RunConfig) -> list[Task]:
     """As `check`, but for the training text, which need not be here, and the output, which need not be writable."""
+    check_teacher(config)
+    tasks = check_tasks(config)
+    check_metrics(config.score, has_text=bool(config.score.text or config.distill.text), has_tasks=bool(tasks))
+    LossSum(config.distill.losses)
+    if config.distill.trains:
+        TrainingRecipe(config.distill).check(pick_device(config.device))
+    return tasks
+
+
+def check_teacher(config: RunConfig) -> None:
+    """Checks a config against its model alone: when the run is over, sizes, and which layers may go.
+
+    Raises:
+        InputError: it says what will not do.
+    """
     if config.stop == StopConfig.model_construct():
         raise InputError(
             "stop: not given, and a run has to know when it is over",
@@ -58,12 +73,6 @@ def check_plan(config: RunConfig) -> list[Task]:
     _check_sizes(config, teacher)
     _check_target(config, total)
     check_pattern(config, teacher, removable(KeptLayers.full(total), config))
-    tasks = check_tasks(config)
-    check_metrics(config.score, has_text=bool(config.score.text or config.distill.text), has_tasks=bool(tasks))
-    LossSum(config.distill.losses)
-    if config.distill.trains:
-        TrainingRecipe(config.distill).check(pick_device(config.device))
-    return tasks
 
 
 def check_tasks(config: RunConfig) -> list[Task]:

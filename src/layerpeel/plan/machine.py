@@ -1,0 +1,90 @@
+"""Plans of runs on this machine, or on another: a checked config, its teacher's config, and the speed of a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from layerpeel.config.run import RunConfig
+from layerpeel.inference.requests import Request
+from layerpeel.model.devices import pick_device, wanted_dtype
+from layerpeel.plan.planning import Plan, plan_run
+from layerpeel.plan.shape import Shape
+from layerpeel.plan.speed import Speed
+from layerpeel.run.preflight import check_plan
+from layerpeel.run.teacher_checks import read_for_plan
+
+AT_ONCE = Speed(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # for plans that are asked of memory alone
+
+
+class Planner:
+    """Plans runs of one teacher in one dtype: what is read and timed for the first serves the others.
+
+    Args:
+        settings: the first run's.
+        gpus: processes that share the work, one on each GPU.
+        fsdp: whether what trains is split over them.
+        flops: of another machine: operations a second; this one is measured if not given.
+        bandwidth: of that machine: bytes of memory a second.
+
+    Raises:
+        InputError: the model will not do.
+    """
+
+    def __init__(
+        self,
+        settings: RunConfig,
+        *,
+        gpus: int = 1,
+        fsdp: bool = False,
+        flops: float | None = None,
+        bandwidth: float = 2e12,
+    ) -> None:
+        self.teacher, self.tokenizer = read_for_plan(settings)
+        self.gpus, self.fsdp, self.flops, self.bandwidth = gpus, fsdp, flops, bandwidth
+        self.device = torch.device("cuda") if flops else pick_device(settings.device)
+        self.speeds: dict[torch.dtype, Speed] = {}
+
+    def plan(self, settings: RunConfig, requests: Sequence[Sequence[Request]], *, timed: bool = True) -> Plan:
+        """Plans a run.
+
+        Args:
+            requests: of each task.
+            timed: whether seconds are asked for; they are 0 otherwise, and nothing is timed.
+        """
+        dtype = wanted_dtype(self.teacher, self.device, settings.dtype)
+
+        def speed(shape: Shape) -> Speed:
+            if not timed:
+                return AT_ONCE
+            if dtype not in self.speeds:
+                self.speeds[dtype] = self._speed(shape, settings, dtype)
+            return self.speeds[dtype]
+
+        return plan_run(
+            self.teacher,
+            settings,
+            requests,
+            speed,
+            dtype=dtype,
+            device=self.device.type,
+            gpus=self.gpus,
+            fsdp=self.fsdp,
+        )
+
+    def _speed(self, shape: Shape, settings: RunConfig, dtype: torch.dtype) -> Speed:
+        if self.flops:
+            return Speed.of_processor(shape, self.flops, self.bandwidth, settings.distill)
+        return Speed.measure(self.teacher, settings.distill, dtype, settings.device)
+
+
+def make_plan(settings: RunConfig, *, gpus: int, fsdp: bool, flops: float | None, bandwidth: float) -> Plan:
+    """Plans a run, as `Planner` does, with the tasks of its config.
+
+    Raises:
+        InputError: the config, the model or the tasks will not do.
+    """
+    tasks = check_plan(settings)
+    planner = Planner(settings, gpus=gpus, fsdp=fsdp, flops=flops, bandwidth=bandwidth)
+    return planner.plan(settings, [task.requests(planner.tokenizer) for task in tasks])
