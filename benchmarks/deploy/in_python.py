@@ -47,8 +47,12 @@ def main() -> None:
     for runtime in options.only:
         packages, without = PACKAGES[runtime]
         python = make_environment(options.folder / f"env-{runtime}", *packages, without=without)
-        output = [] if runtime == "vllm" else ["-o", str(options.folder / f"{student.name}-{runtime}")]
-        printed = layerpeel("export", str(student), "--to", runtime, "--python", str(python), *output, "--json")
+        output = options.folder / f"{student.name}-{runtime}"
+        where = ["-o", str(output)] * (runtime != "vllm")
+        what = ["verify", str(student), "--against", str(output)]
+        if not output.exists():
+            what = ["export", str(student), "--to", runtime, *where]
+        printed = layerpeel(*what, "--python", str(python), "--json")
         record["runtimes"][runtime] = summary(json.loads(printed)[0])
         if runtime == "vllm" and options.turns:
             measure = partial(time_vllm, load=LOAD, python=str(python))
