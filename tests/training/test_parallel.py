@@ -15,12 +15,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from layerpeel.config.reading import load_config
+from layerpeel.losses.base import StepOutputs
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
+from layerpeel.training.forward import run_both
 from layerpeel.training.parallel import sharded
 from layerpeel.training.result import TrainingResult
 from layerpeel.training.state import TrainingState
@@ -102,12 +105,27 @@ def _worker(folder: Path, poisoned_call: int = 0, dies_after: int = 0, keeps: bo
             Poison(patch, {poisoned_call})
         if dies_after:
             _die_after(patch, dies_after)
+        if os.environ["ACCELERATE_USE_FSDP"] == "true":
+            _check_split_after_forward(patch)
         student, result = train(folder / "text.jsonl", state=state if keeps else None, **options)
     if not RANK:
         save_file(student.trained_state(), folder / "owned.safetensors")
         (folder / "result.json").write_text(json.dumps(asdict(result.summary()) | {"curve": result.curve}))
     torch.distributed.barrier()  # or one leaves while the other still writes, and may be aborted in gloo's threads
     torch.distributed.destroy_process_group()
+
+
+def _check_split_after_forward(patch: pytest.MonkeyPatch) -> None:
+    """No layer keeps its trained parameters whole until the backward pass."""
+
+    def checked(student: Student, *arguments: Any, **options: Any) -> StepOutputs:
+        outputs = run_both(student, *arguments, **options)
+        split = [layer for layer in student.layerwise.layers if isinstance(layer, FSDPModule)]
+        trained = [parameter for layer in split for parameter in layer.parameters() if parameter.requires_grad]
+        assert trained and all(isinstance(parameter, DTensor) for parameter in trained)
+        return outputs
+
+    patch.setattr("layerpeel.training.gradients.run_both", checked)
 
 
 def _die_after(patch: pytest.MonkeyPatch, saves: int) -> None:

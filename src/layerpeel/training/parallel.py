@@ -62,7 +62,8 @@ def _split(layer: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for parameter in layer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.new_empty(0)
-    split = fully_shard(stand_in, mesh=mesh, ignored_params=frozen)
+    # Said, or FSDP2 would keep all layers whole after the forward pass: each is called by itself, as a root.
+    split = fully_shard(stand_in, mesh=mesh, reshard_after_forward=True, ignored_params=frozen)
     split.set_gradient_divide_factor(1.0)  # gradients add up: losses are shares of the step's
     split.set_force_sum_reduction_for_comms(True)
     return stand_in
