@@ -151,9 +151,6 @@ VARIANTS: dict[str, Variant] = {
     "repair-alone": Variant({"tokens_per_round": 0}, over="defaults"),
     "repair-alone-32k": Variant({"tokens_per_round": 0, "repair": {"tokens": 32_768}}, over="defaults"),
     "repair-alone-ridge-0.1": Variant({"tokens_per_round": 0, "repair": {"ridge": 0.1}}, over="defaults"),
-    "repair-alone-ridge-0.03": Variant({"tokens_per_round": 0, "repair": {"ridge": 0.03}}, over="defaults"),
-    "repair-alone-ridge-0.01": Variant({"tokens_per_round": 0, "repair": {"ridge": 0.01}}, over="defaults"),
-    "repair-alone-ridge-0.001": Variant({"tokens_per_round": 0, "repair": {"ridge": 0.001}}, over="defaults"),
     "repair-alone-teacher-text": Variant({"tokens_per_round": 0}, over="defaults", text="teacher"),
     "repair-alone-both-texts": Variant({"tokens_per_round": 0}, over="defaults", text="both"),
     "repair-alone-both-texts-ridge-0.1": Variant(
@@ -205,6 +202,13 @@ VARIANTS: dict[str, Variant] = {
     "both-texts-lr-3e-4": Variant({"learning_rate": 3e-4}, over="defaults", text="both"),
     "both-texts-ridge-0.3": Variant({"repair": {"ridge": 0.3}}, over="defaults", text="both"),
     "both-texts-ridge-1": Variant({"repair": {"ridge": 1.0}}, over="defaults", text="both"),
+    "both-texts-lr-2e-4": Variant({"learning_rate": 2e-4}, over="defaults", text="both"),
+    "both-texts-hidden-3": Variant(losses({"weight": 3.0}), over="defaults", text="both"),
+    "both-texts-hidden-all-layers": Variant(losses({"layers": "all"}), over="defaults", text="both"),
+    "both-texts-hidden-all-layers-3": Variant(losses({"weight": 3.0, "layers": "all"}), over="defaults", text="both"),
+    "hidden-all-layers-3-lr-1.5e-4-rows-1": Variant(
+        {"learning_rate": 1.5e-4, **rows(1), **losses({"weight": 3.0, "layers": "all"})}, over="defaults"
+    ),
     "text-and-teacher-text": Variant({"repair": {}}, text="both"),
     "in-rounds": Variant({"repair": {}, "when": "each_round"}, one_by_one=True),
     "half-at-the-end": Variant({"repair": {}, "when": "half"}, one_by_one=True),
