@@ -266,7 +266,7 @@ def test_before_anything_long_it_says_what_is_missing(
     changed(student, tmp_path / "flat", num_hidden_layers=1, layer_types=["full_attention"])
     code, out, err = command("export", student, *arguments, "--speed")
     said = " ".join(err.split())
-    assert code == 2 and message in said and f"{hint}" in said.split("hint:")[1] and out == ""
+    assert code == 2 and message in said and hint in said.split("hint:")[1] and out == ""
     assert not Path("new").exists()
 
 

@@ -13,7 +13,7 @@ import torch
 from layerpeel.config.distill import DistillConfig
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.model.loading import load_model
-from layerpeel.model.streaming import StreamedLayers, load_streamed
+from layerpeel.model.streaming import StreamedLayers, lacks_weights, load_streamed
 from layerpeel.training.repair_states import RepairState
 from layerpeel.training.repairing import repair_student
 from layerpeel.training.result import TrainingResult
@@ -90,7 +90,7 @@ def test_no_more_than_a_layer_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
 
     @contextmanager
     def watched(layers: StreamedLayers, position: int) -> Iterator[None]:
-        absent = any(value.is_meta for value in layers_of(layers)[position].parameters())
+        absent = lacks_weights(layers_of(layers)[position])
         misses.append(absent and position not in layers._read_ahead)
         with load(layers, position):
             most.append(sum(not next(layer.parameters()).is_meta for layer in layers_of(layers)))

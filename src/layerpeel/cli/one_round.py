@@ -120,10 +120,10 @@ def _heal_streamed(settings: RunConfig, layers: Sequence[int], folder: Path, *, 
     )
     facts, sizes = HealingFacts.of(settings, repaired, training), (removal.parameters, removal.teacher_parameters)
     write_removal_card(folder, settings.teacher, removal.layers, *sizes, facts, removal.broken_cycle)
-    if removal.broken_cycle:
-        stdout.print(f"note     {shown(removal.broken_cycle)}", soft_wrap=True)
-    done = _trained(training) if training else _solved(repaired) if repaired else ""
-    stdout.print(f"{len(removal.layers)} layers, {done}: {shown(folder)}", soft_wrap=True)
+    if training:
+        _say_written(folder, removal.layers, _trained(training), removal.broken_cycle)
+    elif repaired:
+        _say_written(folder, removal.layers, _solved(repaired), removal.broken_cycle)
     state.clear()
 
 
@@ -142,6 +142,11 @@ def _write_student(settings: RunConfig, layers: Sequence[int], folder: Path, hea
     write_removal_card(
         folder, settings.teacher, kept, count_parameters(student), count_parameters(teacher), facts, cycle
     )
+    _say_written(folder, kept, done, cycle)
+
+
+def _say_written(folder: Path, layers: KeptLayers, done: str, cycle: str | None) -> None:
+    """Says where a student is, and what its removal means for other runtimes."""
     if cycle:
         stdout.print(f"note     {shown(cycle)}", soft_wrap=True)
-    stdout.print(f"{len(kept)} layers, {done}: {shown(folder)}", soft_wrap=True)
+    stdout.print(f"{len(layers)} layers, {done}: {shown(folder)}", soft_wrap=True)

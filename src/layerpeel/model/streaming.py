@@ -14,7 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.errors import InputError
@@ -78,7 +78,7 @@ class StreamedLayers:
     def weights_loaded(self, position: int) -> Iterator[None]:
         """Loads the weights of the layer at `position` while the context lasts, unless they are there."""
         layers = self._architecture.layers
-        if not any(parameter.is_meta for parameter in layers[position].parameters()):
+        if not lacks_weights(layers[position]):
             yield
             return
         ready = self._read_ahead.pop(position, None) or self._reader.submit(self._read, position)
@@ -114,6 +114,11 @@ class StreamedLayers:
         with torch.cuda.stream(self._copies):
             on_gpu = {name: pinned[stored].to(self.model.device, non_blocking=True) for name, stored in names.items()}
             return LayerWeights(on_gpu, self._copies.record_event())
+
+
+def lacks_weights(layer: nn.Module) -> bool:
+    """Whether a layer has parameters that are not in memory now."""
+    return any(parameter.is_meta for parameter in layer.parameters())
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.model.streaming import lacks_weights
 from layerpeel.model.surgery import KeptLayers, remove_layers, share
 
 
@@ -46,7 +47,7 @@ class Student:
 
     def is_streamed(self, position: int) -> bool:
         """Whether a layer has weights that are not in memory now."""
-        return any(parameter.is_meta for parameter in self.layerwise.layers[position].parameters())
+        return lacks_weights(self.layerwise.layers[position])
 
     @contextmanager
     def layer_loaded(self, position: int) -> Iterator[None]:
