@@ -53,8 +53,8 @@ def main() -> None:
         "documents": written.text.documents,
         "tokens_per_second": round(written.tokens_per_second, 1),
         "forward_tokens_per_second": round(forward, 1),
-        **asdict(written.signs),
-        "samples": written.samples,
+        **asdict(written.signs()),
+        "samples": written.samples(),
     }
     text = json.dumps(result, indent=1, ensure_ascii=False)
     if options.out:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 BEGIN, END = "<!-- made by scripts/make_results.py -->", "<!-- to here -->"
 
 import healing  # noqa: E402
+import real  # noqa: E402
 from methods import markdown  # noqa: E402
 
 
@@ -178,6 +179,20 @@ def healed(name: str) -> str:
     return "\n\n".join([*parts, source(result)])
 
 
+def published(name: str) -> str:
+    """Ways to make a published model shallower, at equal tokens, on its benchmarks and on held-out text."""
+    result = read(name)
+    settings = result["rows"][0]["settings"]
+    judged = ", ".join(f"{task} {fields['rows']}" for task, fields in settings["tasks"].items())
+    return (
+        f"Rows that are judged, none of which layers are chosen by: {judged}. Kept above chance: the mean of the "
+        "benchmarks less that of guessing, as a share of the teacher's, with the standard error of the difference, "
+        f"paired row by row. KL: to the teacher, mean over the tokens of held-out texts.\n\n"
+        f"{real.markdown(result['rows'])}\n\nMinutes are of one thread, beside other work on the same machine. "
+        f"{source(result)}"
+    )
+
+
 def older_transformers() -> str:
     """What transformers 4.57 makes of checkpoints that `layerpeel remove` wrote."""
     result = read("old-transformers")
@@ -210,6 +225,7 @@ def removal() -> str:
 
 
 SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
+    ("A published model: SmolLM2-135M, 30 layers to 24", "real-smollm2-135m", lambda: published("real-smollm2-135m")),
     ("Quality by depth: storyteller-18", "methods-storyteller", lambda: methods("methods-storyteller")),
     ("Quality by depth: the bundled teacher", "methods-demo", lambda: methods("methods-demo")),
     ("Losses at equal tokens: storyteller-18", "losses-storyteller", lambda: methods("losses-storyteller")),

@@ -111,6 +111,8 @@ DYING = ((0.64, 0.82), (0.58, 0.74), (0.52, 0.66), (0.46, 0.58), (0.4, 0.5), (0.
         (((0.65, math.nan),), {}, [("not_finite", "error", 1)]),
         (FLAT, {"last_loss": 1.99}, [("no_recovery", "warning", 1)]),
         (FLAT, {"last_loss": 2.5}, [("no_recovery", "warning", 1)]),
+        (FLAT, {"last_loss": 2.5, "fall_error": 0.1}, [("no_recovery", "warning", 1)]),
+        (FLAT, {"last_loss": 2.5, "fall_error": 0.3}, []),  # it may have fallen
         (FLAT, {"last_loss": 1.99, "steps": 10}, []),  # too few steps to tell
         (((0.7, 0.9),), {"last_loss": 1.99}, []),  # nothing to recover
         (FLAT, {"gradient_norm": 0.0}, [("no_gradient", "error", 1)]),

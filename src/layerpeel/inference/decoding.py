@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.inference.finite import NotFiniteError, refuse_nan
+from layerpeel.inference.grouped_attention import grouped_queries
 from layerpeel.inference.kv_cache import selected
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.skipping import skipping_by_row
@@ -167,7 +168,8 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
     published = model.generation_config
     model.generation_config = GenerationConfig()
     try:
-        yield
+        with grouped_queries():
+            yield
     finally:
         model.generation_config = published
 

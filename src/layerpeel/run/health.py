@@ -162,13 +162,17 @@ def not_finite(run: RunRecord) -> Iterator[Finding]:
 
 
 def no_recovery(run: RunRecord) -> Iterator[Finding]:
-    """Rounds whose training hardly lowered the loss, though quality was gone."""
+    """Rounds whose training surely hardly lowered the loss, though quality was gone.
+
+    Steps of few tokens are noisy, and after a repair there is less for a short training to recover than their noise.
+    """
     for _, each in _steps(run):
         training = each.training
         first, last = training.first_loss, training.last_loss
         if first is None or last is None or training.steps < LEAST_STEPS:
             continue
-        if each.kept_quality < 1 - WORTH_HEALING and last > (1 - LEAST_FALL) * first:
+        most = first - last + SURE * (training.fall_error or 0.0)
+        if each.kept_quality < 1 - WORTH_HEALING and most < LEAST_FALL * first:
             yield Finding(
                 check="no_recovery",
                 severity="warning",

@@ -28,6 +28,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 FIELDS = {"params": "train", "lr": "learning_rate", "weight_decay": "weight_decay"}  # that set these arguments
 # With torch's own default, Muon needs a far larger learning rate than AdamW; with this, the same (arXiv 2502.16982).
 DEFAULTS: dict[str, dict[str, Any]] = {"Muon": {"adjust_lr_fn": "match_rms_adamw"}}
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # made with one kernel for a whole step, if not asked
 TRIAL_SIZE = 64  # rows and columns of the matrix that an optimizer is tried on
 
 
@@ -103,6 +104,8 @@ def _make(
     split = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
     groups = [split, [parameter for parameter in parameters if not isinstance(parameter, DTensor)]]
     accepted = inspect.signature(kind).parameters
+    if kind in FUSED and not options.keys() & {"fused", "foreach", "differentiable"}:
+        options = {**options, "fused": True}
     decay = {"weight_decay": config.weight_decay} if "weight_decay" in accepted else {}
     constructor: Any = kind
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
@@ -111,8 +113,15 @@ class TrainingResult(TrainingCounts):
             if name not in NO_LOSS
         }
         first, last = ends.pop("loss")
-        norm = _mean([point["gradient_norm"] for point in points])
-        return TrainingSummary(**fields, first_loss=first, last_loss=last, losses=ends, gradient_norm=norm)
+        tenths = [[point["loss"] for point in part] for part in (points[:tenth], points[-tenth:])]
+        return TrainingSummary(
+            **fields,
+            first_loss=first,
+            last_loss=last,
+            fall_error=math.sqrt(sum(statistics.variance(part) / tenth for part in tenths)) if tenth > 1 else None,
+            losses=ends,
+            gradient_norm=_mean([point["gradient_norm"] for point in points]),
+        )
 
 
 @dataclass
@@ -121,12 +130,14 @@ class TrainingSummary(TrainingCounts):
 
     Attributes:
         first_loss, last_loss: means over the first and the last tenth of the steps; None where there were none.
+        fall_error: the standard error of their difference; None where it cannot be told.
         losses: the two for each part of the loss, without its weight.
         gradient_norm: mean over all steps; None where there were none.
     """
 
     first_loss: float | None = None
     last_loss: float | None = None
+    fall_error: float | None = None
     losses: dict[str, tuple[float, float]] = field(default_factory=dict)
     gradient_norm: float | None = None
 

@@ -1,0 +1,350 @@
+"""Makes SmolLM2-135M shallower in many ways, at equal tokens, and judges all of them on the same benchmarks and text.
+
+    python benchmarks/real.py --ways default,paper,loop-untrained --tokens 300_000
+    python benchmarks/real.py --teacher FOLDER            # all ways; another model needs a config of its own
+
+Ours: the loop of configs/smollm2-135m.yaml, with its fields changed; or the layers with the least block influence
+(ShortGPT, arXiv 2403.03853) removed at once. Peers (see real_peers.py): OptiPFair's depth pruning and distillation,
+the distillation trainers of NVIDIA Model-Optimizer and TRL on the block-influence prune. Each runs in a process of its
+own, for its peak of memory; students are kept in runs/real; what is in the file with the same settings is not run
+again. A student is judged on rows of benchmarks that the config does not choose layers by, and by its KL to the teacher
+on held-out text. Prints a Markdown table, and writes what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import real_peers
+import torch
+from distillation import peak_gib
+from healing import KIT, REAL, ROOT, mean_kl, read
+from machine import machine
+from transformers import PreTrainedModel
+
+from layerpeel.config.reading import load_config
+from layerpeel.config.run import RunConfig, TaskConfig
+from layerpeel.export.student import export_student
+from layerpeel.importance.scoring import score_layers, scoring_text
+from layerpeel.model.loading import load_model
+from layerpeel.model.saving import save_model
+from layerpeel.model.surgery import remove_layers
+from layerpeel.run.folder import Run
+from layerpeel.run.loop import peel
+from layerpeel.tasks.evaluation import evaluate
+from layerpeel.tasks.registry import make_tasks
+from layerpeel.tasks.scores import TaskScore
+from layerpeel.training.repairing import repair_student
+from layerpeel.training.rounds import train_student
+from layerpeel.training.student import Student
+
+CONFIG = ROOT / "configs" / "smollm2-135m.yaml"
+EVAL = KIT / "real" / "eval"
+FOLDER = Path("runs/real")
+FIRST = 100  # rows of each benchmark that configs may choose layers by, and that are not judged on
+TASKS: dict[str, dict[str, Any]] = {
+    "piqa": {"kind": "choice", "rows": 400},
+    "arc_easy_val": {"kind": "choice", "rows": 400},
+    "hellaswag": {"kind": "choice", "rows": 300},
+    "sciq": {"kind": "choice", "rows": 400},
+    "winogrande": {"kind": "choice", "rows": 400},
+    "squad": {"kind": "generate", "rows": 150, "metric": "rouge1", "max_new_tokens": 24},
+}
+TEXTS = {"web": "ppl_web_c4.jsonl", "wiki": "ppl_wiki_en.jsonl", "stackexchange": "ppl_stackexchange.jsonl"}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to make the teacher shallower.
+
+    Attributes:
+        kind: `loop`: as the config says. `one_shot`: the least block influence, at once. Else a peer of `real_peers`.
+        distill: fields of `distill` that the config does not have so.
+        score: fields of `score`, likewise.
+    """
+
+    kind: str
+    distill: dict[str, Any] = field(default_factory=dict)
+    score: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trains(self) -> bool:
+        return self.distill.get("tokens_per_round") != 0
+
+
+UNTRAINED = {"tokens_per_round": 0, "repair": False}
+WAYS: dict[str, Way] = {
+    "default": Way("loop"),
+    "paper": Way("loop", {"preset": "paper", "tokens_per_step": 4_096}),
+    "repair-alone": Way("loop", {"tokens_per_round": 0}),
+    "loop-untrained": Way("loop", UNTRAINED),
+    "chosen-by-repaired-kl": Way("loop", score={"shortlist": {"by": "teacher_kl", "keep": 8}, "decide": "repaired_kl"}),
+    "chosen-by-tasks": Way("loop", score={"shortlist": {"by": "teacher_kl", "keep": 4}, "decide": "task_quality"}),
+    "block-influence": Way("one_shot", UNTRAINED),
+    "block-influence-trained": Way("one_shot"),
+    "optipfair": Way("optipfair"),
+    "modelopt": Way("modelopt"),
+    "trl-gkd": Way("trl_gkd"),
+}
+
+
+def main() -> None:
+    """Measures what is not in the file yet, one way after another."""
+    options = read_options()
+    if options.worker:
+        measured = measure(options.worker, options)
+        options.out.write_text(json.dumps(measured), encoding="utf-8")
+        return
+    rows = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.exists() else []
+    for name in ["teacher", *options.ways]:
+        settings = json.loads(json.dumps(settings_of(name, options)))
+        if any(row["way"] == name and row["settings"] == settings for row in rows):
+            continue
+        measured = in_a_process(name, options)
+        rows = [row for row in rows if row["way"] != name] + [
+            {"way": name, **each, "machine": machine(), "settings": settings} for each in measured
+        ]
+        write(options.out, rows)
+    print(markdown(rows))
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default=REAL, help=f"{REAL}, if not given")
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--ways", type=parse_ways, default=[*WAYS], help=", ".join(WAYS))
+    parser.add_argument("--depths", type=lambda text: [int(part) for part in text.split(",")], default=[27, 24])
+    parser.add_argument("--tokens", type=int, default=300_000, help="of training in all")
+    parser.add_argument("--out", type=Path, help="benchmarks/results/real-TEACHER.json, if not given")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.teacher = Path(options.teacher).expanduser()
+    options.out = options.out or ROOT / "benchmarks" / "results" / f"real-{options.teacher.name}.json"
+    return options
+
+
+def parse_ways(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in WAYS]:
+        raise argparse.ArgumentTypeError(f"no way {unknown[0]}; there are {', '.join(WAYS)}")
+    return names
+
+
+def in_a_process(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What `measure` gives, from a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "measured.json"
+        command = [sys.executable, __file__, "--worker", name, "--out", str(out), "--tokens", str(options.tokens)]
+        command += ["--teacher", str(options.teacher), "--config", str(options.config)]
+        command += ["--depths", ",".join(map(str, options.depths))]
+        if subprocess.run(command).returncode:
+            raise SystemExit(f"{name} failed")
+        measured: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))
+        return measured
+
+
+def config_of(way: Way, options: argparse.Namespace) -> RunConfig:
+    """The config with the teacher, the tokens and the way's fields, in a folder of its own."""
+    config = load_config(options.config, [f"teacher={options.teacher}"])
+    removed = teacher_layers(options) - min(options.depths)
+    fields = config.model_dump(mode="json", exclude_unset=True)
+    fields["stop"] = {"target_layers": min(options.depths)}
+    fields["distill"] |= {"tokens_per_round": options.tokens // removed, **way.distill}
+    if "preset" in way.distill:
+        fields["distill"].pop("repair", None)
+    fields["score"] |= way.score
+    return RunConfig.model_validate(fields)
+
+
+def teacher_layers(options: argparse.Namespace) -> int:
+    layers: int = json.loads((options.teacher / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    return layers
+
+
+def settings_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All that a row depends on, but for the code, without the places of files."""
+    judged = {"teacher": options.teacher.name, "tasks": TASKS, "first": FIRST, "texts": TEXTS}
+    if name == "teacher":
+        return judged
+    way = WAYS[name]
+    if way.kind not in ("loop", "one_shot"):
+        return {**judged, "tokens": options.tokens, "peer": real_peers.versions(), "depths": options.depths}
+    config = config_of(way, options).model_dump(mode="json")
+    parts = {part: config[part] for part in ("score", "distill", "dtype", "seed")}
+    return {**judged, "depths": options.depths, **without_places(parts)}
+
+
+def without_places(value: Any) -> Any:
+    """The same, where paths are names of files."""
+    if isinstance(value, Mapping):
+        return {key: Path(each).name if key == "path" else without_places(each) for key, each in value.items()}
+    return [without_places(each) for each in value] if isinstance(value, list) else value
+
+
+def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each depth: what was kept, tokens, minutes and memory of the way, and how its student does."""
+    started = time.monotonic()
+    if name == "teacher":
+        made: Iterable[tuple[Path, dict[str, Any]]] = [(options.teacher, {"layers": teacher_layers(options)})]
+    else:
+        way = WAYS[name]
+        make = {"loop": by_loop, "one_shot": by_one_shot}.get(way.kind, by_peer)
+        made = list(make(name, way, options))
+    spent = {"minutes": (time.monotonic() - started) / 60, "peak_gib": peak_gib(torch.device("cpu"))}
+    return [row | spent | judge(student, options) for student, row in made]
+
+
+def by_loop(name: str, way: Way, options: argparse.Namespace) -> Iterable[tuple[Path, dict[str, Any]]]:
+    """The rounds of a run that ended in one of the depths."""
+    config = config_of(way, options)
+    config.output = FOLDER / name
+    run = peel(config)
+    for number, each in enumerate(run.rounds, start=1):
+        if each.layers in options.depths:
+            student = FOLDER / f"{name}-{each.layers}"
+            if not student.exists():
+                export_student(run, student, number)
+            yield student, {"layers": each.layers, "kept": each.kept, **tokens_of(run, number)}
+
+
+def tokens_of(run: Run, rounds: int) -> dict[str, int]:
+    """What the first rounds of a run were trained and repaired on."""
+    chosen = run.rounds[:rounds]
+    return {
+        "trained_on": sum(each.training.tokens for each in chosen),
+        "repaired_on": sum(each.repair.tokens for each in chosen if each.repair),
+    }
+
+
+def by_one_shot(name: str, way: Way, options: argparse.Namespace) -> Iterable[tuple[Path, dict[str, Any]]]:
+    """The layers with the least block influence, removed at once, and healed on as many tokens as a run has."""
+    config = config_of(way, options)
+    for depth in [min(options.depths)] if way.trains else options.depths:
+        teacher, tokenizer = load_model(options.teacher, dtype=config.dtype)
+        removed = least_influence(config, options, depth)
+        student = Student(teacher)
+        student.remove(removed)
+        distill = config.distill.model_copy(update={"tokens_per_round": options.tokens if way.trains else 0})
+        repair = repair_student(student, tokenizer, distill, removed, seed=config.seed, storage=teacher.dtype)
+        if way.trains:
+            training: dict[str, Any] = {"seed": config.seed, "round_number": 1, "before": [], "storage": teacher.dtype}
+            train_student(student, tokenizer, distill, **training)
+        folder = FOLDER / f"{name}-{depth}"
+        save_model(student.model, tokenizer, folder, teacher.dtype)
+        kept = [layer for layer in range(teacher_layers(options)) if layer not in removed]
+        spent = {"trained_on": distill.tokens_per_round, "repaired_on": repair.tokens if repair else 0}
+        yield folder, {"layers": depth, "kept": kept, **spent}
+
+
+def least_influence(config: RunConfig, options: argparse.Namespace, depth: int) -> list[int]:
+    """The layers that one-shot block influence removes."""
+    model, tokenizer = load_model(options.teacher, dtype=config.dtype)
+    score = config.score.model_copy(update={"decide": "block_influence", "shortlist": None})
+    ranked = score_layers(model, tokenizer, score, text=scoring_text(config, tokenizer)).ranked()
+    return sorted(ranked[: teacher_layers(options) - depth])
+
+
+def by_peer(name: str, way: Way, options: argparse.Namespace) -> Iterable[tuple[Path, dict[str, Any]]]:
+    """A peer's own training, at the lowest depth, saved as its users save it."""
+    depth = min(options.depths)
+    folder = FOLDER / f"{name}-{depth}"
+    text = KIT / "real" / "text" / "general_en.jsonl"
+    job = real_peers.Job(options.teacher, teacher_layers(options) - depth, text, options.tokens, folder)
+    if way.kind == "optipfair":
+        kept, trained = real_peers.optipfair(job)
+    else:
+        removed = least_influence(config_of(way, options), options, depth)
+        student = remove_layers(real_peers.load(options.teacher, torch.float32), removed)
+        kept = [layer for layer in range(teacher_layers(options)) if layer not in removed]
+        trained = {"modelopt": real_peers.modelopt, "trl_gkd": real_peers.trl_gkd}[way.kind](job, student)
+    yield folder, {"layers": depth, "kept": kept, "trained_on": trained, "repaired_on": 0}
+
+
+def judge(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """How a checkpoint does: accuracy by benchmark with each row's answer, and KL to the teacher by kind of text."""
+    student, tokenizer = load_model(folder, dtype="bfloat16")
+    teacher: PreTrainedModel = load_model(options.teacher, dtype="bfloat16")[0]
+    scores = evaluate(student, tokenizer, make_tasks(judged_tasks())).scores
+    texts = {kind: read(EVAL / name, tokenizer, 20) for kind, name in TEXTS.items()}
+    return {
+        "scores": {name: score_to_json(score) for name, score in scores.items()},
+        "kl": {kind: mean_kl(student, teacher, each) for kind, each in texts.items()},
+    }
+
+
+def judged_tasks() -> list[TaskConfig]:
+    """The tasks, on rows after the `FIRST`, which are written out for them."""
+    tasks = []
+    for name, fields in TASKS.items():
+        options = {key: value for key, value in fields.items() if key != "rows"}
+        lines = (EVAL / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        data = FOLDER / "eval" / f"{name}.jsonl"
+        data.parent.mkdir(parents=True, exist_ok=True)
+        data.write_text("\n".join(lines[FIRST : FIRST + fields["rows"]]) + "\n", encoding="utf-8")
+        tasks.append(TaskConfig.model_validate({"name": name, "data": str(data.resolve()), **options}))
+    return tasks
+
+
+def score_to_json(score: TaskScore) -> dict[str, Any]:
+    """With each row's own score, from 0 to 99, for differences that are paired."""
+    rows = [round(100 * (score.value + each)) for each in score.influences or ()]
+    return {"value": score.value, "stderr": score.stderr, "chance": score.chance or 0.0, "rows": rows}
+
+
+def write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes all rows, whole or not at all, in the order of `WAYS`."""
+    order = ["teacher", *WAYS]
+    ordered = sorted(rows, key=lambda row: (order.index(row["way"]), -row["layers"]))
+    command = "python benchmarks/real.py"
+    machines = ", or ".join(sorted({row["machine"] for row in rows}))
+    partial = out.with_suffix(".partial")
+    partial.write_text(json.dumps({"command": command, "machine": machines, "rows": ordered}) + "\n", encoding="utf-8")
+    partial.replace(out)
+
+
+def above_chance(row: Mapping[str, Any]) -> float:
+    """Mean score of the benchmarks, less the mean of guessing."""
+    return sum(score["value"] - score["chance"] for score in row["scores"].values()) / len(row["scores"])
+
+
+def difference_stderr(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """Standard error of the difference of two rows' means, paired row by row."""
+    variances = []
+    for name, score in one["scores"].items():
+        pairs = zip(score["rows"], other["scores"][name]["rows"], strict=True)
+        differences = torch.tensor([(left - right) / 100 for left, right in pairs])
+        variances.append(float(differences.var()) / len(differences))
+    return math.sqrt(sum(variances)) / len(variances)
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line a row, best at each depth first, by what is kept above chance."""
+    teacher = rows[0]
+    tasks, kinds = [*teacher["scores"]], [*teacher["kl"]]
+    heads = ["layers", "way", *tasks, "kept above chance, %", *(f"KL, {kind}" for kind in kinds), "KL, mean"]
+    lines = [f"| {' | '.join([*heads, 'trained on', 'repaired on', 'min', 'GiB'])} |", "|" + "---|" * (len(heads) + 4)]
+    for row in sorted(rows, key=lambda row: (-row["layers"], -above_chance(row))):
+        values = [row["scores"][task]["value"] for task in tasks]
+        share = 100 / above_chance(teacher)
+        error = f" ± {difference_stderr(row, teacher) * share:.1f}" if row is not teacher else ""
+        kl = [row["kl"][kind] for kind in kinds]
+        cells = [row["layers"], row["way"], *(f"{value:.3f}" for value in values)]
+        cells += [f"{above_chance(row) * share:.1f}{error}", *(f"{value:.3f}" for value in kl)]
+        cells += [f"{sum(kl) / len(kl):.3f}", *(f"{row.get(part, 0):,}" for part in ("trained_on", "repaired_on"))]
+        cells += ["", ""] if row is teacher else [f"{row['minutes']:.0f}", f"{row['peak_gib']:.2f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The benchmark on a published model: every way is a config with the same tokens, and differences are paired."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("real")
+
+
+def options_of(real: Any, tmp_path: Path) -> argparse.Namespace:
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 30}', encoding="utf-8")
+    return argparse.Namespace(teacher=tmp_path, config=real.CONFIG, depths=[27, 24], tokens=300_000)
+
+
+def test_every_way_of_ours_is_a_config_with_the_same_tokens(real: Any, tmp_path: Path) -> None:
+    options = options_of(real, tmp_path)
+    for name, way in real.WAYS.items():
+        settings = real.settings_of(name, options)
+        assert str(ROOT.parent) not in json.dumps(settings)
+        if way.kind in ("loop", "one_shot"):
+            config = real.config_of(way, options)
+            assert config.stop.target_layers == 24
+            assert config.distill.tokens_per_round * 6 == (300_000 if way.trains else 0)
+    paper = real.config_of(real.WAYS["paper"], options).distill
+    assert (paper.train, paper.repair, paper.tokens_per_step) == ("neighbours", False, 4_096)
+    assert paper.losses["kl"].model_extra["reduction"] == "sum/100"
+
+
+def row(way: str, layers: int, answers: list[int], kl: float) -> dict[str, Any]:
+    value = sum(answers) / len(answers) / 100
+    score = {"value": value, "stderr": 0.1, "chance": 0.25, "rows": answers}
+    return {
+        "way": way,
+        "layers": layers,
+        "scores": {"a": score, "b": score},
+        "kl": {"web": kl, "wiki": 3 * kl},
+        "minutes": 61.2,
+        "peak_gib": 2.5,
+        "trained_on": 300_000,
+    }
+
+
+def test_what_is_kept_above_chance_and_its_paired_error(real: Any) -> None:
+    teacher, student = row("teacher", 30, [100, 100, 100, 0], 0.0), row("default", 24, [100, 0, 100, 0], 0.2)
+    table = real.markdown([teacher, student])
+    # (0.5 - 0.25) / (0.75 - 0.25); differences 0, 1, 0, 0 have a variance of 0.25, and of two tasks' mean
+    # the error is sqrt(2 * 0.25 / 4) / 2 = 0.1768, over 0.5
+    assert "| 24 | default | 0.500 | 0.500 | 50.0 ± 35.4 | 0.200 | 0.600 | 0.400 | 300,000 | 0 | 61 | 2.50 |" in table
+    assert "| 30 | teacher | 0.750 | 0.750 | 100.0 | 0.000 | 0.000 | 0.000 |" in table
+
+
+def test_the_best_at_each_depth_comes_first(real: Any) -> None:
+    rows = [row("teacher", 30, [100], 0.0), row("worse", 24, [0], 0.2), row("better", 24, [100], 0.2)]
+    lines = real.markdown([{**each, "scores": {"a": {**each["scores"]["a"], "rows": [0, 1]}}} for each in rows])
+    assert [line.split("|")[2].strip() for line in lines.splitlines()[2:]] == ["teacher", "better", "worse"]
