@@ -63,7 +63,7 @@ def test_a_config_from_a_model_alone(family: str, folder: Path) -> None:
 def test_what_is_written_runs(text: str | None, folder: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starting, "FIRST_TOKENS", {"cpu": 2048})
     save_texts(folder / "text.jsonl", tiny_texts([40] * 60))
-    started = start(wishes_for(teacher, text=text, target_layers=5, minutes=2))
+    started = start(wishes_for(teacher, text=text, target_layers=5, minutes=3))
     run = peel(load_config("my.yaml"))
     assert run.finish and run.finish.reason == "target_layers" and run.student_folder.is_dir()
     assert run.rounds[0].end.training.tokens == pytest.approx(started.choices.tokens_per_round, rel=0.05)

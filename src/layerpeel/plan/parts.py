@@ -6,7 +6,7 @@ Counts what `run/loop.py` does round by round: scoring as `importance/work.py` c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from layerpeel.inference.teacher_text import SHARD, tokens_of
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.plan.shape import Shape
 from layerpeel.plan.speed import Speed
+from layerpeel.report.measure import BATCH, NEW, PROMPT, REPEATS, SAMPLE_TOKENS, SAMPLES
 from layerpeel.training.recipe import TrainingRecipe
 
 PADDED = 1.2  # positions in rows for each token of a task: on the stories, rows are filled to 75 to 86 %
@@ -76,10 +77,10 @@ class Parts:
         self.budget = Budget(config.score.memory or default, torch.device("cpu")).bytes
 
     def totals(self, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Layer calls, and seconds, of scoring, evaluation, repair, training, and text that the teacher writes."""
+        """Layer calls and seconds of scoring, evaluation, repair, training, the teacher's text, and of the report."""
         repair = ["repair"] if self.config.distill.repairs else []
         sampling = ["sampling"] if self.config.has_teacher_text else []
-        parts = ["scoring", "evaluation", *repair, "training", *sampling]
+        parts = ["scoring", "evaluation", *repair, "training", *sampling, "report"]
         calls, seconds = (dict.fromkeys(parts, 0.0) for _ in range(2))
 
         def add(part: str, work: tuple[float, float]) -> None:
@@ -102,6 +103,7 @@ class Parts:
         if last := distill.at_end(rounds):
             add("training", self._training(rounds, last.tokens_per_round))
             add("evaluation", self._answering("task_quality", total - rounds, []))
+        calls["report"], seconds["report"] = self._report(range(total - rounds, total + 1))  # by one process
         return calls, seconds
 
     def _scorings(self, kept_layers: KeptLayers) -> list[tuple[str, list[int]]]:
@@ -158,6 +160,18 @@ class Parts:
         rows = max(1, min(SHARD, self.budget // bytes_of_token(1, shape.width, shape.itemsize)) // length)
         each = shape.layers * (speed.decode_row + speed.decode_call / rows) + speed.head
         return float(tokens * shape.layers), tokens * each
+
+    def _report(self, depths: Iterable[int]) -> tuple[float, float]:
+        """Layer calls and seconds of what `report/measure.py` measures and writes of students of these depths."""
+        calls, seconds = 0.0, 0.0
+        steps = NEW + REPEATS * (2 + 2 * NEW) + SAMPLES * SAMPLE_TOKENS
+        rows = steps + REPEATS * NEW * (BATCH - 1)
+        prompts = PROMPT * (1 + REPEATS * (2 + BATCH) + SAMPLES)
+        for layers in depths:
+            calls += layers * (prompts + rows)
+            decoded = steps * self.speed.decode_call + rows * self.speed.decode_row
+            seconds += layers * (prompts * self.speed.layer + decoded) + rows * self.speed.head
+        return calls, seconds
 
     def _repair(self, removed: int, tokens: int) -> tuple[float, float]:
         """Layer calls and seconds of a repair with so many layers gone, from the layer before the gap on.

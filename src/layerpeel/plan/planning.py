@@ -33,7 +33,7 @@ class Plan:
         training_memory, scoring_memory, repair_memory: bytes on each device, by what they are for; none where there is
             no repair.
         layer_tokens: tokens through a layer in all, of `scoring`, `evaluation` (of teacher and students on the tasks),
-            `repair`, and `training` (teacher and student, forward); and of `sampling`, where the teacher writes text.
+            `repair`, `training` (teacher and student, forward), `sampling`, where the teacher writes text, `report`.
         seconds: of the same.
         gpus: how many share the work.
     """

@@ -20,12 +20,12 @@ from layerpeel.inference.decoding import plain_generation
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.losses.base import StepOutputs
 from layerpeel.losses.loss_sum import LossSum
-from layerpeel.model.config_fields import rewrite_config, text_config
+from layerpeel.model.config_fields import context_length, rewrite_config, text_config
 from layerpeel.model.devices import pick_device
 from layerpeel.plan.shape import Shape
 from layerpeel.training.recipe import MASTER_DTYPE, TrainingRecipe, autocast
 
-NEW = 6  # tokens that are generated for a time
+NEW, CONTEXT = 6, 128  # tokens that are generated for a time, after how many
 WORDS = (
     1024  # in the vocabulary of models whose layers are timed by generating: a real one's logits would take gigabytes
 )
@@ -193,9 +193,11 @@ def _random_model(
 
 def _decode_times(one: PreTrainedModel, two: PreTrainedModel, device: torch.device) -> tuple[float, float]:
     """Of a step of generation in one layer: seconds for the call, and for each row."""
+    room = (context_length(one.config) or CONTEXT + NEW + 2) - NEW - 2
+    context = max(1, min(CONTEXT, room))
 
     def step(model: PreTrainedModel, rows: int) -> float:
-        ids = torch.zeros(rows, 32, dtype=torch.long, device=device)
+        ids = torch.zeros(rows, context, dtype=torch.long, device=device)
 
         def generate(new: int) -> None:
             with plain_generation(model):
@@ -209,7 +211,7 @@ def _decode_times(one: PreTrainedModel, two: PreTrainedModel, device: torch.devi
 
         return (_seconds(lambda: generate(2 + NEW), device) - _seconds(lambda: generate(2), device)) / NEW
 
-    least, most = 4, 256
+    least, most = 4, 64
     low, high = (max(step(two, rows) - step(one, rows), 0.0) for rows in (least, most))
     row = max(high - low, 0.0) / (most - least)
     return max(low - least * row, 0.0), row
