@@ -15,6 +15,7 @@ from layerpeel.config.run import RunConfig
 from layerpeel.data.token_documents import find_token_text, write_documents
 from layerpeel.errors import InputError
 from layerpeel.inference import teacher_text
+from layerpeel.report.gather import costs_of
 from layerpeel.report.page import write_report
 from layerpeel.run.card import card_facts, card_metadata
 from layerpeel.run.events import TeacherText
@@ -119,6 +120,8 @@ def test_the_report_and_the_card_say_what_the_teacher_wrote(settings: dict[str, 
     assert text.tokens >= 600
     run.events[run.events.index(text)] = text.model_copy(update={"samples": ["<script>alert(1)</script>\u202e", "w9"]})
     page = write_report(run, measure=True).read_text()
+    assert costs_of(run).text_seconds == text.tokens / text.tokens_per_second < costs_of(run).seconds
+    assert "the teacher&#39;s text" in page.split("time spent")[1].split("</div>")[0].replace("'", "&#39;")
     assert "Text that the teacher wrote" in page and text.folder in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;\\u202e" in page and "<script>alert(1)" not in page
     facts = card_facts(run, 2, card_metadata(run.config), None)

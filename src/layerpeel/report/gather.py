@@ -196,6 +196,7 @@ class Costs:
     """What a run took.
 
     Attributes:
+        text_seconds: of the text that the teacher wrote.
         scoring_seconds: short trainings of candidates included.
         layer_tokens: tokens that went through a layer in scoring.
         repair_seconds: of repairs in closed form.
@@ -203,6 +204,7 @@ class Costs:
         training_tokens: the last pass included.
     """
 
+    text_seconds: float
     scoring_seconds: float
     layer_tokens: int
     repair_seconds: float
@@ -211,17 +213,19 @@ class Costs:
 
     @property
     def seconds(self) -> float:
-        """Of scoring, repair and training."""
-        return self.scoring_seconds + self.repair_seconds + self.training_seconds
+        """Of all of these."""
+        return self.text_seconds + self.scoring_seconds + self.repair_seconds + self.training_seconds
 
 
 def costs_of(run: Run) -> Costs:
-    """What scoring, repair and training took in all."""
+    """What the teacher's text, scoring, repair and training took in all."""
     rows = cost_rows(run)
     trainings = [each.training for each in run.rounds]
     if run.last_pass:
         trainings.append(run.last_pass.training)
+    written = [text for text in run.teacher_texts if text.tokens_per_second]  # else it was there before
     return Costs(
+        text_seconds=sum(text.tokens / text.tokens_per_second for text in written),
         scoring_seconds=sum(row.scoring_seconds + row.healing_seconds for row in rows),
         layer_tokens=sum(scores.layer_tokens for each in run.rounds for _, scores in _scorings(each)),
         repair_seconds=sum(row.repair_seconds for row in rows),
