@@ -83,12 +83,14 @@ class Way:
 
 
 UNTRAINED = {"tokens_per_round": 0, "repair": False}
+BY_REPAIRED_KL = {"shortlist": {"by": "teacher_kl", "keep": 8}, "decide": "repaired_kl"}
 WAYS: dict[str, Way] = {
     "default": Way("loop"),
     "paper": Way("loop", {"preset": "paper", "tokens_per_step": 4_096}),
     "repair-alone": Way("loop", {"tokens_per_round": 0}),
+    "repair-alone-chosen-by-repaired-kl": Way("loop", {"tokens_per_round": 0}, BY_REPAIRED_KL),
     "loop-untrained": Way("loop", UNTRAINED),
-    "chosen-by-repaired-kl": Way("loop", score={"shortlist": {"by": "teacher_kl", "keep": 8}, "decide": "repaired_kl"}),
+    "chosen-by-repaired-kl": Way("loop", score=BY_REPAIRED_KL),
     "chosen-by-tasks": Way("loop", score={"shortlist": {"by": "teacher_kl", "keep": 4}, "decide": "task_quality"}),
     "block-influence": Way("one_shot", UNTRAINED),
     "block-influence-trained": Way("one_shot"),
