@@ -72,7 +72,7 @@ TABLE = """# Planning a run
 `layerpeel plan my.yaml` estimates the memory and time of a run from the teacher's config alone: no weights are read. It
 counts the layer calls of scoring, evaluation and training, and multiplies them by times that it measures on one layer
 and one head of that shape with random weights; for another machine, give `--flops` and `--bandwidth`. `--gpus 8`
-divides the work among eight GPUs, `--fsdp` shards the trained parameters.
+divides the work among eight GPUs, `--fsdp` splits layers, and what trains in them, while they train.
 
 Of {names}, a third of the layers removed: {tokens} tokens a round in rows of
 2,048, batches of 2, AdamW on fp32 copies, bfloat16 frozen weights. {share}
@@ -89,7 +89,8 @@ Assumptions:
 - the tasks are {choices[0]} choice questions with prompts of {choices[1]} tokens, and {written} texts to be written;
 - a prompt runs once for all choices after it; text is generated to its full length; nothing races;
 - branches of candidates take 8 GiB (`score.memory`) while the model is scored;
-- the frozen weights are whole on each GPU; with FSDP2, what trains is split: fp32 copy, gradients, AdamW's state;
+- the frozen weights are whole on each GPU; with FSDP2, layers are split while they train, and so are fp32 copies,
+  gradients and AdamW's state;
 - a step of generation reads the weights once for all rows; memory for the CUDA context, and what an allocator leaves
   unused, comes on top.
 """

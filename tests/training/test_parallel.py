@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -34,8 +33,8 @@ from tests.training.test_rounds import Killed, kill_at, same, train, write_text
 ROOT = Path(__file__).parents[2]
 
 
-def launch(*command: str, fsdp: bool = False, dies: bool = False) -> str:
-    """Runs a Python program in two processes, which ends well or dies; gives what they said on stderr."""
+def launch(*command: str, fsdp: bool = False, dies: bool = False, processes: int = 2) -> str:
+    """Runs a Python program in several processes, which ends well or dies; gives what they said on stderr."""
     done = subprocess.run(
         [
             sys.executable,
@@ -44,7 +43,7 @@ def launch(*command: str, fsdp: bool = False, dies: bool = False) -> str:
             "-m",
             "torch.distributed.run",
             "--nproc-per-node",
-            "2",
+            str(processes),
             "--standalone",
             *command,
         ],
@@ -116,13 +115,13 @@ def _worker(folder: Path, poisoned_call: int = 0, dies_after: int = 0, keeps: bo
 
 
 def _check_split_after_forward(patch: pytest.MonkeyPatch) -> None:
-    """No layer keeps its trained parameters whole until the backward pass."""
+    """No layer, frozen or trained, stays whole until the backward pass."""
 
     def checked(student: Student, *arguments: Any, **options: Any) -> StepOutputs:
         outputs = run_both(student, *arguments, **options)
-        split = [layer for layer in student.layerwise.layers if isinstance(layer, FSDPModule)]
-        trained = [parameter for layer in split for parameter in layer.parameters() if parameter.requires_grad]
-        assert trained and all(isinstance(parameter, DTensor) for parameter in trained)
+        stand_ins = [*student.layerwise.stand_ins.values(), *student.teacher.stand_ins.values()]
+        parameters = [parameter for layer in stand_ins for parameter in layer.parameters()]
+        assert parameters and all(isinstance(parameter, DTensor) for parameter in parameters)
         return outputs
 
     patch.setattr("layerpeel.training.gradients.run_both", checked)
@@ -195,23 +194,34 @@ def test_a_student_has_its_own_layers_back(monkeypatch: pytest.MonkeyPatch, faul
     student.remove([2])
     student.add_trained([name for name in student.parameters() if student.layer_of(name) in (1, 3)])
     weights = {name: value.clone() for name, value in student.trained_state().items()}
-    for name in student.trained:
-        student.parameters()[name].requires_grad_(True)
+    of_teacher = {name: value.clone() for name, value in student.teacher.model.state_dict().items()}
     layers = list(student.layerwise.layers)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         with suppress(Killed), sharded(student, weights):
-            assert list(student.layerwise.layers) != layers
-            for parameter in student.parameters().values():
-                if isinstance(parameter, DTensor):
-                    parameter.to_local().data.add_(1.0)
+            of_layers = {name: p for name, p in student.parameters().items() if student.layer_of(name) is not None}
+            assert all(isinstance(parameter, DTensor) for parameter in of_layers.values())
+            assert not any(parameter.numel() for parameter in student.teacher.layers.parameters())
+            for name in student.trained:
+                of_layers[name].to_local().data.add_(1.0)  # type: ignore[operator]
             if fault:
                 raise fault
     finally:
         torch.distributed.destroy_process_group()
     assert list(student.layerwise.layers) == layers
+    assert not student.layerwise.stand_ins and not student.teacher.stand_ins
     for name, value in student.trained_state().items():
         assert torch.equal(value, weights[name] + (0.0 if fault else 1.0)), name
+    if fault:
+        assert not any(parameter.numel() for parameter in student.teacher.layers.parameters())
+        return
+    for name, value in student.teacher.model.state_dict().items():
+        assert torch.equal(value, of_teacher[name]), name
+    assert all(
+        student.parameters()[name] is p
+        for name, p in student.teacher.model.named_parameters()
+        if name in student.parameters() and name not in student.trained
+    )
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def text(tmp_path: Path) -> Path:
 
 def train(text: Path, steps: int = 6, family: str = "llama", **options: Any) -> tuple[Student, TrainingResult]:
     """Trains a student without layers 2 and 4 (or `removed`) on unpacked documents, about eight of them a step."""
-    removed = options.pop("removed", [2, 4])
+    removed, teacher = options.pop("removed", [2, 4]), options.pop("teacher", None) or tiny_model(family)
     call = {name: options.pop(name) for name in ("cache", "log", "state", "storage") if name in options}
     fields = {
         "text": str(text),
@@ -55,7 +55,7 @@ def train(text: Path, steps: int = 6, family: str = "llama", **options: Any) -> 
     config = DistillConfig(**fields)
     assert config.tokens_per_step != "auto"
     config.tokens_per_round = steps * config.tokens_per_step
-    student = Student(tiny_model(family))
+    student = Student(teacher)
     student.remove(removed)
     return student, train_student(student, tiny_tokenizer(), config, **call)
 

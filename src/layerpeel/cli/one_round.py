@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from layerpeel.model.origin import StoredDtypes, stored_dtypes, teacher_origin
 from layerpeel.model.removal import remove_from_files
 from layerpeel.model.saving import save_model
 from layerpeel.model.surgery import KeptLayers
+from layerpeel.processes.distributed import from_main
 from layerpeel.processes.progress import shown
 from layerpeel.run.preflight import check_streamed_text
 from layerpeel.run.removal_card import HealingFacts, write_removal_card
@@ -115,9 +116,9 @@ def _heal_streamed(settings: RunConfig, layers: Sequence[int], folder: Path, *, 
     if train:
         training = train_student(student, tokenizer, config, **options)
     trained = {name: partial(torch.Tensor.detach, value) for name, value in student.trained_state().items()}
-    removal = remove_from_files(
-        settings.teacher, layers, folder, replaced={**student.replaced, **trained}, **teacher_options(settings)
-    )
+    replaced: Mapping[str, Callable[[], torch.Tensor]] = {**student.replaced, **trained}
+    write = partial(remove_from_files, settings.teacher, layers, folder, replaced=replaced, **teacher_options(settings))
+    removal = from_main(write)
     facts, sizes = HealingFacts.of(settings, repaired, training), (removal.parameters, removal.teacher_parameters)
     write_removal_card(folder, settings.teacher, removal.layers, *sizes, facts, removal.broken_cycle)
     if training:

@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, D hidden, V vocabulary, L layers, C candidates, S bra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -67,6 +67,7 @@ class LayerwiseModel:
     Attributes:
         layer_inputs: records what the model's own forward hands to its layers.
         streamed: whether `weights_loaded` was given.
+        stand_ins: modules that run in the place of layers, by position, while these are split over processes.
         tokens_per_call: tokens through a layer at a time, where a call does not say otherwise.
         logit_rows_at_a_time: rows of logits at a time, where a call does not say otherwise.
 
@@ -82,6 +83,7 @@ class LayerwiseModel:
         self.layer_inputs = LayerInputRecorder(self.architecture)
         self.streamed = weights_loaded is not None
         self.weights_loaded = weights_loaded or (lambda _: nullcontext())
+        self.stand_ins: Mapping[int, nn.Module] = {}
         self.tokens_per_call = tokens_per_call(self.width, self.device.type)
         self.logit_rows_at_a_time = logit_rows_at_a_time(self.vocab_size, self.device.type)
 
@@ -135,7 +137,7 @@ class LayerwiseModel:
 
     def layer(self, position: int, hidden: Tensor, arguments: LayerInputs) -> Tensor:
         """Runs one layer on the batch that `arguments` were recorded for: [B, T, D] -> [B, T, D]."""
-        return run_layer(self.layers[position], hidden, arguments)
+        return run_layer(self.stand_ins.get(position, self.layers[position]), hidden, arguments)
 
     def layer_on_branches(
         self, position: int, hidden: Tensor, arguments: LayerInputs, batch: int, tokens_per_call: int | None = None

@@ -24,7 +24,7 @@ class Planner:
     Args:
         settings: the first run's.
         gpus: processes that share the work, one on each GPU.
-        fsdp: whether what trains is split over them.
+        fsdp: whether layers are split over them while they train.
         flops: of another machine: operations a second; this one is measured if not given.
         bandwidth: of that machine: bytes of memory a second.
 

@@ -35,7 +35,7 @@ def training_memory(
         trained: how many numbers train.
         optimizer_bytes: of optimizer state for them.
         graph: layers of the student that gradients go through.
-        split: over how many devices what trains is split (FSDP2).
+        split: over how many devices layers are split (FSDP2), and what trains with them.
     """
     if not trained:
         return {"weights": float(shape.parameters * shape.itemsize)}
@@ -51,7 +51,7 @@ def training_memory(
     gradients = master * trained / split
     transient = activations + (gradients if recipe.accumulates else 0)  # a step's first backward finds none
     parts = {
-        "weights": float(shape.parameters * shape.itemsize),
+        **_frozen_bytes(shape, split),
         "trained copies in fp32": master * trained / split,
         recipe.optimizer_name: optimizer_bytes / split,
         **({"mean of the last weights": master * trained / split} if distill.average_last else {}),
@@ -61,6 +61,17 @@ def training_memory(
     if device == "cpu":  # elsewhere they are in the host's memory
         parts["weights as they were, to start a round again"] = float(shape.itemsize * trained)
     return parts | _unused(activations, device)
+
+
+def _frozen_bytes(shape: Shape, split: int) -> dict[str, float]:
+    """The teacher's weights; split, its layers are, and those that run are gathered.
+
+    A layer that trains is gathered in fp32, with its gradient, what is sent of it, and the one that is gathered ahead.
+    """
+    in_layers = min(shape.parameters, shape.layers * shape.layer_parameters)
+    weights = {"weights": shape.itemsize * (shape.parameters - in_layers + in_layers / split)}
+    gathered = {"layers that are gathered, and their gradients": 4.0 * MASTER_DTYPE.itemsize * shape.layer_parameters}
+    return weights | (gathered if split > 1 else {})
 
 
 def repair_memory(shape: Shape, tokens: int, device: str) -> dict[str, float]:

@@ -77,7 +77,7 @@ def plan_run(
         dtype: of the frozen weights.
         device: `cpu` or `cuda`, to whose memory chunks are sized.
         gpus: processes that share the work.
-        fsdp: whether they split what trains.
+        fsdp: whether they split layers, and what trains in them, for the time of training.
 
     Raises:
         InputError: the config selects nothing to train.

@@ -69,7 +69,7 @@ class Outline(Student):
         self.kept_layers = KeptLayers.full(len(layers)).without(removed)
         architecture.set_layers([layers[layer] for layer in self.kept_layers.kept])
         self.layerwise = LayerwiseModel.__new__(LayerwiseModel)  # its `__init__` would run the model
-        self.layerwise.model, self.layerwise.architecture = model, architecture
+        self.layerwise.model, self.layerwise.architecture, self.layerwise.stand_ins = model, architecture, {}
 
     def is_streamed(self, position: int) -> bool:
         """Never: what is on the meta device stays there."""

@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from layerpeel.errors import InputError, RunError
 from layerpeel.losses.loss_sum import LossSum
@@ -71,7 +70,7 @@ class StepGradients:
             self._check_can_halve(rows)
             halved += 1
             console.print(f"out of memory: micro-batches of {max(1, most >> halved)} rows from here")
-            for parameter in self.student.model.parameters():
+            for parameter in self.student.parameters().values():
                 parameter.grad = None
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -95,17 +94,23 @@ class StepGradients:
         return totals
 
     def _check_can_halve(self, rows: int) -> None:
-        if rows == 1 or any(isinstance(parameter, DTensor) for parameter in self.student.model.parameters()):
+        if rows == 1 or self.student.layerwise.stand_ins:
             raise RunError(
                 f"out of memory in training, with {rows} rows of {self.config.sequence_length} tokens at a time",
                 hint="lower distill.batch_size (the steps stay the same) or distill.sequence_length, or set "
                 "distill.activation_checkpointing: true",
             )
 
+    def _lacked_by_any(self, states: Mapping[int, Tensor] | None) -> bool:
+        """Whether a process has to run the teacher: where its layers are split, all of them run it, or none."""
+        return bool(sum_numbers({"lacking": float(states is None)}, self.device)["lacking"])
+
     def _backward(self, batch: Mapping[str, Tensor], counts: Mapping[str, float]) -> dict[str, Tensor]:
         """Adds a micro-batch's gradients; gives its share of the losses."""
         layers = [*self.hidden_layers, FINAL]
-        states = self.cache.find(batch, layers, self.student.model) if self.cache else None
+        states = cached = self.cache.find(batch, layers, self.student.model) if self.cache else None
+        if self.cache and self.student.layerwise.stand_ins and self._lacked_by_any(cached):
+            states = None
         with self.autocast():
             outputs = run_both(
                 self.student,
@@ -117,7 +122,8 @@ class StepGradients:
                 recompute=self.config.activation_checkpointing,
             )
             if self.cache and states is None:
-                states = self.cache.keep(batch, {layer: outputs.teacher_hidden[layer] for layer in layers})
+                computed = {layer: outputs.teacher_hidden[layer] for layer in layers}
+                states = cached or self.cache.keep(batch, computed)
                 outputs = replace(outputs, teacher_hidden=states, teacher_final=states[FINAL])
             loss, parts = self.losses(outputs)
         if not loss.requires_grad:

@@ -1,24 +1,27 @@
-"""Several processes that train one student: sums of gradients, and parameters sharded between them.
+"""Several processes that train one student: sums of gradients, and layers split between them.
 
-Every process holds the frozen weights. What trains is replicated too, and its gradients are summed after the last
-micro-batch of a step; or, under FSDP2, each layer's trained parameters, gradients and optimizer state are split.
+Every process holds all weights, and the gradients of what trains are summed after the last micro-batch of a step; or,
+under FSDP2, each process holds its part of each layer, of the teacher's and of the student's, and of the gradients and
+the optimizer state of what trains in them, and a layer is gathered where it runs.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed import fsdp
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from layerpeel.processes.distributed import sum_numbers
+from layerpeel.training.recipe import MASTER_DTYPE
 from layerpeel.training.student import Student
 
 BUCKET = 2**26  # elements that are summed over processes at a time
@@ -26,58 +29,134 @@ BUCKET = 2**26  # elements that are summed over processes at a time
 
 @contextmanager
 def sharded(student: Student, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """For the time of the context, splits what trains over the processes, under `accelerate launch --use_fsdp`.
+    """For the time of the context, splits all layers over the processes, under `accelerate launch --use_fsdp`.
 
-    The layers that train are replaced by stand-ins whose trained parameters are split (FSDP2) and whose frozen ones are
-    the same tensors as before. Afterwards the layers are back, with all of the trained weights.
+    Stand-ins whose parameters are split (FSDP2) run in the place of the layers: one for teacher and student where they
+    have the same weights, else one for each. What trains has `MASTER_DTYPE` in them. The layers themselves have no
+    weights meanwhile, and have them again afterwards, with what was trained; those that are streamed are on the disk.
+
+    After an exception the layers have their trained weights as they were before, and no others: other processes may be
+    elsewhere, and would not answer if they were asked for their parts. Such a teacher has to be loaded again, unless
+    its layers are streamed.
 
     Args:
-        weights: the trained parameters by name, as they were before. After an exception the layers hold these: other
-            processes may be elsewhere, and would not answer if they were asked for their parts.
+        weights: the trained parameters by name, as they were before.
     """
     if not distributed.is_initialized() or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         yield
         return
-    mesh = init_device_mesh(student.model.device.type, (distributed.get_world_size(),))
-    layers = list(student.layerwise.layers)
-    split = {position: _split(layer, mesh) for position, layer in enumerate(layers) if _trains(layer)}
-    student.layerwise.architecture.set_layers([split.get(position, layer) for position, layer in enumerate(layers)])
+    split = SplitLayers(student, weights)
+    split.put()
     try:
         yield
     except BaseException:
-        student.layerwise.architecture.set_layers(layers)
+        split.take_out()
         for name, parameter in student.parameters().items():
-            if parameter.requires_grad and not parameter.numel():
+            if name in weights and not parameter.numel():
                 parameter.data = weights[name].to(parameter)
         raise
-    student.layerwise.architecture.set_layers(layers)
-    for position, stand_in in split.items():
-        _take_back(layers[position], stand_in)
+    split.take_out()
+    split.give_weights()
 
 
-def _split(layer: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """A copy of the layer with its trained parameters split; the layer itself is left without them."""
-    frozen = {p for p in layer.parameters() if not p.requires_grad}
-    stand_in = copy.deepcopy(layer, memo={id(t): t for t in (*frozen, *layer.buffers())})
-    for parameter in layer.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.new_empty(0)
-    # Said, or FSDP2 would keep all layers whole after the forward pass: each is called by itself, as a root.
-    split = fully_shard(stand_in, mesh=mesh, reshard_after_forward=True, ignored_params=frozen)
-    split.set_gradient_divide_factor(1.0)  # gradients add up: losses are shares of the step's
-    split.set_force_sum_reduction_for_comms(True)
-    return stand_in
+class SplitLayers:
+    """Stand-ins for the layers of a teacher and its student, split over the processes; the layers lose their weights.
+
+    One layer after the other is split, so that no more than one is in memory twice.
+
+    Args:
+        trained: names of the parameters that will train.
+
+    Attributes:
+        of_teacher, of_student: by position; the same module where both have the same weights.
+    """
+
+    def __init__(self, student: Student, trained: Collection[str]) -> None:
+        self.student, self.trained, self._loaded = student, trained, student.teacher.weights_loaded
+        self.of_teacher: dict[int, nn.Module] = {}
+        self.of_student: dict[int, nn.Module] = {}
+        self._mesh = init_device_mesh(student.model.device.type, (distributed.get_world_size(),))
+        for index in range(len(student.teacher.layers)):
+            self._split_layer(index)
+        stand_ins = [*self.of_teacher.values(), *self.of_student.values()]
+        if hasattr(fsdp, "share_comm_ctx"):  # or each keeps its gradients to the end, and buffers on streams of its own
+            fsdp.share_comm_ctx(list(dict.fromkeys(stand_ins)))  # type: ignore[arg-type]
+        self._set_prefetched()
+
+    def _split_layer(self, index: int) -> None:
+        """Splits a layer of the teacher, and the student's version of it."""
+        student, teacher = self.student, self.student.teacher
+        position = student.kept_layers.position(index) if index in student.kept_layers.kept else None
+        with teacher.weights_loaded(index):
+            self.of_teacher[index] = self._split(teacher.layers[index], {})
+            if position is not None and index in student.changed_layers:
+                prefix = f"{student.layerwise.architecture.layer_prefix()}.{index}."
+                named = {name.removeprefix(prefix) for name in self.trained if name.startswith(prefix)}
+                with student.layer_loaded(position):
+                    self.of_student[position] = self._split(student.layer(index), named)
+            elif position is not None:
+                self.of_student[position] = self.of_teacher[index]
+        for layer in (teacher.layers[index], *([] if position is None else [student.layer(index)])):
+            for parameter in layer.parameters():
+                if not parameter.is_meta:
+                    parameter.data = parameter.data.new_empty(0)
+
+    def _split(self, layer: nn.Module, trained: Collection[str]) -> nn.Module:
+        """A copy of a layer with its parameters split; those that are named train."""
+        memo: dict[int, Tensor] = {id(buffer): buffer for buffer in layer.buffers()}
+        for name, parameter in layer.named_parameters():
+            value = parameter.detach().to(MASTER_DTYPE) if name in trained else parameter.detach()
+            memo[id(parameter)] = nn.Parameter(value, requires_grad=name in trained)
+        stand_in = copy.deepcopy(layer, memo)  # type: ignore[arg-type]
+        # Said, or FSDP2 would keep all layers whole after the forward pass: each is called by itself, as a root.
+        split = fsdp.fully_shard(stand_in, mesh=self._mesh, reshard_after_forward=True)
+        split.set_gradient_divide_factor(1.0)  # gradients add up: losses are shares of the step's
+        split.set_force_sum_reduction_for_comms(True)
+        return stand_in
+
+    def _set_prefetched(self) -> None:
+        """In the backward pass, the layer below is gathered while one runs, down to the first that trains."""
+        trains = [any(p.requires_grad for p in layer.parameters()) for layer in self.of_student.values()]
+        first = 0 if self.student.trains_embeddings or True not in trains else trains.index(True)
+        for position, layer in self.of_student.items():
+            below = self.of_student[position - 1] if position > first else layer  # itself: nothing more
+            layer.set_modules_to_backward_prefetch([below])  # type: ignore[operator]
+
+    def put(self) -> None:
+        """Lets the stand-ins run in the place of the layers."""
+        teacher, student = self.student.teacher, self.student.layerwise
+        teacher.stand_ins, student.stand_ins, teacher.weights_loaded = self.of_teacher, self.of_student, self._gathered
+
+    def take_out(self) -> None:
+        """Lets the layers run themselves again."""
+        teacher, student = self.student.teacher, self.student.layerwise
+        teacher.stand_ins, student.stand_ins, teacher.weights_loaded = {}, {}, self._loaded
+
+    def _gathered(self, index: int) -> AbstractContextManager[Any]:
+        """A context in which a layer that teacher and student share is gathered once for both, where it first runs."""
+        layer = self.of_teacher[index]
+        return _kept_whole(layer) if layer in self.of_student.values() else nullcontext()
+
+    @torch.no_grad()
+    def give_weights(self) -> None:
+        """Gives the layers their weights again, in the dtypes that they had; all processes have to call it."""
+        teacher, student = self.student.teacher.layers, self.student.layerwise.layers
+        for layers, stand_ins in ((teacher, self.of_teacher), (student, self.of_student)):
+            for position, stand_in in stand_ins.items():
+                for parameter, part in zip(layers[position].parameters(), stand_in.parameters(), strict=True):
+                    if not parameter.numel():  # shared ones once; what is streamed stays on the disk
+                        parameter.data = part.detach().to(parameter.dtype).full_tensor()  # type: ignore[attr-defined]
 
 
-@torch.no_grad()
-def _take_back(layer: nn.Module, stand_in: nn.Module) -> None:
-    for parameter, trained in zip(layer.parameters(), stand_in.parameters(), strict=True):
-        if isinstance(trained, DTensor):
-            parameter.data = trained.full_tensor()
-
-
-def _trains(layer: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in layer.parameters())
+@contextmanager
+def _kept_whole(layer: Any) -> Iterator[None]:
+    """While the context lasts, an FSDP2 module that has run stays whole."""
+    layer.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        layer.set_reshard_after_forward(True)
+        layer.reshard()
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

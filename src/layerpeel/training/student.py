@@ -46,8 +46,8 @@ class Student:
         return self.layerwise.layers[self.kept_layers.position(index)]
 
     def is_streamed(self, position: int) -> bool:
-        """Whether a layer has weights that are not in memory now."""
-        return lacks_weights(self.layerwise.layers[position])
+        """Whether a layer has weights that are neither in memory now nor split over the processes."""
+        return position not in self.layerwise.stand_ins and lacks_weights(self.layerwise.layers[position])
 
     @contextmanager
     def layer_loaded(self, position: int) -> Iterator[None]:
@@ -72,13 +72,14 @@ class Student:
                 take({name: value.to("meta") for name, value in layer.state_dict().items()})
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters by name; tied ones once."""
-        prefix = f"{self.layerwise.architecture.layer_prefix()}."
+        """All parameters by name; tied ones once, and those of layers that are split as they are split."""
+        prefix, stand_ins = f"{self.layerwise.architecture.layer_prefix()}.", self.layerwise.stand_ins
         named = {}
         for name, parameter in self.model.named_parameters():
             if name.startswith(prefix):
                 position, rest = name.removeprefix(prefix).split(".", 1)
                 name = f"{prefix}{self.kept_layers.kept[int(position)]}.{rest}"
+                parameter = stand_ins[int(position)].get_parameter(rest) if stand_ins else parameter
             named[name] = parameter
         return named
 
@@ -141,12 +142,16 @@ class Student:
         return any(self.layer_of(name) is None and id(parameters[name]) not in late for name in self.trained)
 
     @property
+    def changed_layers(self) -> set[int | None]:
+        """The teacher layers in which the student has other weights; None among them for those outside of layers."""
+        return {self.layer_of(name) for name in (*self.trained, *self.replaced)}
+
+    @property
     def shared_prefix(self) -> int:
         """How many of the first layers teacher and student both run, with the same weights, on the same input."""
         if self.trains_embeddings:
             return 0
-        changed = {self.layer_of(name) for name in (*self.trained, *self.replaced)}
-        kept = self.kept_layers.kept
+        kept, changed = self.kept_layers.kept, self.changed_layers
         first = next((position for position, layer in enumerate(kept) if layer in changed), len(kept))
         return min(first, self.kept_layers.first_changed)
 

@@ -12,6 +12,7 @@ from itertools import islice
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from layerpeel.data.batches import micro_batches, step_rows
 from layerpeel.data.rows import Rows
@@ -22,7 +23,7 @@ from layerpeel.processes.interrupts import stop_asked, stop_if_asked
 from layerpeel.processes.progress import console, progress
 from layerpeel.training.averaging import WeightAverage
 from layerpeel.training.gradients import StepGradients
-from layerpeel.training.optimizer_state import collect, gather_weights, restore
+from layerpeel.training.optimizer_state import collect, gather_weights, place_as, restore
 from layerpeel.training.optimizers import ScheduledOptimizers
 from layerpeel.training.parallel import gradient_norm, sharded, sum_gradients
 from layerpeel.training.recipe import MASTER_DTYPE, TrainingRecipe
@@ -148,8 +149,8 @@ class Trainer:
         """
         result, batches = attempt.result, self._batches(rows, seed, attempt.result.steps)
         with (
-            self._in_master_dtype(attempt.checkpoint),
             sharded(self.student, weights),
+            self._in_master_dtype(attempt.checkpoint),
             progress(self.description, self.steps) as advance,
         ):
             parameters = self._parameters()
@@ -181,12 +182,13 @@ class Trainer:
     @contextmanager
     def _in_master_dtype(self, checkpoint: Checkpoint | None) -> Iterator[None]:
         """For the time of the context, what trains has gradients and `MASTER_DTYPE`; it begins as in the checkpoint."""
-        parameters = self._parameters()
-        dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
-        for name, parameter in parameters.items():
-            parameter.data = parameter.data.to(MASTER_DTYPE)
+        dtypes = {}
+        for name, parameter in self._parameters().items():
+            if not isinstance(parameter, DTensor):  # what is split has it already
+                dtypes[name] = parameter.dtype
+                parameter.data = parameter.data.to(MASTER_DTYPE)
             if checkpoint:
-                parameter.data.copy_(checkpoint.weights[name])
+                parameter.detach().copy_(place_as(parameter, checkpoint.weights[name]))
             parameter.requires_grad_(True)
         try:
             yield
@@ -194,7 +196,8 @@ class Trainer:
             for name, parameter in self._parameters().items():
                 parameter.requires_grad_(False)
                 parameter.grad = None
-                parameter.data = parameter.data.to(dtypes[name])
+                if name in dtypes:
+                    parameter.data = parameter.data.to(dtypes[name])
 
     def _optimizers(self, attempt: Attempt, parameters: Mapping[str, nn.Parameter]) -> ScheduledOptimizers:
         """Optimizers and their schedules, new or as they were saved."""

@@ -1,0 +1,115 @@
+"""Peak memory of each of four processes that split a model between them, against one that trains it alone.
+
+    python benchmarks/sharded_training.py --out benchmarks/results/sharded-training.json
+
+Writes a random bf16 model of the Llama family (48 layers, 1.5 billion parameters) to a temporary folder, takes out a
+layer and trains its neighbours for a few steps: in one process with all weights in memory, and in four (gloo) under
+FSDP2 with `weights: stream`, which read each layer once and keep a quarter of it. What counts is the peak resident
+memory of each process (VmHWM), interpreter and libraries with it, and how far the losses differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine
+from streaming import peak_bytes, write_model
+
+from layerpeel.config.distill import DistillConfig
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.model.loading import load_model
+from layerpeel.model.streaming import load_streamed
+from layerpeel.processes.distributed import RANK
+from layerpeel.training.rounds import train_student
+from layerpeel.training.student import Student
+
+BAR = 0.45  # of one process's peak, at most
+
+
+def main() -> None:
+    """Writes the model, trains it in one process and in several, and writes what they took."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--hidden", type=int, default=1536)
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--train-in", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if options.train_in:
+        train(options)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parameters = write_model(folder, options.layers, options.hidden)
+        lines = [json.dumps({"text": " ".join(["word"] * 64)})] * (options.steps * options.processes + 1)
+        (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        (alone,), several = in_processes(1, folder), in_processes(options.processes, folder)
+    differences = [abs(a - b) for each in several for a, b in zip(alone["losses"], each["losses"], strict=True)]
+    peak = max(each["peak_bytes"] for each in several)
+    record = {
+        "command": "python benchmarks/sharded_training.py " + " ".join(sys.argv[1:]),
+        "machine": machine(),
+        "parameters": parameters,
+        "one_process": alone,
+        "processes": several,
+        "peak_ratio": peak / alone["peak_bytes"],
+        "bar": BAR,
+        "largest_difference_of_losses": max(differences),
+    }
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(record, indent=1))
+
+
+def in_processes(count: int, folder: Path) -> list[dict[str, Any]]:
+    """What each of so many processes takes, with a thread each."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"] if count > 1 else []
+    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": str(count > 1).lower()}
+    command = [sys.executable, *launcher, __file__, *sys.argv[1:], "--train-in", str(folder)]
+    subprocess.run(command, check=True, env=os.environ | environment)
+    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(count)]
+
+
+def train(options: argparse.Namespace) -> None:
+    """Trains the neighbours of the middle layer, which goes; writes what this process took beside the model."""
+    folder: Path = options.train_in
+    if torch.distributed.is_torchelastic_launched():
+        files, tokenizer = load_streamed(folder, device="cpu", dtype="bfloat16")
+        student = Student(LayerwiseModel(files.model, files.weights_loaded))
+    else:
+        model, tokenizer = load_model(folder, device="cpu", dtype="bfloat16")
+        student = Student(model)
+    student.remove([options.layers // 2])
+    tokens = 64 * options.processes
+    config = DistillConfig(
+        text=str(folder / "text.jsonl"),  # type: ignore[arg-type]
+        tokens_per_round=options.steps * tokens,
+        tokens_per_step=tokens,
+        sequence_length=64,
+        batch_size=1,  # the same in one process and in each of several
+        train="neighbours",
+        repair=False,
+    )
+    started = time.monotonic()
+    result = train_student(student, tokenizer, config, storage=student.model.dtype)
+    losses = [point["loss"] for point in result.curve]
+    record = {"seconds": time.monotonic() - started, "peak_bytes": peak_bytes(), "losses": losses}
+    (folder / f"{RANK}.json").write_text(json.dumps(record), encoding="utf-8")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Four processes (gloo, on this machine) split all layers (FSDP2): what they hold, and that they train as one does."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from layerpeel.config.distill import LossConfig
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.losses.base import StepOutputs
+from layerpeel.losses.loss_sum import LossSum
+from layerpeel.model.streaming import load_streamed
+from layerpeel.processes.distributed import RANK
+from layerpeel.training.forward import run_both
+from layerpeel.training.parallel import sharded
+from layerpeel.training.student import Student
+from layerpeel.training.teacher_cache import TeacherCache
+from tests.families import FAMILIES, RECURRENT, UNLISTED, save_tiny, tiny_ids, tiny_model
+from tests.training.test_parallel import launch
+from tests.training.test_rounds import train, write_text
+from tests.training.test_student import names_of, padded_batch
+
+PROCESSES, LOOKS = 4, 15
+HIDDEN = {"kl": {}, "hidden_mse": {"layers": "all"}}
+CASES: dict[str, dict[str, Any]] = {
+    "neighbours": {"steps": 20, "tokens_per_step": 24},  # in most steps, no row is left for some of the processes
+    "above": {"steps": 6, "train": "above", "losses": HIDDEN, "activation_checkpointing": True},
+    "all": {"steps": 6, "train": "all", "batch_size": 1, "average_last": 0.5},
+    "everything": {"steps": 3, "train": "everything"},
+    "matrices": {"steps": 3, "train": r"layers\.[35]\.mlp\.down_proj"},  # beside frozen ones of their layers
+    "cached": {"steps": 12, "train_norm": True},  # one process has the teacher's states of its rows, and no other
+    "streamed": {"steps": 4},
+}
+
+
+class Bytes:
+    """Notes the bytes of all parameters of layers that are alive, before each of the teacher's layers runs.
+
+    Attributes:
+        seen: frozen and trained ones, in the first calls of each training.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[int, int]] = []
+        run_layer, student = LayerwiseModel.layer, []
+
+        def layer(model: LayerwiseModel, position: int, *arguments: Any) -> Tensor:
+            if student and model is student[0].teacher and len(self.seen) < LOOKS:
+                self.seen.append(layer_bytes(student[0]))
+            return run_layer(model, position, *arguments)
+
+        def noting(current: Student, *arguments: Any, **options: Any) -> StepOutputs:
+            student[:] = [current]
+            try:
+                return run_both(current, *arguments, **options)
+            finally:
+                student.clear()
+
+        monkeypatch.setattr(LayerwiseModel, "layer", layer)
+        monkeypatch.setattr("layerpeel.training.gradients.run_both", noting)
+
+
+def layer_bytes(student: Student) -> tuple[int, int]:
+    """Bytes of the parameters alive in this process, but for those outside of layers: of frozen and of trained ones."""
+    models = (student.teacher, student.layerwise)
+    inside = {id(p) for model in models for p in model.layers.parameters()}
+    outside = {id(p) for model in models for p in model.model.parameters()} - inside
+    sizes: dict[int, tuple[int, bool]] = {}
+    for parameter in gc.get_objects():
+        if isinstance(parameter, Tensor) and isinstance(parameter, nn.Parameter) and id(parameter) not in outside:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
+            if not local.is_meta:
+                storage = local.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes(), parameter.requires_grad
+    frozen = sum(size for size, trains in sizes.values() if not trains)
+    return frozen, sum(size for size, trains in sizes.values() if trains)
+
+
+def expected_bytes(student: Student) -> tuple[int, int]:
+    """What frozen layers of teacher and student take together, and what trains in layers, in fp32."""
+    of_layers = {n: p.numel() * 4 for n, p in student.parameters().items() if student.layer_of(n) is not None}
+    changed = {name: size for name, size in of_layers.items() if student.layer_of(name) in student.changed_layers}
+    trained = sum(size for name, size in changed.items() if name in student.trained)
+    frozen = sum(p.numel() * 4 for p in student.teacher.layers.parameters()) + sum(changed.values()) - trained
+    return frozen, trained
+
+
+def run_case(name: str, folder: Path, *, several: bool) -> tuple[Student, dict[str, Any]]:
+    """Trains as a case says, in one process or as one of several."""
+    options = dict(CASES[name])
+    if name == "cached":
+        options["cache"] = TeacherCache(folder / f"{several}-{RANK}", "teacher", 0 if RANK else 2**20)
+    if name == "streamed" and several:
+        files, _ = load_streamed(folder / "teacher", device="cpu", dtype="float32")
+        options["teacher"] = LayerwiseModel(files.model, files.weights_loaded)
+    student, result = train(folder / "text.jsonl", **options)
+    return student, {"curve": result.curve, "cached": result.cached}
+
+
+def _worker(folder: Path) -> None:
+    """What each of the processes runs."""
+    with torch.no_grad():
+        logits = tiny_model("llama")(tiny_ids()).logits
+    gc.freeze()  # what has been imported need not be looked at
+    for name in CASES:
+        gc.collect()
+        with pytest.MonkeyPatch.context() as patch:
+            looks = Bytes(patch)
+            student, result = run_case(name, folder, several=True)
+        tensors = student.trained_state()
+        if name == "streamed":
+            assert all(parameter.is_meta for parameter in student.teacher.layers.parameters())
+        else:  # all is whole again, in all processes
+            with torch.no_grad():
+                assert torch.equal(student.teacher.model(tiny_ids()).logits, logits)
+                tensors |= {"logits": student.model(tiny_ids()).logits}
+        result["bytes"] = sorted(set(looks.seen))
+        (folder / f"{name}-{RANK}.json").write_text(json.dumps(result))
+        if not RANK:
+            save_file(tensors, folder / f"{name}.safetensors")
+        del student
+    torch.distributed.barrier()  # or one leaves while another still writes, and may be aborted in gloo's threads
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_four_processes_hold_a_quarter_each_and_train_the_student_of_one(tmp_path: Path) -> None:
+    write_text(tmp_path / "text.jsonl")
+    save_tiny(tmp_path / "teacher")
+    launch("-m", "tests.training.test_sharded", str(tmp_path), fsdp=True, processes=PROCESSES)
+    for name in CASES:
+        student, alone = run_case(name, tmp_path, several=False)
+        results = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(PROCESSES)]
+        quarter = [size // PROCESSES for size in expected_bytes(student)]
+        for result in results:
+            assert result["bytes"] == [quarter], name
+            assert [point["loss"] for point in result["curve"]] == pytest.approx(
+                [point["loss"] for point in alone["curve"]], rel=1e-4
+            ), name
+        tensors = load_file(tmp_path / f"{name}.safetensors")
+        if name != "streamed":
+            with torch.no_grad():
+                assert (student.model(tiny_ids()).logits - tensors.pop("logits")).abs().max() < 1e-4, name
+        trained = student.trained_state()
+        assert trained.keys() == tensors.keys()
+        for key, value in trained.items():
+            assert (value - tensors[key]).norm() <= 1e-4 * value.norm(), (name, key)
+        if name == "cached":
+            assert alone["cached"] and results[0]["cached"] and not results[1]["cached"]
+
+
+@pytest.mark.slow
+def test_two_processes_distil_from_the_disk_as_one_does_in_memory(tmp_path: Path) -> None:
+    write_text(tmp_path / "text.jsonl")
+    fields = {
+        "text": str(tmp_path / "text.jsonl"),
+        "tokens_per_round": 384,
+        "tokens_per_step": 96,
+        "train": "neighbours",
+    }
+    fields |= {"sequence_length": 24, "batch_size": 2, "learning_rate": 1e-3}
+    teacher = str(save_tiny(tmp_path / "teacher"))
+    config = {"teacher": teacher, "output": str(tmp_path / "run"), "distill": fields}
+    config |= {"tasks": [{"kind": "perplexity", "data": fields["text"]}], "stop": {"target_layers": 4}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    command = ("-m", "layerpeel", "distill", str(tmp_path / "run.yaml"), "--layers", "2,4", "--output")
+    launch(*command, str(tmp_path / "two"), "--set", "distill.weights=stream", fsdp=True)
+    launch(*command, str(tmp_path / "one"), processes=1)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert (value - two[name]).norm() <= 1e-3 * value.norm(), name
+    assert (tmp_path / "two/README.md").exists() and not (tmp_path / "two-solved").exists()
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group of this process alone, under FSDP2."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES, *UNLISTED, *RECURRENT])
+def test_a_split_model_is_that_in_memory(alone: None, family: str, dtype: torch.dtype) -> None:
+    """Outputs and gradients, with a layer that trains, one that trains in part, and one that was repaired."""
+
+    def run(student: Student) -> list[Tensor]:
+        parameters = {name: student.parameters()[name] for name in trained}
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        batch = padded_batch()
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            outputs = run_both(student, batch, [5], step_tokens=22, step_labels=19)
+            LossSum({"kl": LossConfig(), "hidden_mse": LossConfig()})(outputs)[0].backward()
+        gradients = [parameter.grad for parameter in parameters.values()]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
+        return [outputs.student_final, outputs.teacher_final, *local]
+
+    student = Student(tiny_model(family).to(dtype))
+    student.remove([3, 4])
+    partly = next(name for name in names_of(student, [2]) if student.parameters()[name].dim() > 1)
+    trained = sorted({*names_of(student, [1]), partly})
+    student.add_trained([*trained, *names_of(student, [5])])
+    before = {name: value.clone() for name, value in student.parameters().items()}
+    with sharded(student, {name: before[name] for name in trained}):
+        split = run(student)
+    after = student.parameters()
+    assert all(torch.equal(value, after[name]) and after[name].dtype is dtype for name, value in before.items())
+    for name in trained:
+        after[name].data = after[name].data.float()
+    whole = run(student)
+    assert len(split) == len(whole) and len(split) > 3
+    for one, other in zip(split, whole, strict=True):
+        assert torch.equal(one, other)
+
+
+if __name__ == "__main__":
+    _worker(Path(sys.argv[1]))
