@@ -66,12 +66,15 @@ def training_memory(
 def _frozen_bytes(shape: Shape, split: int) -> dict[str, float]:
     """The teacher's weights; split, its layers are, and those that run are gathered.
 
-    A layer that trains is gathered in fp32, with its gradient, what is sent of it, and the one that is gathered ahead.
+    A layer that trains is gathered in the teacher's dtype, and so are its gradient and the layer below; what is sent of
+    the gradient is fp32.
     """
     in_layers = min(shape.parameters, shape.layers * shape.layer_parameters)
     weights = {"weights": shape.itemsize * (shape.parameters - in_layers + in_layers / split)}
-    gathered = {"layers that are gathered, and their gradients": 4.0 * MASTER_DTYPE.itemsize * shape.layer_parameters}
-    return weights | (gathered if split > 1 else {})
+    if split == 1:
+        return weights
+    each = 3.0 * shape.itemsize + MASTER_DTYPE.itemsize
+    return weights | {"layers that are gathered, and their gradients": each * shape.layer_parameters}
 
 
 def repair_memory(shape: Shape, tokens: int, device: str) -> dict[str, float]:

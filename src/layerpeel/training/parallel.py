@@ -108,8 +108,13 @@ class SplitLayers:
             value = parameter.detach().to(MASTER_DTYPE) if name in trained else parameter.detach()
             memo[id(parameter)] = nn.Parameter(value, requires_grad=name in trained)
         stand_in = copy.deepcopy(layer, memo)  # type: ignore[arg-type]
+        options: dict[str, Any] = {}
+        if trained and (narrow := self.student.model.dtype) is not MASTER_DTYPE:
+            # Matrices are gathered as autocast would take them; it takes vectors in fp32, which are too few to split.
+            options["mp_policy"] = fsdp.MixedPrecisionPolicy(narrow, MASTER_DTYPE, cast_forward_inputs=False)
+            options["ignored_params"] = {p for p in stand_in.parameters() if p.requires_grad and p.dim() < 2}
         # Said, or FSDP2 would keep all layers whole after the forward pass: each is called by itself, as a root.
-        split = fsdp.fully_shard(stand_in, mesh=self._mesh, reshard_after_forward=True)
+        split = fsdp.fully_shard(stand_in, mesh=self._mesh, reshard_after_forward=True, **options)
         split.set_gradient_divide_factor(1.0)  # gradients add up: losses are shares of the step's
         split.set_force_sum_reduction_for_comms(True)
         return stand_in
@@ -145,7 +150,8 @@ class SplitLayers:
             for position, stand_in in stand_ins.items():
                 for parameter, part in zip(layers[position].parameters(), stand_in.parameters(), strict=True):
                     if not parameter.numel():  # shared ones once; what is streamed stays on the disk
-                        parameter.data = part.detach().to(parameter.dtype).full_tensor()  # type: ignore[attr-defined]
+                        value = part.detach().to(parameter.dtype)
+                        parameter.data = value.full_tensor() if isinstance(value, DTensor) else value
 
 
 @contextmanager
