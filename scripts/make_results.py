@@ -110,7 +110,8 @@ def streaming() -> str:
         f"A random bfloat16 Llama of {result['parameters'] / 1e9:.2f} billion parameters in 48 layers, scored by "
         f"`teacher_kl` with `score.weights: stream`: {peaks['stream']:,.0f} MiB at the peak, "
         f"{100 * peaks['stream'] / peaks['load']:.0f} % of the {peaks['load']:,.0f} MiB that loading its weights "
-        f"takes; the scores are those in memory.{slower} {source(result)}\n\n{streamed_training()}"
+        f"takes; the scores are those in memory.{slower} {source(result)}\n\n{streamed_training()}\n\n"
+        f"{sharded_training()}"
     )
 
 
@@ -123,6 +124,17 @@ def streamed_training() -> str:
         f"{100 * result['memory_ratio']:.0f} % of the {peaks['memory']:,.0f} MiB in memory, in "
         f"{result['time_ratio']:.1f} times the time on small batches; the losses differ by "
         f"{result['largest_difference_of_losses']:g}. {source(result)}"
+    )
+
+
+def sharded_training() -> str:
+    result = read("sharded-training")
+    alone, peaks = result["one_process"], [each["peak_bytes"] for each in result["processes"]]
+    return (
+        f"A bfloat16 Llama of {result['parameters'] / 1e9:.2f} billion parameters, of which two layers train, in "
+        f"{len(peaks)} processes under FSDP2 with `distill.weights: stream`: {max(peaks) / 2**20:,.0f} MiB at the peak "
+        f"in each, {100 * result['peak_ratio']:.0f} % of the {alone['peak_bytes'] / 2**20:,.0f} MiB of one process in "
+        f"memory; the losses differ by {result['largest_difference_of_losses']:.1g} at most. {source(result)}"
     )
 
 

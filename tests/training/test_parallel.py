@@ -233,8 +233,8 @@ def test_nan_in_one_process_is_skipped_in_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cheap", ["teacher_kl", "repaired_kl"])
-def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path, cheap: str) -> None:
+@pytest.mark.parametrize(("cheap", "fsdp"), [("teacher_kl", False), ("repaired_kl", True)])
+def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path, cheap: str, fsdp: bool) -> None:
     text = write_text(tmp_path / "text.jsonl")
     config: dict[str, Any] = {
         "teacher": str(save_tiny(tmp_path / "teacher")),
@@ -260,6 +260,7 @@ def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path, cheap: str) ->
         str(tmp_path / "run.yaml"),
         "--set",
         f"output={tmp_path / 'two'}",
+        fsdp=fsdp,
     )
     both = Run(tmp_path / "two")
     assert both.finish and alone.finish and len(both.rounds) == 2
