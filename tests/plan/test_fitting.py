@@ -65,12 +65,12 @@ def test_more_time_buys_better_rankings_repair_and_training(choices: Choices, fi
 
 
 def test_the_time_of_a_run_by_hand(choices: Choices, fitter: Fitter) -> None:
-    # A round: 256 tokens once through the candidates of six layers, no repair; 2,048 of training, and of text.
+    # A round: 256 tokens once through the candidates of six layers, no repair; 2,048 of text. Training is at the end.
     with pytest.raises(InputError) as caught:
         fit_time(choices, fitter, 60)
     scoring = 256 * (16 + 6)
-    evaluation = 16 * 10 * (6 + 5 + 4) * 1.2
-    training = sum(2048 * (6 + layers) for layers in (5, 4))
+    evaluation = 16 * 10 * (6 + 5 + 4 + 4) * 1.2
+    training = 2 * 2048 * (6 + 4)
     sampling = 4096 * 6
     # The report: prompts of 64 tokens, 32 new ones for the memory, five times (2, 32, and 8 rows of 32), four samples.
     report = (64 * (1 + 5 * (1 + 1 + 8) + 4) + 32 + 5 * (2 + 32 + 8 * 32) + 4 * 64) * (6 + 5 + 4)

@@ -115,14 +115,15 @@ def test_which_steps_are_averaged() -> None:
         assert [step for step in range(1, 5) if four.averages(step)] == steps
 
 
-def test_adamw_is_made_as_torch_makes_it() -> None:
+def test_adamw_is_made_as_torch_makes_it_with_its_fastest_kernel() -> None:
     parameter = nn.Parameter(torch.ones(2, 2))
     (optimizer,) = recipe(weight_decay=0.3).optimizers([parameter], [True], rate=0.1, steps=4).optimizers
-    plain = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.3)
+    plain = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.3, fused=True)
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults == plain.defaults
-    options = {"betas": [0.9, 0.95], "fused": True}
-    (optimizer,) = recipe(optimizer_options=options).optimizers([parameter], [True], rate=0.1, steps=4).optimizers
-    assert tuple(optimizer.defaults["betas"]) == (0.9, 0.95) and optimizer.defaults["fused"]
+    for options in ({"fused": False}, {"foreach": True}):
+        chosen = recipe(optimizer_options={"betas": [0.9, 0.95], **options})
+        (optimizer,) = chosen.optimizers([parameter], [True], rate=0.1, steps=4).optimizers
+        assert tuple(optimizer.defaults["betas"]) == (0.9, 0.95) and not optimizer.defaults["fused"]
 
 
 def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest() -> None:

@@ -130,12 +130,12 @@ def start_lines(started: Started) -> list[Table | str]:
     choices, scoring = started.choices, started.choices.scoring
     config, *others = map(shown, started.files)
     ranking = {0: "once", 1: "before each removal"}.get(scoring.every, f"before each {scoring.every} removals")
-    repair = f", repaired on {choices.repair_tokens:,}" if choices.repair_tokens else ""
+    repair = f"repaired on {choices.repair_tokens:,} tokens after each, " if choices.repair_tokens else ""
     return [
         f"{choices.layers} layers to {choices.target_layers}",
         f"scored by {scoring.decide} {ranking}, on {scoring.tokens:,} tokens",
         f"measured on {', '.join(str(task['name']) for task in choices.tasks)}, {choices.limit} rows each",
-        f"trained on {choices.tokens_per_round:,} tokens after each removal{repair}, of "
+        f"{repair}trained on {choices.rounds * choices.tokens_per_round:,} after the last, of "
         + (shown(choices.text) if choices.text else "text that the teacher writes"),
         *plan_tables(started.plan),
         f"config   {config}",

@@ -141,11 +141,12 @@ class Choices:
             text,
             (
                 f"  tokens_per_round: {_number(self.tokens_per_round)}",
-                "after each removal: the first to raise, given time",
+                "for each layer that goes: the first to raise, given time",
             ),
+            ("  when: end", "all of them after the last removal; each_round, given more, heals every depth"),
             (f"  sequence_length: {self.sequence_length}", "more where long contexts matter"),
             (f"  batch_size: {self.batch_size}", "rows at a time; fewer take less memory"),
-            (repair, "in closed form, before each training; more is better up to 131,072"),
+            (repair, "in closed form, after each removal; more is better up to 131,072"),
             *([(f"  train: {self.train}", "of the layers, to fit into memory; all is better")] * (self.train != "all")),
             *([("  activation_checkpointing: true", "to fit into memory; false is faster")] * self.checkpointing),
         ]
