@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from layerpeel.cli.tables import run_table
 from layerpeel.config.reading import parse_config
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError
@@ -194,6 +195,13 @@ def test_a_last_pass_trains_everything_and_is_judged(settings: dict[str, Any]) -
     run = peel(config_of(settings, distill=distill, stop={"target_layers": 5}))
     assert run.finish is not None
     last = run.finish.last_pass
+    assert [list(column.cells)[-1] for column in run_table(run).columns][:5] == [
+        "last pass",
+        "-",
+        str(run.rounds[-1].layers),
+        f"{last.parameters / 1e6:.2f} M",  # type: ignore[union-attr]
+        f"{last.aggregate:.3f}",  # type: ignore[union-attr]
+    ]
     assert last.training.steps == 4 and last.training.layers == list(run.rounds[-1].kept)
     student, tokenizer = load_model(run.student_folder)
     again = evaluate(student, tokenizer, make_tasks(run.config.tasks))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def run_table(run: Run) -> Table:
-    """The teacher and the student of each round: size and scores."""
+    """The teacher and the student of each round, and of a training after the last one: size and scores."""
     teacher = run.teacher
     assert teacher
     tasks = list(teacher.evaluation.scores)
@@ -39,6 +39,8 @@ def run_table(run: Run) -> Table:
     add("-", "-", teacher.layers, teacher)
     for each in run.rounds:
         add(str(each.number), str(each.removed), each.layers, each.end)
+    if run.last_pass:
+        add("last pass", "-", run.rounds[-1].layers, run.last_pass)
     return table
 
 
