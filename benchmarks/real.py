@@ -57,7 +57,6 @@ TASKS: dict[str, dict[str, Any]] = {
     "arc_easy_val": {"kind": "choice", "rows": 400},
     "hellaswag": {"kind": "choice", "rows": 300},
     "sciq": {"kind": "choice", "rows": 400},
-    "winogrande": {"kind": "choice", "rows": 400},
     "squad": {"kind": "generate", "rows": 150, "metric": "rouge1", "max_new_tokens": 24},
 }
 TEXTS = {"web": "ppl_web_c4.jsonl", "wiki": "ppl_wiki_en.jsonl", "stackexchange": "ppl_stackexchange.jsonl"}
