@@ -20,12 +20,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 @contextmanager
 def grouped_queries() -> Iterator[None]:
     """For the time of the context, models on the CPU whose attention is `sdpa` attend in this way where they can."""
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = grouped_sdpa if before is sdpa_attention_forward else before
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
+        yield
+        return
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = grouped_sdpa  # over what is registered, which shows again without it
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def grouped_sdpa(

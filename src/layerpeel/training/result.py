@@ -107,18 +107,19 @@ class TrainingResult(TrainingCounts):
         if not points:
             return TrainingSummary(**fields)
         tenth = max(1, len(points) // 10)
-        ends = {
-            name: (_mean([point[name] for point in points[:tenth]]), _mean([point[name] for point in points[-tenth:]]))
+        tenths = {
+            name: [[point[name] for point in part] for part in (points[:tenth], points[-tenth:])]
             for name in points[0]
             if name not in NO_LOSS
         }
+        ends = {name: (_mean(begin), _mean(end)) for name, (begin, end) in tenths.items()}
         first, last = ends.pop("loss")
-        tenths = [[point["loss"] for point in part] for part in (points[:tenth], points[-tenth:])]
+        variances = [statistics.variance(part) / tenth for part in tenths["loss"]] if tenth > 1 else []
         return TrainingSummary(
             **fields,
             first_loss=first,
             last_loss=last,
-            fall_error=math.sqrt(sum(statistics.variance(part) / tenth for part in tenths)) if tenth > 1 else None,
+            fall_error=math.sqrt(sum(variances)) if variances else None,
             losses=ends,
             gradient_norm=_mean([point["gradient_norm"] for point in points]),
         )
