@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,10 +234,6 @@ def config_of(setting: Setting, variant: Variant, tokens: int) -> DistillConfig:
 
 def settings_of(setting: Setting, variant: Variant, tokens: int) -> dict[str, Any]:
     """All that a measurement depends on, but for its seed and the code, without the places of files."""
-    fields = config_of(setting, variant, tokens).model_dump(mode="json")
-    for source in fields["text"]:
-        if "path" in source:
-            source["path"] = Path(source["path"]).name
     return {
         "teacher": setting.teacher.name,
         "dtype": setting.dtype,
@@ -246,8 +242,15 @@ def settings_of(setting: Setting, variant: Variant, tokens: int) -> dict[str, An
         "held_out": {kind: path.name for kind, path in setting.held_out.items()},
         "texts": setting.texts,
         "longest": LONGEST,
-        "distill": fields,
+        "distill": without_places(config_of(setting, variant, tokens).model_dump(mode="json")),
     }
+
+
+def without_places(value: Any) -> Any:
+    """The same, where paths are names of files."""
+    if isinstance(value, Mapping):
+        return {key: Path(each).name if key == "path" else without_places(each) for key, each in value.items()}
+    return [without_places(each) for each in value] if isinstance(value, list) else value
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -279,20 +282,26 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", nargs="?", const=REAL, help=f"a published model; {REAL} if no folder follows")
     parser.add_argument("--tokens", type=int, help="of training in all; 200_000, or 300_000 with --real")
-    parser.add_argument("--variants", type=parse_variants, default=[*VARIANTS], help=", ".join(VARIANTS))
+    parser.add_argument(
+        "--variants", type=names_among("variant", VARIANTS), default=[*VARIANTS], help=", ".join(VARIANTS)
+    )
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
     parser.add_argument("--out", type=Path, help="benchmarks/results/healing-TEACHER.json, if not given")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
-def parse_variants(text: str) -> list[str]:
-    """Names of variants, by commas."""
-    names = text.split(",")
-    unknown = [name for name in names if name not in VARIANTS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no variant {unknown[0]}; there are {', '.join(VARIANTS)}")
-    return names
+def names_among(noun: str, known: Mapping[str, Any]) -> Callable[[str], list[str]]:
+    """Reads names by commas, of those that are known."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"no {noun} {unknown[0]}; there are {', '.join(known)}")
+        return names
+
+    return parse
 
 
 def in_a_process(name: str, seed: int, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -318,7 +327,7 @@ def measure(setting: Setting, variant: Variant, tokens: int, seed: int) -> dict[
     teacher, tokenizer = load_model(setting.teacher, dtype=setting.dtype)
     config = with_text(config_of(setting, variant, tokens), teacher, tokenizer, setting)
     started = time.monotonic()
-    student, repairs, trainings = heal(teacher, tokenizer, setting, variant, config, seed)
+    student, repairs, trainings = heal(teacher, tokenizer, groups_of(setting, variant), config, seed)
     seconds, peak = time.monotonic() - started, peak_gib(teacher.device)
     texts = {kind: read(path, tokenizer, setting.texts) for kind, path in setting.held_out.items()}
     return {
@@ -346,15 +355,19 @@ def with_text(
     return config.model_copy(update={"text": writer.resolve(config.text)})
 
 
+def groups_of(setting: Setting, variant: Variant) -> list[list[int]]:
+    """The layers that go in each round."""
+    return [[layer] for layer in setting.removed] if variant.one_by_one else [[*setting.removed]]
+
+
 def heal(
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    setting: Setting,
-    variant: Variant,
+    groups: Sequence[Sequence[int]],
     config: DistillConfig,
     seed: int,
 ) -> tuple[PreTrainedModel, list[RepairResult], list[TrainingResult]]:
-    """The student, repaired and trained as in a run whose layers are given."""
+    """The student, repaired and trained as in a run in whose rounds these groups of layers go."""
     student, repairs, trainings = Student(teacher), list[RepairResult](), list[TrainingResult]()
 
     def train(distill: DistillConfig) -> None:
@@ -363,7 +376,6 @@ def heal(
         options: dict[str, Any] = {"seed": seed, "round_number": number, "before": before, "storage": teacher.dtype}
         trainings.append(train_student(student, tokenizer, distill, **options))
 
-    groups = [[layer] for layer in setting.removed] if variant.one_by_one else [[*setting.removed]]
     for layers in groups:
         student.remove(layers)
         if repair := repair_student(student, tokenizer, config, layers, seed=seed, storage=teacher.dtype):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import machine
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config.reading import load_config
 from layerpeel.config.run import RunConfig
@@ -89,17 +90,21 @@ def by_depth(run: Run, depths: list[int]) -> dict[str, Any]:
 
 def one_shot(config: RunConfig, run: Run, depths: list[int]) -> dict[str, Any]:
     """The layers with the least block influence removed at once, without training."""
-    score = config.score.model_copy(update={"decide": "block_influence", "shortlist": None})
     results = {}
     for depth in depths:
         model, tokenizer = load_model(config.teacher, device=config.device, dtype=config.dtype)
-        ranked = score_layers(model, tokenizer, score, text=scoring_text(config, tokenizer)).ranked()
         total = model.config.num_hidden_layers
-        removed = ranked[: total - depth]
+        removed = least_influence(config, model, tokenizer)[: total - depth]
         remove_layers(model, removed)
         kept = [layer for layer in range(total) if layer not in removed]
         results[str(depth)] = row(run, evaluate(model, tokenizer, make_tasks(config.tasks)), kept)
     return results
+
+
+def least_influence(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The layers by block influence, least first."""
+    score = config.score.model_copy(update={"decide": "block_influence", "shortlist": None})
+    return score_layers(model, tokenizer, score, text=scoring_text(config, tokenizer)).ranked()
 
 
 def row(run: Run, evaluation: Evaluation, kept: Sequence[int] | None = None) -> dict[str, Any]:

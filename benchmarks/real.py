@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -28,14 +27,14 @@ from typing import Any
 import real_peers
 import torch
 from distillation import peak_gib
-from healing import KIT, REAL, ROOT, mean_kl, read
+from healing import KIT, REAL, ROOT, heal, mean_kl, names_among, read, without_places
 from machine import machine
+from methods import least_influence
 from transformers import PreTrainedModel
 
 from layerpeel.config.reading import load_config
 from layerpeel.config.run import RunConfig, TaskConfig
 from layerpeel.export.student import export_student
-from layerpeel.importance.scoring import score_layers, scoring_text
 from layerpeel.model.loading import load_model
 from layerpeel.model.saving import save_model
 from layerpeel.model.surgery import remove_layers
@@ -43,10 +42,7 @@ from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
 from layerpeel.tasks.evaluation import evaluate
 from layerpeel.tasks.registry import make_tasks
-from layerpeel.tasks.scores import TaskScore
-from layerpeel.training.repairing import repair_student
-from layerpeel.training.rounds import train_student
-from layerpeel.training.student import Student
+from layerpeel.tasks.scores import Evaluation, TaskScore
 
 CONFIG = ROOT / "configs" / "smollm2-135m.yaml"
 EVAL = KIT / "real" / "eval"
@@ -123,7 +119,7 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default=REAL, help=f"{REAL}, if not given")
     parser.add_argument("--config", type=Path, default=CONFIG)
-    parser.add_argument("--ways", type=parse_ways, default=[*WAYS], help=", ".join(WAYS))
+    parser.add_argument("--ways", type=names_among("way", WAYS), default=[*WAYS], help=", ".join(WAYS))
     parser.add_argument("--depths", type=lambda text: [int(part) for part in text.split(",")], default=[27, 24])
     parser.add_argument("--tokens", type=int, default=300_000, help="of training in all")
     parser.add_argument("--out", type=Path, help="benchmarks/results/real-TEACHER.json, if not given")
@@ -132,13 +128,6 @@ def read_options() -> argparse.Namespace:
     options.teacher = Path(options.teacher).expanduser()
     options.out = options.out or ROOT / "benchmarks" / "results" / f"real-{options.teacher.name}.json"
     return options
-
-
-def parse_ways(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in WAYS]:
-        raise argparse.ArgumentTypeError(f"no way {unknown[0]}; there are {', '.join(WAYS)}")
-    return names
 
 
 def in_a_process(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -185,13 +174,6 @@ def settings_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return {**judged, "depths": options.depths, **without_places(parts)}
 
 
-def without_places(value: Any) -> Any:
-    """The same, where paths are names of files."""
-    if isinstance(value, Mapping):
-        return {key: Path(each).name if key == "path" else without_places(each) for key, each in value.items()}
-    return [without_places(each) for each in value] if isinstance(value, list) else value
-
-
 def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each depth: what was kept, tokens, minutes and memory of the way, and how its student does."""
     started = time.monotonic()
@@ -232,27 +214,21 @@ def by_one_shot(name: str, way: Way, options: argparse.Namespace) -> Iterable[tu
     config = config_of(way, options)
     for depth in [min(options.depths)] if way.trains else options.depths:
         teacher, tokenizer = load_model(options.teacher, dtype=config.dtype)
-        removed = least_influence(config, options, depth)
-        student = Student(teacher)
-        student.remove(removed)
+        removed = least_influence(config, teacher, tokenizer)[: teacher_layers(options) - depth]
         distill = config.distill.model_copy(update={"tokens_per_round": options.tokens if way.trains else 0})
-        repair = repair_student(student, tokenizer, distill, removed, seed=config.seed, storage=teacher.dtype)
-        if way.trains:
-            training: dict[str, Any] = {"seed": config.seed, "round_number": 1, "before": [], "storage": teacher.dtype}
-            train_student(student, tokenizer, distill, **training)
+        student, repairs, trainings = heal(teacher, tokenizer, [removed], distill, config.seed)
         folder = FOLDER / f"{name}-{depth}"
-        save_model(student.model, tokenizer, folder, teacher.dtype)
-        kept = [layer for layer in range(teacher_layers(options)) if layer not in removed]
-        spent = {"trained_on": distill.tokens_per_round, "repaired_on": repair.tokens if repair else 0}
-        yield folder, {"layers": depth, "kept": kept, **spent}
+        save_model(student, tokenizer, folder, teacher.dtype)
+        spent = {
+            "trained_on": sum(training.tokens for training in trainings),
+            "repaired_on": sum(repair.tokens for repair in repairs),
+        }
+        yield folder, {"layers": depth, "kept": kept_of(options, removed), **spent}
 
 
-def least_influence(config: RunConfig, options: argparse.Namespace, depth: int) -> list[int]:
-    """The layers that one-shot block influence removes."""
-    model, tokenizer = load_model(options.teacher, dtype=config.dtype)
-    score = config.score.model_copy(update={"decide": "block_influence", "shortlist": None})
-    ranked = score_layers(model, tokenizer, score, text=scoring_text(config, tokenizer)).ranked()
-    return sorted(ranked[: teacher_layers(options) - depth])
+def kept_of(options: argparse.Namespace, removed: Sequence[int]) -> list[int]:
+    """The teacher's layers but those."""
+    return [layer for layer in range(teacher_layers(options)) if layer not in removed]
 
 
 def by_peer(name: str, way: Way, options: argparse.Namespace) -> Iterable[tuple[Path, dict[str, Any]]]:
@@ -264,9 +240,10 @@ def by_peer(name: str, way: Way, options: argparse.Namespace) -> Iterable[tuple[
     if way.kind == "optipfair":
         kept, trained = real_peers.optipfair(job)
     else:
-        removed = least_influence(config_of(way, options), options, depth)
+        config = config_of(way, options)
+        removed = least_influence(config, *load_model(options.teacher, dtype=config.dtype))[: job.removals]
         student = remove_layers(real_peers.load(options.teacher, torch.float32), removed)
-        kept = [layer for layer in range(teacher_layers(options)) if layer not in removed]
+        kept = kept_of(options, removed)
         trained = {"modelopt": real_peers.modelopt, "trl_gkd": real_peers.trl_gkd}[way.kind](job, student)
     yield folder, {"layers": depth, "kept": kept, "trained_on": trained, "repaired_on": 0}
 
@@ -320,12 +297,11 @@ def above_chance(row: Mapping[str, Any]) -> float:
 
 def difference_stderr(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     """Standard error of the difference of two rows' means, paired row by row."""
-    variances = []
-    for name, score in one["scores"].items():
-        pairs = zip(score["rows"], other["scores"][name]["rows"], strict=True)
-        differences = torch.tensor([(left - right) / 100 for left, right in pairs])
-        variances.append(float(differences.var()) / len(differences))
-    return math.sqrt(sum(variances)) / len(variances)
+    left, right = (
+        Evaluation({name: TaskScore.of_mean([each / 100 for each in score["rows"]]) for name, score in scores.items()})
+        for scores in (one["scores"], other["scores"])
+    )
+    return left.difference_stderr(right, right)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -16,22 +16,16 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import machine
-from streaming import peak_bytes, write_model
+from streamed_training import train, write_text
+from streaming import write_model
 
-from layerpeel.config.distill import DistillConfig
-from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.model.loading import load_model
-from layerpeel.model.streaming import load_streamed
 from layerpeel.processes.distributed import RANK
-from layerpeel.training.rounds import train_student
-from layerpeel.training.student import Student
 
 BAR = 0.45  # of one process's peak, at most
 
@@ -48,13 +42,12 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     if options.train_in:
-        train(options)
+        train_here(options)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parameters = write_model(folder, options.layers, options.hidden)
-        lines = [json.dumps({"text": " ".join(["word"] * 64)})] * (options.steps * options.processes + 1)
-        (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        write_text(folder, options.steps * options.processes + 1)
         (alone,), several = in_processes(1, folder), in_processes(options.processes, folder)
     differences = [abs(a - b) for each in several for a, b in zip(alone["losses"], each["losses"], strict=True)]
     peak = max(each["peak_bytes"] for each in several)
@@ -81,30 +74,13 @@ def in_processes(count: int, folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(count)]
 
 
-def train(options: argparse.Namespace) -> None:
-    """Trains the neighbours of the middle layer, which goes; writes what this process took beside the model."""
+def train_here(options: argparse.Namespace) -> None:
+    """Trains, and writes what this process took beside the model."""
     folder: Path = options.train_in
-    if torch.distributed.is_torchelastic_launched():
-        files, tokenizer = load_streamed(folder, device="cpu", dtype="bfloat16")
-        student = Student(LayerwiseModel(files.model, files.weights_loaded))
-    else:
-        model, tokenizer = load_model(folder, device="cpu", dtype="bfloat16")
-        student = Student(model)
-    student.remove([options.layers // 2])
+    several = torch.distributed.is_torchelastic_launched()
     tokens = 64 * options.processes
-    config = DistillConfig(
-        text=str(folder / "text.jsonl"),  # type: ignore[arg-type]
-        tokens_per_round=options.steps * tokens,
-        tokens_per_step=tokens,
-        sequence_length=64,
-        batch_size=1,  # the same in one process and in each of several
-        train="neighbours",
-        repair=False,
-    )
-    started = time.monotonic()
-    result = train_student(student, tokenizer, config, storage=student.model.dtype)
-    losses = [point["loss"] for point in result.curve]
-    record = {"seconds": time.monotonic() - started, "peak_bytes": peak_bytes(), "losses": losses}
+    # One row at a time: the same in one process and in each of several.
+    record = train(folder, options.layers, options.steps, tokens, stream=several, batch_size=1)
     (folder / f"{RANK}.json").write_text(json.dumps(record), encoding="utf-8")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -46,13 +46,12 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     if options.way:
-        print(json.dumps(train(options)))
+        tokens = options.step_tokens
+        print(json.dumps(train(options.model, options.layers, options.steps, tokens, stream=options.way == "stream")))
         return
     with tempfile.TemporaryDirectory() as folder:
         parameters = write_model(Path(folder), options.layers, options.hidden)
-        words = " ".join(["word"] * 64)
-        lines = [json.dumps({"text": words})] * (options.steps * options.step_tokens // 64 + 1)
-        (Path(folder) / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        write_text(Path(folder), options.steps * options.step_tokens // 64 + 1)
         results = {way: in_a_process(way, Path(folder)) for way in WAYS}
     losses = {way: results[way].pop("losses") for way in WAYS}
     record = {
@@ -68,6 +67,12 @@ def main() -> None:
     print(json.dumps(record, indent=1))
 
 
+def write_text(folder: Path, documents: int) -> None:
+    """Writes documents of 64 tokens beside the model."""
+    lines = [json.dumps({"text": " ".join(["word"] * 64)})] * documents
+    (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
 def in_a_process(way: str, folder: Path) -> dict[str, Any]:
     """What one way gives and takes."""
     command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--model", str(folder)]
@@ -76,20 +81,23 @@ def in_a_process(way: str, folder: Path) -> dict[str, Any]:
     return record
 
 
-def train(options: argparse.Namespace) -> dict[str, Any]:
-    """Loads the model, and trains the neighbours of its middle layer, which goes."""
-    if options.way == "stream":
-        files, tokenizer = load_streamed(options.model, device="cpu", dtype="bfloat16")
+def train(
+    folder: Path, layers: int, steps: int, step_tokens: int, *, stream: bool, batch_size: int = 16
+) -> dict[str, Any]:
+    """Loads the model, and trains the neighbours of its middle layer, which goes, on the text beside it."""
+    if stream:
+        files, tokenizer = load_streamed(folder, device="cpu", dtype="bfloat16")
         student = Student(LayerwiseModel(files.model, files.weights_loaded))
     else:
-        model, tokenizer = load_model(options.model, device="cpu", dtype="bfloat16")
+        model, tokenizer = load_model(folder, device="cpu", dtype="bfloat16")
         student = Student(model)
-    student.remove([options.layers // 2])
+    student.remove([layers // 2])
     config = DistillConfig(
-        text=str(options.model / "text.jsonl"),  # type: ignore[arg-type]
-        tokens_per_round=options.steps * options.step_tokens,
-        tokens_per_step=options.step_tokens,
+        text=str(folder / "text.jsonl"),  # type: ignore[arg-type]
+        tokens_per_round=steps * step_tokens,
+        tokens_per_step=step_tokens,
         sequence_length=64,
+        batch_size=batch_size,
         train="neighbours",
         repair=False,
     )

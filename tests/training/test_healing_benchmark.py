@@ -47,8 +47,8 @@ def test_variants_train_on_equal_tokens(healing: Any, tmp_path: Path) -> None:
     seen = {}
     for name in ("tuned", "in-rounds", "half-at-the-end", "at-the-end", "untrained", "repaired", "repair-alone"):
         variant, teacher = healing.VARIANTS[name], tiny_model("llama")
-        config = healing.config_of(setting, variant, 768)
-        student, repairs, trainings = healing.heal(teacher, tiny_tokenizer(), setting, variant, config, 0)
+        config, groups = healing.config_of(setting, variant, 768), healing.groups_of(setting, variant)
+        student, repairs, trainings = healing.heal(teacher, tiny_tokenizer(), groups, config, 0)
         assert len(student.model.layers) == 4
         assert len(repairs) == (0 if name in ("untrained", "tuned") else 1 + variant.one_by_one), name
         seen[name] = [training.steps for training in trainings]
