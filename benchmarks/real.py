@@ -33,7 +33,7 @@ from methods import least_influence
 from transformers import PreTrainedModel
 
 from layerpeel.config.reading import load_config
-from layerpeel.config.run import RunConfig, TaskConfig
+from layerpeel.config.run import RunConfig, StopConfig, TaskConfig
 from layerpeel.export.student import export_student
 from layerpeel.model.loading import load_model
 from layerpeel.model.saving import save_model
@@ -81,7 +81,8 @@ UNTRAINED = {"tokens_per_round": 0, "repair": False}
 BY_REPAIRED_KL = {"shortlist": {"by": "teacher_kl", "keep": 8}, "decide": "repaired_kl"}
 WAYS: dict[str, Way] = {
     "default": Way("loop"),
-    "paper": Way("loop", {"preset": "paper", "tokens_per_step": 4_096}),
+    "trained-each-round": Way("loop", {"when": "each_round"}),
+    "paper": Way("loop", {"preset": "paper", "tokens_per_step": 2_048, "when": "each_round"}),
     "repair-alone": Way("loop", {"tokens_per_round": 0}),
     "repair-alone-chosen-by-repaired-kl": Way("loop", {"tokens_per_round": 0}, BY_REPAIRED_KL),
     "loop-untrained": Way("loop", UNTRAINED),
@@ -188,23 +189,27 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def by_loop(name: str, way: Way, options: argparse.Namespace) -> Iterable[tuple[Path, dict[str, Any]]]:
-    """The rounds of a run that ended in one of the depths."""
+    """The rounds of a run that ended in one of the depths; a run for each depth, if it trains after the last removal."""
     config = config_of(way, options)
-    config.output = FOLDER / name
-    run = peel(config)
-    for number, each in enumerate(run.rounds, start=1):
-        if each.layers in options.depths:
-            student = FOLDER / f"{name}-{each.layers}"
-            if not student.exists():
-                export_student(run, student, number)
-            yield student, {"layers": each.layers, "kept": each.kept, **tokens_of(run, number)}
+    at_end = bool(config.distill.at_end(1))
+    for target in sorted(options.depths) if at_end else [min(options.depths)]:
+        config.stop = StopConfig(target_layers=target)
+        config.output = FOLDER / (f"{name}-to-{target}" if at_end else name)
+        run = peel(config)
+        for number, each in enumerate(run.rounds, start=1):
+            if each.layers == target or (each.layers in options.depths and not at_end):
+                student = FOLDER / f"{name}-{each.layers}"
+                if not student.exists():
+                    export_student(run, student, None if each.layers == target else number)
+                yield student, {"layers": each.layers, "kept": each.kept, **tokens_of(run, number)}
 
 
 def tokens_of(run: Run, rounds: int) -> dict[str, int]:
-    """What the first rounds of a run were trained and repaired on."""
+    """What the first rounds of a run were trained and repaired on; and all of it, at the end."""
     chosen = run.rounds[:rounds]
+    last = [run.last_pass.training] if run.last_pass and rounds == len(run.rounds) else []
     return {
-        "trained_on": sum(each.training.tokens for each in chosen),
+        "trained_on": sum(training.tokens for training in [*(each.training for each in chosen), *last]),
         "repaired_on": sum(each.repair.tokens for each in chosen if each.repair),
     }
 
