@@ -189,7 +189,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def by_loop(name: str, way: Way, options: argparse.Namespace) -> Iterable[tuple[Path, dict[str, Any]]]:
-    """The rounds of a run that ended in one of the depths; a run for each depth, if it trains after the last removal."""
+    """The rounds of a run that ended in one of the depths; a run for each depth, if training is at its end."""
     config = config_of(way, options)
     at_end = bool(config.distill.at_end(1))
     for target in sorted(options.depths) if at_end else [min(options.depths)]:
