@@ -1,6 +1,7 @@
-"""Times scoring every layer of the kit's storyteller-18 on Zorro and next_sentence (lm-evaluation-harness tasks).
+"""Times scoring every layer of a model on tasks of lm-evaluation-harness.
 
-    python benchmarks/scoring.py --out results.json
+    python benchmarks/scoring.py --out results.json                    # the kit's storyteller-18, Zorro, next_sentence
+    python benchmarks/scoring.py --model FOLDER --limit 100 --out …    # any model; PIQA, ARC-easy and HellaSwag
 
 Three rivals of the one pass, all on the same samples:
 (a) a loop that removes each candidate and runs the model on padded batches (`loop`); and the same loop over the very
@@ -8,7 +9,7 @@ Three rivals of the one pass, all on the same samples:
 (b) the harness's own model class, HFLM, on each candidate (`harness`); and against it, the one pass with a shortlist
     and a race (`raced_harness`).
 Checks that all give the same scores, and whether shortlist and race choose the layer that the full scores choose, from
-18 layers down to 8. (b) is timed on some candidates, and taken for all.
+all layers down to --depth. (b) is timed on some candidates, and taken for all.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import copy
 import io
 import json
 import statistics
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +49,68 @@ from layerpeel.tasks.registry import make_tasks
 from layerpeel.tasks.scores import Evaluation, TaskScore
 
 KIT = Path(__file__).resolve().parents[1] / ".." / "shared" / "kit"
-TASKS = ("zorro", "next_sentence_en", "next_sentence_ru")
 TOKENS_PER_BATCH = 4096  # of the padded loop; more is slower on two cores
+STORIES = ("zorro", "next_sentence_en", "next_sentence_ru")
+BENCHMARKS = {"piqa": "piqa", "arc_easy": "arc_easy_val", "hellaswag": "hellaswag"}  # and their files in the kit
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: {data}}}}}
+validation_split: train
+output_type: multiple_choice
+num_fewshot: 0
+doc_to_text: "{{{{context}}}}"
+doc_to_target: answer
+doc_to_choice: choices
+metric_list: [{{metric: acc}}]
+"""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is scored.
+
+    Attributes:
+        teacher: the model's folder.
+        dtype: of its weights.
+        names: of the harness's tasks.
+        folder: where their files are.
+        text: what the shortlist's metric reads.
+        limit: samples of each task.
+    """
+
+    teacher: Path
+    dtype: str
+    names: Sequence[str]
+    folder: Path
+    text: Sequence[Path]
+    limit: int | None
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, folder: Path) -> Bench:
+        """The storyteller's, or another model's, with its tasks' files written into a folder."""
+        if not options.model:
+            text = [KIT / "text" / name for name in ("tinystories_2M.txt", "stories_ru.jsonl")]
+            return cls(KIT / "models/storyteller-18", "float32", STORIES, KIT / "eval/lm_eval", text, options.limit)
+        for name, data in BENCHMARKS.items():
+            data = str((KIT / "real/eval" / f"{data}.jsonl").resolve())
+            (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data), encoding="utf-8")
+        text = [KIT / "real/text/general_en.jsonl"]
+        return cls(options.model.expanduser(), "bfloat16", [*BENCHMARKS], folder, text, options.limit)
+
+    def tasks(self) -> list[Task]:
+        return make_tasks(
+            [
+                TaskConfig(kind="harness", name=name, task=name, include_path=str(self.folder), limit=self.limit)
+                for name in self.names
+            ]
+        )
 
 
 def main() -> None:
     """Runs all rivals and writes the ratios of their times over that of the one pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="a folder; the kit's storyteller-18, if not given")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each, of which the median counts")
     parser.add_argument("--candidates", type=int, default=3, help="candidates that the rivals are timed on")
     parser.add_argument("--limit", type=int, default=None, help="samples of each task, for a quick look")
@@ -61,33 +118,25 @@ def main() -> None:
     parser.add_argument("--only", choices=("times", "choices"), help="one half; the other stays as --out has it")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    model, tokenizer = load_model(KIT / "models" / "storyteller-18")
-    tasks = make_tasks(
-        [
-            TaskConfig(
-                kind="harness", name=name, task=name, include_path=str(KIT / "eval/lm_eval"), limit=options.limit
-            )
-            for name in TASKS
-        ]
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        compare(Bench.of(options, Path(folder)), options)
+
+
+def compare(bench: Bench, options: argparse.Namespace) -> None:
+    """Times, and choices; writes them."""
+    model, tokenizer = load_model(bench.teacher, dtype=bench.dtype)
+    tasks = bench.tasks()
     full, raced = ScoreConfig(), ScoreConfig(race={}, shortlist={"by": "teacher_kl", "keep": 8})  # type: ignore[arg-type]
-    text = load_rows(
-        [TextConfig(path=str(KIT / "text" / name)) for name in ("tinystories_2M.txt", "stories_ru.jsonl")],
-        tokenizer,
-        sequence_length=256,
-        max_tokens=4096,
-    )
+    sources = [TextConfig(path=str(path)) for path in bench.text]
+    text = load_rows(sources, tokenizer, sequence_length=256, max_tokens=4096)
 
     def one_pass(config: ScoreConfig = full, shorter: PreTrainedModel = model) -> LayerScores:
         return score_layers(shorter, tokenizer, config, tasks=tasks, text=text)
 
     record = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
-    record |= {
-        "command": "python benchmarks/scoring.py" + f" --limit {options.limit}" * (options.limit is not None),
-        "machine": machine(),
-    }
+    record |= {"command": command(options), "machine": machine()}
     if options.only != "choices":
-        record |= compare_times(options, model, tokenizer, tasks, lambda: one_pass(full), lambda: one_pass(raced))
+        record |= compare_times(options, bench, model, tokenizer, lambda: one_pass(full), lambda: one_pass(raced))
     if options.only != "times":
         rounds = compare_choices(model, one_pass, full, raced, options.depth)
         record |= {"agreement": sum(choice["same"] for choice in rounds) / len(rounds), "rounds": rounds}
@@ -95,16 +144,22 @@ def main() -> None:
     print(json.dumps({k: record[k] for k in ("ratios", "same_scores", "agreement") if k in record}, indent=1))
 
 
+def command(options: argparse.Namespace) -> str:
+    """What was called, without the places of files."""
+    parts = ["python benchmarks/scoring.py", *([f"--model {options.model.name}"] if options.model else [])]
+    return " ".join([*parts, *([f"--limit {options.limit}"] if options.limit is not None else [])])
+
+
 def compare_times(
     options: argparse.Namespace,
+    bench: Bench,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: list[Task],
     one_pass: Callable[[], LayerScores],
     raced: Callable[[], LayerScores],
 ) -> dict[str, Any]:
     """Medians of all rivals' times over that of the one pass, and whether their scores are the same."""
-    candidates = list(range(1, model.config.num_hidden_layers - 1))
+    tasks, candidates = bench.tasks(), list(range(1, model.config.num_hidden_layers - 1))
     chosen = [None, *candidates[:: max(1, len(candidates) // options.candidates)][: options.candidates]]
     times: dict[str, list[float]] = {name: [] for name in ("ours", "raced", "loop", "loop_same_rows")}
     for _ in range(options.repeats):
@@ -117,7 +172,7 @@ def compare_times(
     by_harness = {}
     for candidate in chosen:
         started = time.monotonic()
-        by_harness[candidate] = harness(shortened(model, candidate), tokenizer, options.limit)
+        by_harness[candidate] = harness(shortened(model, candidate), tokenizer, bench)
         per_candidate.append(time.monotonic() - started)
         print(candidate, round(per_candidate[-1], 1), flush=True)
     scores = {candidate: {n: s.value for n, s in e.scores.items()} for candidate, e in result.evaluations.items()}
@@ -200,19 +255,19 @@ def padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: li
     return scores
 
 
-def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> dict[str, float]:
+def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bench: Bench) -> dict[str, float]:
     """Each task's score by the harness with its own model class."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        manager = TaskManager(include_path=str(KIT / "eval/lm_eval"), include_defaults=False)
+        manager = TaskManager(include_path=str(bench.folder), include_defaults=False)
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=64)
         results = lm_eval.simple_evaluate(
-            lm, tasks=list(TASKS), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
+            lm, tasks=[*bench.names], task_manager=manager, limit=bench.limit, bootstrap_iters=0, log_samples=False
         )
-    return {name: results["results"][name]["acc,none"] for name in TASKS}
+    return {name: results["results"][name]["acc,none"] for name in bench.names}
 
 
 def compare_choices(
