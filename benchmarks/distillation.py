@@ -20,8 +20,6 @@ import copy
 import json
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -33,6 +31,7 @@ from typing import Any
 
 import torch
 from machine import machine
+from measuring import measured_apart, write_record
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
@@ -91,10 +90,11 @@ def main() -> None:
     if not torch.cuda.is_available():
         rivals = tuple(rival for rival in rivals if rival != "liger")
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ("ours", *rivals)}
+    given = ["--shape", options.shape, "--train", options.train, "--steps", options.steps]
     for _ in range(options.repeats):
         for name, found in runs.items():
             way = "cached" if name == "ours" and "uncached" in rivals else name
-            found.append(in_a_process(way, options))
+            found.append(measured_apart(__file__, *given, "--worker", way))
             print(name, {key: round(value, 3) for key, value in found[-1].items()}, flush=True)
     middle = {
         name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
@@ -116,33 +116,8 @@ def main() -> None:
         "runs": runs,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(options.out, record, indent=1)
     print(json.dumps({"medians": middle, "rivals": record["rivals"]}, indent=1))
-
-
-def in_a_process(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """What a rival measures, alone in a process, so that its peak is its outputs."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "measured.json"
-        command = [
-            sys.executable,
-            __file__,
-            "--shape",
-            options.shape,
-            "--train",
-            options.train,
-            "--steps",
-            str(options.steps),
-            "--worker",
-            name,
-            "--out",
-            str(out),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-        measured: dict[str, float] = json.loads(out.read_text())
-        return measured
 
 
 def measure(name: str, shape: Shape, train: str, steps: int) -> dict[str, float]:

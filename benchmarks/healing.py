@@ -16,9 +16,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +26,7 @@ import torch
 import yaml
 from distillation import peak_gib
 from machine import machine
+from measuring import measured_apart, write_record
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -270,7 +268,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             key = {"variant": name, "seed": seed, "tokens": tokens}
             if any(key | {"settings": settings} == {part: run[part] for part in (*key, "settings")} for run in runs):
                 continue
-            measured = in_a_process(name, seed, tokens, options)
+            parts = ["--worker", name, "--seeds", seed, "--tokens", tokens]
+            parts += ["--real", options.real] if options.real else []
+            measured = measured_apart(__file__, *parts)
             runs = [run for run in runs if key != {part: run[part] for part in key}]
             runs.append(key | measured | {"machine": machine(), "settings": settings})
             write(out, runs, options)
@@ -302,19 +302,6 @@ def names_among(noun: str, known: Mapping[str, Any]) -> Callable[[str], list[str
         return names
 
     return parse
-
-
-def in_a_process(name: str, seed: int, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
-    """What `measure` gives, from a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "measured.json"
-        command = [sys.executable, __file__, "--worker", name, "--seeds", str(seed), "--tokens", str(tokens)]
-        command += ["--out", str(out), *(["--real", options.real] if options.real else [])]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-        measured: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-        return measured
 
 
 def measure(setting: Setting, variant: Variant, tokens: int, seed: int) -> dict[str, Any]:
@@ -411,9 +398,7 @@ def write(out: Path, runs: Sequence[Mapping[str, Any]], options: argparse.Namesp
     ordered = sorted(known, key=lambda run: (run["tokens"], order.index(run["variant"]), run["seed"]))
     command = "python benchmarks/healing.py" + " --real" * bool(options.real)
     record = {"command": command, "machine": ", or ".join(sorted({run["machine"] for run in runs})), "runs": ordered}
-    partial = out.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(out)
+    write_record(out, record, indent=1)
 
 
 def markdown(runs: Sequence[Mapping[str, Any]], tokens: int) -> str:

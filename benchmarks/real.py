@@ -15,9 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +26,8 @@ import torch
 from distillation import peak_gib
 from healing import KIT, REAL, ROOT, heal, mean_kl, names_among, read, without_places
 from machine import machine
+from matplotlib.figure import Figure
+from measuring import measured_apart, write_record
 from methods import least_influence
 from transformers import PreTrainedModel
 
@@ -38,6 +37,7 @@ from layerpeel.export.student import export_student
 from layerpeel.model.loading import load_model
 from layerpeel.model.saving import save_model
 from layerpeel.model.surgery import remove_layers
+from layerpeel.report.style import COLOURS, INK, canvas
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
 from layerpeel.tasks.evaluation import evaluate
@@ -47,6 +47,7 @@ from layerpeel.tasks.scores import Evaluation, TaskScore
 CONFIG = ROOT / "configs" / "smollm2-135m.yaml"
 EVAL = KIT / "real" / "eval"
 FOLDER = Path("runs/real")
+TOKENS = 300_000  # of training in all, where the ways are compared; other amounts are further rows
 FIRST = 100  # rows of each benchmark that configs may choose layers by, and that are not judged on
 TASKS: dict[str, dict[str, Any]] = {
     "piqa": {"kind": "choice", "rows": 400},
@@ -64,11 +65,13 @@ class Way:
 
     Attributes:
         kind: `loop`: as the config says. `one_shot`: the least block influence, at once. Else a peer of `real_peers`.
+        title: what readers call it.
         distill: fields of `distill` that the config does not have so.
         score: fields of `score`, likewise.
     """
 
     kind: str
+    title: str
     distill: dict[str, Any] = field(default_factory=dict)
     score: dict[str, Any] = field(default_factory=dict)
 
@@ -79,20 +82,23 @@ class Way:
 
 UNTRAINED = {"tokens_per_round": 0, "repair": False}
 BY_REPAIRED_KL = {"shortlist": {"by": "teacher_kl", "keep": 8}, "decide": "repaired_kl"}
+BY_TASKS = {"shortlist": {"by": "teacher_kl", "keep": 4}, "decide": "task_quality"}
 WAYS: dict[str, Way] = {
-    "default": Way("loop"),
-    "trained-each-round": Way("loop", {"when": "each_round"}),
-    "paper": Way("loop", {"preset": "paper", "tokens_per_step": 2_048, "when": "each_round"}),
-    "repair-alone": Way("loop", {"tokens_per_round": 0}),
-    "repair-alone-chosen-by-repaired-kl": Way("loop", {"tokens_per_round": 0}, BY_REPAIRED_KL),
-    "loop-untrained": Way("loop", UNTRAINED),
-    "chosen-by-repaired-kl": Way("loop", score=BY_REPAIRED_KL),
-    "chosen-by-tasks": Way("loop", score={"shortlist": {"by": "teacher_kl", "keep": 4}, "decide": "task_quality"}),
-    "block-influence": Way("one_shot", UNTRAINED),
-    "block-influence-trained": Way("one_shot"),
-    "optipfair": Way("optipfair"),
-    "modelopt": Way("modelopt"),
-    "trl-gkd": Way("trl_gkd"),
+    "default": Way("loop", "layerpeel"),
+    "trained-each-round": Way("loop", "layerpeel, trained after each removal", {"when": "each_round"}),
+    "paper": Way("loop", "layerpeel, preset: paper, 8 rows a step", {"preset": "paper", "tokens_per_step": 2_048}),
+    "repair-alone": Way("loop", "layerpeel, repaired, not trained", {"tokens_per_round": 0}),
+    "repair-alone-chosen-by-repaired-kl": Way(
+        "loop", "the same, layers chosen by repaired_kl", {"tokens_per_round": 0}, BY_REPAIRED_KL
+    ),
+    "loop-untrained": Way("loop", "layerpeel, neither repaired nor trained", UNTRAINED),
+    "chosen-by-repaired-kl": Way("loop", "layerpeel, layers chosen by repaired_kl", score=BY_REPAIRED_KL),
+    "chosen-by-tasks": Way("loop", "layerpeel, layers chosen by tasks", score=BY_TASKS),
+    "block-influence": Way("one_shot", "one-shot block influence (ShortGPT)", UNTRAINED),
+    "block-influence-trained": Way("one_shot", "the same layers, healed as by layerpeel"),
+    "optipfair": Way("optipfair", "OptiPFair, its layers, its distillation"),
+    "modelopt": Way("modelopt", "block influence, distilled by NVIDIA Model-Optimizer"),
+    "trl-gkd": Way("trl_gkd", "block influence, distilled by TRL (GKD)"),
 }
 
 
@@ -106,12 +112,14 @@ def main() -> None:
     rows = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.exists() else []
     for name in ["teacher", *options.ways]:
         settings = json.loads(json.dumps(settings_of(name, options)))
-        if any(row["way"] == name and row["settings"] == settings for row in rows):
+        key = {"way": name, "tokens": tokens_in_all(name, options)}
+        others = [row for row in rows if key != {part: row[part] for part in key}]
+        if any(row["settings"] == settings for row in rows if row not in others):
             continue
-        measured = in_a_process(name, options)
-        rows = [row for row in rows if row["way"] != name] + [
-            {"way": name, **each, "machine": machine(), "settings": settings} for each in measured
-        ]
+        parts = ["--worker", name, "--teacher", options.teacher, "--config", options.config]
+        parts += ["--tokens", options.tokens, "--depths", ",".join(map(str, options.depths))]
+        measured = measured_apart(__file__, *parts)
+        rows = [*others, *({**key, **each, "machine": machine(), "settings": settings} for each in measured)]
         write(options.out, rows)
     print(markdown(rows))
 
@@ -122,26 +130,19 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--ways", type=names_among("way", WAYS), default=[*WAYS], help=", ".join(WAYS))
     parser.add_argument("--depths", type=lambda text: [int(part) for part in text.split(",")], default=[27, 24])
-    parser.add_argument("--tokens", type=int, default=300_000, help="of training in all")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of training in all")
     parser.add_argument("--out", type=Path, help="benchmarks/results/real-TEACHER.json, if not given")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.teacher = Path(options.teacher).expanduser()
+    options.folder = FOLDER / str(options.tokens)
     options.out = options.out or ROOT / "benchmarks" / "results" / f"real-{options.teacher.name}.json"
     return options
 
 
-def in_a_process(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What `measure` gives, from a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "measured.json"
-        command = [sys.executable, __file__, "--worker", name, "--out", str(out), "--tokens", str(options.tokens)]
-        command += ["--teacher", str(options.teacher), "--config", str(options.config)]
-        command += ["--depths", ",".join(map(str, options.depths))]
-        if subprocess.run(command).returncode:
-            raise SystemExit(f"{name} failed")
-        measured: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))
-        return measured
+def tokens_in_all(name: str, options: argparse.Namespace) -> int:
+    """Of training; a way that does not train has one row, whatever --tokens says."""
+    return options.tokens if name in WAYS and WAYS[name].trains else 0
 
 
 def config_of(way: Way, options: argparse.Namespace) -> RunConfig:
@@ -152,7 +153,7 @@ def config_of(way: Way, options: argparse.Namespace) -> RunConfig:
     fields["stop"] = {"target_layers": min(options.depths)}
     fields["distill"] |= {"tokens_per_round": options.tokens // removed, **way.distill}
     if "preset" in way.distill:
-        fields["distill"].pop("repair", None)
+        fields["distill"] = {key: value for key, value in fields["distill"].items() if key not in ("repair", "when")}
     fields["score"] |= way.score
     return RunConfig.model_validate(fields)
 
@@ -194,11 +195,11 @@ def by_loop(name: str, way: Way, options: argparse.Namespace) -> Iterable[tuple[
     at_end = bool(config.distill.at_end(1))
     for target in sorted(options.depths) if at_end else [min(options.depths)]:
         config.stop = StopConfig(target_layers=target)
-        config.output = FOLDER / (f"{name}-to-{target}" if at_end else name)
+        config.output = options.folder / (f"{name}-to-{target}" if at_end else name)
         run = peel(config)
         for number, each in enumerate(run.rounds, start=1):
             if each.layers == target or (each.layers in options.depths and not at_end):
-                student = FOLDER / f"{name}-{each.layers}"
+                student = options.folder / f"{name}-{each.layers}"
                 if not student.exists():
                     export_student(run, student, None if each.layers == target else number)
                 yield student, {"layers": each.layers, "kept": each.kept, **tokens_of(run, number)}
@@ -222,7 +223,7 @@ def by_one_shot(name: str, way: Way, options: argparse.Namespace) -> Iterable[tu
         removed = least_influence(config, teacher, tokenizer)[: teacher_layers(options) - depth]
         distill = config.distill.model_copy(update={"tokens_per_round": options.tokens if way.trains else 0})
         student, repairs, trainings = heal(teacher, tokenizer, [removed], distill, config.seed)
-        folder = FOLDER / f"{name}-{depth}"
+        folder = options.folder / f"{name}-{depth}"
         save_model(student, tokenizer, folder, teacher.dtype)
         spent = {
             "trained_on": sum(training.tokens for training in trainings),
@@ -239,7 +240,7 @@ def kept_of(options: argparse.Namespace, removed: Sequence[int]) -> list[int]:
 def by_peer(name: str, way: Way, options: argparse.Namespace) -> Iterable[tuple[Path, dict[str, Any]]]:
     """A peer's own training, at the lowest depth, saved as its users save it."""
     depth = min(options.depths)
-    folder = FOLDER / f"{name}-{depth}"
+    folder = options.folder / f"{name}-{depth}"
     text = KIT / "real" / "text" / "general_en.jsonl"
     job = real_peers.Job(options.teacher, teacher_layers(options) - depth, text, options.tokens, folder)
     if way.kind == "optipfair":
@@ -287,12 +288,10 @@ def score_to_json(score: TaskScore) -> dict[str, Any]:
 def write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes all rows, whole or not at all, in the order of `WAYS`."""
     order = ["teacher", *WAYS]
-    ordered = sorted(rows, key=lambda row: (order.index(row["way"]), -row["layers"]))
+    ordered = sorted(rows, key=lambda row: (order.index(row["way"]), row["tokens"], -row["layers"]))
     command = "python benchmarks/real.py"
     machines = ", or ".join(sorted({row["machine"] for row in rows}))
-    partial = out.with_suffix(".partial")
-    partial.write_text(json.dumps({"command": command, "machine": machines, "rows": ordered}) + "\n", encoding="utf-8")
-    partial.replace(out)
+    write_record(out, {"command": command, "machine": machines, "rows": ordered})
 
 
 def above_chance(row: Mapping[str, Any]) -> float:
@@ -309,23 +308,80 @@ def difference_stderr(one: Mapping[str, Any], other: Mapping[str, Any]) -> float
     return left.difference_stderr(right, right)
 
 
+def kept(row: Mapping[str, Any], teacher: Mapping[str, Any]) -> tuple[float, float]:
+    """Share of the teacher's mean above chance, with the standard error of the difference, in %."""
+    share = 100 / above_chance(teacher)
+    return above_chance(row) * share, 0.0 if row is teacher else difference_stderr(row, teacher) * share
+
+
+def kl_of(row: Mapping[str, Any]) -> float:
+    """Mean KL to the teacher over the kinds of text."""
+    return sum(row["kl"].values()) / len(row["kl"])
+
+
+def title_of(row: Mapping[str, Any]) -> str:
+    """What a way is called, with its tokens where they are not those of the others."""
+    title = WAYS[row["way"]].title if row["way"] in WAYS else row["way"]
+    return title + f", {row['tokens']:,} tokens" * (row["tokens"] not in (0, TOKENS))
+
+
+def at_lowest_depth(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The ways that are compared, at the lowest depth, best first."""
+    depth = min(row["layers"] for row in rows)
+    return by_depth([row for row in rows if row["layers"] == depth and row["tokens"] in (0, TOKENS)])
+
+
+def by_depth(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows, most layers first; of those with as many, the best first, by their KL."""
+    return sorted(rows, key=lambda row: (-row["layers"], kl_of(row)))
+
+
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a row, best at each depth first, by what is kept above chance."""
-    teacher = rows[0]
+    """One line a row, with each benchmark and each kind of text."""
+    teacher = next(row for row in rows if row["way"] == "teacher")
     tasks, kinds = [*teacher["scores"]], [*teacher["kl"]]
     heads = ["layers", "way", *tasks, "kept above chance, %", *(f"KL, {kind}" for kind in kinds), "KL, mean"]
     lines = [f"| {' | '.join([*heads, 'trained on', 'repaired on', 'min', 'GiB'])} |", "|" + "---|" * (len(heads) + 4)]
-    for row in sorted(rows, key=lambda row: (-row["layers"], -above_chance(row))):
-        values = [row["scores"][task]["value"] for task in tasks]
-        share = 100 / above_chance(teacher)
-        error = f" ± {difference_stderr(row, teacher) * share:.1f}" if row is not teacher else ""
-        kl = [row["kl"][kind] for kind in kinds]
-        cells = [row["layers"], row["way"], *(f"{value:.3f}" for value in values)]
-        cells += [f"{above_chance(row) * share:.1f}{error}", *(f"{value:.3f}" for value in kl)]
-        cells += [f"{sum(kl) / len(kl):.3f}", *(f"{row.get(part, 0):,}" for part in ("trained_on", "repaired_on"))]
+    for row in by_depth(rows):
+        share, error = kept(row, teacher)
+        cells = [row["layers"], title_of(row), *(f"{row['scores'][task]['value']:.3f}" for task in tasks)]
+        cells += [f"{share:.1f}" + f" ± {error:.1f}" * (row is not teacher)]
+        cells += [*(f"{row['kl'][kind]:.3f}" for kind in kinds), f"{kl_of(row):.3f}"]
+        cells += [f"{row.get(part, 0):,}" for part in ("trained_on", "repaired_on")]
         cells += ["", ""] if row is teacher else [f"{row['minutes']:.0f}", f"{row['peak_gib']:.2f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def brief(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each way at the lowest depth: what is kept, KL, time and memory."""
+    teacher = next(row for row in rows if row["way"] == "teacher")
+    lines = ["| way | kept above chance, % | KL to the teacher | minutes | GiB |", "|---|---:|---:|---:|---:|"]
+    for row in at_lowest_depth(rows):
+        share, error = kept(row, teacher)
+        cells = [title_of(row), f"{share:.1f} ± {error:.1f}", f"{kl_of(row):.3f}"]
+        cells += [f"{row['minutes']:.0f}", f"{row['peak_gib']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The same as bars: what is kept, with its standard error, and KL; best at the top."""
+    teacher = next(row for row in rows if row["way"] == "teacher")
+    shown = at_lowest_depth(rows)
+    names, heights = [title_of(row) for row in shown], range(len(shown))
+    colours = [COLOURS[0] if row["way"] == "default" else COLOURS[-1] for row in shown]
+    with canvas(9.5, 1.1 + 0.36 * len(shown), ncols=2, sharey=True) as (figure, (left, right)):
+        shares, errors = zip(*(kept(row, teacher) for row in shown), strict=True)
+        left.barh(heights, shares, xerr=errors, color=colours, ecolor=INK)
+        left.axvline(100, color=INK, linewidth=0.8, linestyle=":")
+        left.set(yticks=[*heights], yticklabels=names, ylim=(len(shown) - 0.5, -0.5))
+        left.set_xlabel("kept of the benchmarks above chance, %")
+        right.barh(heights, [kl_of(row) for row in shown], color=colours)
+        right.set_xlabel("KL to the teacher on held-out text, lower is better")
+        for axes in (left, right):
+            axes.grid(axis="x")
+    return figure
 
 
 if __name__ == "__main__":

@@ -16,11 +16,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
-BEGIN, END = "<!-- made by scripts/make_results.py -->", "<!-- to here -->"
+PUBLISHED = "real-smollm2-135m"
+FIGURE = "docs/images/smollm2.svg"
 
 import healing  # noqa: E402
 import real  # noqa: E402
 from methods import markdown  # noqa: E402
+
+from layerpeel.report.style import save  # noqa: E402
 
 
 def read(name: str) -> dict[str, Any]:
@@ -191,9 +194,9 @@ def healed(name: str) -> str:
     return "\n\n".join([*parts, source(result)])
 
 
-def published(name: str) -> str:
+def published() -> str:
     """Ways to make a published model shallower, at equal tokens, on its benchmarks and on held-out text."""
-    result = read(name)
+    result = read(PUBLISHED)
     settings = result["rows"][0]["settings"]
     judged = ", ".join(f"{task} {fields['rows']}" for task, fields in settings["tasks"].items())
     return (
@@ -237,7 +240,7 @@ def removal() -> str:
 
 
 SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
-    ("A published model: SmolLM2-135M, 30 layers to 24", "real-smollm2-135m", lambda: published("real-smollm2-135m")),
+    ("A published model: SmolLM2-135M, 30 layers to 24", PUBLISHED, published),
     ("Quality by depth: storyteller-18", "methods-storyteller", lambda: methods("methods-storyteller")),
     ("Quality by depth: the bundled teacher", "methods-demo", lambda: methods("methods-demo")),
     ("Losses at equal tokens: storyteller-18", "losses-storyteller", lambda: methods("losses-storyteller")),
@@ -273,13 +276,29 @@ def page() -> str:
     return "\n".join([INTRODUCTION, *parts])
 
 
+def published_in_brief() -> str:
+    """The published model's table and figure for README.md."""
+    result = read(PUBLISHED)
+    return (
+        f"![What is kept of five benchmarks and how far held-out text is from the teacher, a bar a way]({FIGURE})\n\n"
+        f"{real.brief(result['rows'])}\n\n{source(result)} Minutes are of one thread, beside other work."
+    )
+
+
 def readme() -> str:
-    """README.md with its table of the bundled teacher as it was measured."""
+    """README.md with its tables as they were measured."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{methods('methods-demo')}\n\n{END}{rest.partition(END)[2]}"
+    parts = {"published": published_in_brief} if (RESULTS / f"{PUBLISHED}.json").exists() else {}
+    for name, write in (parts | {"bundled": lambda: methods("methods-demo")}).items():
+        begin, end = f"<!-- {name}: made by scripts/make_results.py -->", f"<!-- {name}: to here -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n\n{write()}\n\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 if __name__ == "__main__":
+    if (RESULTS / f"{PUBLISHED}.json").exists():
+        save(real.draw(read(PUBLISHED)["rows"]), ROOT / FIGURE)
+        (ROOT / FIGURE).with_suffix(".png").unlink()
     (ROOT / "docs" / "results.md").write_text(page(), encoding="utf-8")
     (ROOT / "README.md").write_text(readme(), encoding="utf-8")

@@ -9,6 +9,7 @@ Tables and figures are those of the studies; the comments on them are written he
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -94,12 +95,13 @@ the text and which part of it scoring reads.
 def take(folder: Path) -> None:
     """Copies the results of a finished study to the folder that this page is made from."""
     made = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    made["command"] = re.sub(r"(model|teacher)=\S*/", r"\1=", made["command"])  # of a model's folder the name alone
     name = folder.name if folder.name in COMMENTS else made["name"]
     (RESULTS / name).mkdir(parents=True, exist_ok=True)
     FIGURES.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "figure.svg", FIGURES / f"{name}.svg")
-    for file in ("study.json", "tables.md"):
-        shutil.copyfile(folder / file, RESULTS / name / file)
+    shutil.copyfile(folder / "tables.md", RESULTS / name / "tables.md")
+    (RESULTS / name / "study.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
 def section(name: str) -> str:

@@ -79,11 +79,13 @@ def test_what_was_measured_is_not_measured_again(
     calls: list[tuple[str, int, int]] = []
     tokens_seen = {"repaired_on": 8, "trained_on": 1234}
 
-    def measured(name: str, seed: int, tokens: int, _: Any) -> dict[str, Any]:
+    def measured(script: str, *arguments: Any) -> dict[str, Any]:
+        given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+        name, seed, tokens = (given[part] for part in ("--worker", "--seeds", "--tokens"))
         calls.append((name, seed, tokens))
         return {"kl": {"web": 0.1 + seed, "wiki": 0.3}, "seconds": 2.0, "peak_gib": 1.0, "steps": 4} | tokens_seen
 
-    monkeypatch.setattr(healing, "in_a_process", measured)
+    monkeypatch.setattr(healing, "measured_apart", measured)
     out = tmp_path / "healing.json"
     arguments = ["--variants", "paper,untrained", "--tokens", "500", "--out", str(out)]
     healing.main([*arguments, "--seeds", "0"])
