@@ -32,11 +32,12 @@ from methods import least_influence
 from transformers import PreTrainedModel
 
 from layerpeel.config.reading import load_config
-from layerpeel.config.run import RunConfig, StopConfig, TaskConfig
+from layerpeel.config.run import RunConfig, TaskConfig
 from layerpeel.export.student import export_student
 from layerpeel.model.loading import load_model
 from layerpeel.model.saving import save_model
 from layerpeel.model.surgery import remove_layers
+from layerpeel.report.gather import costs_of
 from layerpeel.report.style import COLOURS, INK, canvas
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
@@ -186,23 +187,23 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         make = {"loop": by_loop, "one_shot": by_one_shot}.get(way.kind, by_peer)
         made = list(make(name, way, options))
     spent = {"minutes": (time.monotonic() - started) / 60, "peak_gib": peak_gib(torch.device("cpu"))}
-    return [row | spent | judge(student, options) for student, row in made]
+    return [spent | row | judge(student, options) for student, row in made]
 
 
 def by_loop(name: str, way: Way, options: argparse.Namespace) -> Iterable[tuple[Path, dict[str, Any]]]:
-    """The rounds of a run that ended in one of the depths; a run for each depth, if training is at its end."""
+    """The rounds of a run that ended in one of the depths; of a run that trains at its end, only the last."""
     config = config_of(way, options)
-    at_end = bool(config.distill.at_end(1))
-    for target in sorted(options.depths) if at_end else [min(options.depths)]:
-        config.stop = StopConfig(target_layers=target)
-        config.output = options.folder / (f"{name}-to-{target}" if at_end else name)
-        run = peel(config)
-        for number, each in enumerate(run.rounds, start=1):
-            if each.layers == target or (each.layers in options.depths and not at_end):
-                student = options.folder / f"{name}-{each.layers}"
-                if not student.exists():
-                    export_student(run, student, None if each.layers == target else number)
-                yield student, {"layers": each.layers, "kept": each.kept, **tokens_of(run, number)}
+    config.output = options.folder / name
+    run = peel(config)
+    for number, each in enumerate(run.rounds, start=1):
+        if each.layers in options.depths and (number == len(run.rounds) or not config.distill.at_end(1)):
+            student = options.folder / f"{name}-{each.layers}"
+            if not student.exists():
+                export_student(run, student, None if number == len(run.rounds) else number)
+            costs = costs_of(run)  # of all parts of a run that was interrupted
+            seconds = costs.scoring_seconds + costs.repair_seconds + costs.training_seconds
+            row = {"layers": each.layers, "kept": each.kept, "minutes": seconds / 60}
+            yield student, row | tokens_of(run, number)
 
 
 def tokens_of(run: Run, rounds: int) -> dict[str, int]:
