@@ -90,16 +90,19 @@ WAYS: dict[str, Way] = {
     "paper": Way("loop", "layerpeel, preset: paper, 8 rows a step", {"preset": "paper", "tokens_per_step": 2_048}),
     "repair-alone": Way("loop", "layerpeel, repaired, not trained", {"tokens_per_round": 0}),
     "repair-alone-chosen-by-repaired-kl": Way(
-        "loop", "the same, layers chosen by repaired_kl", {"tokens_per_round": 0}, BY_REPAIRED_KL
+        "loop",
+        "layerpeel, chosen by repaired_kl, repaired, not trained",
+        {"tokens_per_round": 0},
+        BY_REPAIRED_KL,
     ),
     "loop-untrained": Way("loop", "layerpeel, neither repaired nor trained", UNTRAINED),
     "chosen-by-repaired-kl": Way("loop", "layerpeel, layers chosen by repaired_kl", score=BY_REPAIRED_KL),
     "chosen-by-tasks": Way("loop", "layerpeel, layers chosen by tasks", score=BY_TASKS),
     "block-influence": Way("one_shot", "one-shot block influence (ShortGPT)", UNTRAINED),
-    "block-influence-trained": Way("one_shot", "the same layers, healed as by layerpeel"),
+    "block-influence-trained": Way("one_shot", "layers of the least block influence, healed by layerpeel"),
     "optipfair": Way("optipfair", "OptiPFair, its layers, its distillation"),
-    "modelopt": Way("modelopt", "block influence, distilled by NVIDIA Model-Optimizer"),
-    "trl-gkd": Way("trl_gkd", "block influence, distilled by TRL (GKD)"),
+    "modelopt": Way("modelopt", "layers of the least block influence, distilled by NVIDIA Model-Optimizer"),
+    "trl-gkd": Way("trl_gkd", "layers of the least block influence, distilled by TRL (GKD)"),
 }
 
 
