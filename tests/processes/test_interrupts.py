@@ -1,4 +1,4 @@
-"""The first signal asks for a stop, a second one ends the process; of several processes, all stop where one is asked."""
+"""The first signal asks for a stop, a second one ends the process; of several, all stop where one is asked."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 
 from layerpeel.importance.metrics import make_metric
 from layerpeel.inference.refitting import LayerRefit
-from layerpeel.processes.distributed import RANK
 from layerpeel.processes import interrupts
+from layerpeel.processes.distributed import RANK
 from layerpeel.processes.interrupts import Interrupted, interruptible, stop_asked, stop_if_asked
 from layerpeel.training.repair_states import RepairState
 from layerpeel.training.state import TrainingState
