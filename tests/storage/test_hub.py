@@ -110,6 +110,14 @@ def test_an_offline_mode_that_was_asked_for_stays(
     assert constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE and not capsys.readouterr().err
 
 
+def test_so_does_that_of_datasets_alone(waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    use_cache_without_hub()
+    hub._set_offline(False)
+    assert datasets.config.HF_HUB_OFFLINE
+
+
 @pytest.mark.parametrize(
     ("path", "expected"),
     [("someone/tiny", True), ("gpt2", True), ("/models/tiny", False), ("a/b/c", False), ("./tiny", False)],

@@ -69,5 +69,6 @@ def _set_offline(offline: bool) -> None:
     from huggingface_hub import constants
 
     constants.HF_HUB_OFFLINE = offline
-    if datasets := sys.modules.get("datasets.config"):
+    datasets = sys.modules.get("datasets.config")
+    if datasets and "HF_DATASETS_OFFLINE" not in os.environ:  # which would be the user's choice
         datasets.HF_HUB_OFFLINE = offline  # type: ignore[attr-defined]
