@@ -31,14 +31,17 @@ def is_hub_name(path: str | Path) -> bool:
     return not os.path.isdir(path)
 
 
-def use_cache_without_hub() -> None:
+def use_cache_without_hub(path: str | Path | None = None) -> None:
     """Puts the hub's libraries into their offline mode if the hub cannot be reached, and back once it can be.
 
     To be called where something on the hub is about to be read. Leaves an offline mode that the user chose as it is.
+
+    Args:
+        path: of a model; nothing is done unless it may name one on the hub.
     """
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE and not _offline_here:
+    if (constants.HF_HUB_OFFLINE and not _offline_here) or not (path is None or is_hub_name(path)):
         return
     reason = _why_unreachable(int(time.monotonic() / KNOWN_FOR))
     _offline_here[:] = [True] if reason else []
