@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layerpeel.data.rows import Rows
+from layerpeel.errors import RunError
 from layerpeel.importance.base import ScoringInputs
 from layerpeel.importance.metrics import make_metric
 from layerpeel.inference.answer_cache import AnswerCache
@@ -126,3 +127,13 @@ def test_candidates_that_were_scored_before_an_interruption_are_not_scored_again
         patch.setattr(LayerRefit, "refit", lambda *each: (calls.append(1), refit(*each))[1])
         assert make_metric("repaired_kl").score(inputs).importance == expected
     assert len(calls) - 1 == 3  # both neighbours of the second candidate, one of the last
+
+
+def test_out_of_memory_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refit(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(LayerRefit, "refit", refit)
+    with pytest.raises(RunError, match="out of memory in scoring by repaired_kl") as caught:
+        make_metric("repaired_kl").score(inputs_of("llama"))
+    assert caught.value.hint == "score by teacher_kl, or on a larger device"

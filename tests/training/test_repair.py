@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from layerpeel.config.distill import DistillConfig
 from layerpeel.data.batches import load_rows
 from layerpeel.data.rows import Rows
-from layerpeel.errors import InputError
+from layerpeel.errors import InputError, RunError
 from layerpeel.inference import front
 from layerpeel.inference.ridge import Regression
 from layerpeel.model.surgery import remove_layers
@@ -341,3 +341,13 @@ def test_a_repair_of_nothing_is_refused(options: dict[str, Any], message: str) -
 def test_a_single_row_is_too_little_to_choose_by(tmp_path: Path) -> None:
     _, result = repaired(save_texts(tmp_path / "one.jsonl", tiny_texts([20])))
     assert all(each.ridge is None and each.after == each.before for each in result.projections)
+
+
+def test_out_of_memory_says_in_which_layer_and_what_to_do(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def solve(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Regression, "solve", solve)
+    with pytest.raises(RunError, match=r"out of memory in the repair of layer 1$") as caught:
+        repaired(text)
+    assert caught.value.hint and "device: cpu" in caught.value.hint

@@ -98,7 +98,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or it says so when it tries again
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry without a network
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

@@ -14,6 +14,7 @@ from layerpeel.data.cells import PlacedRow, TableRow, shortest
 from layerpeel.data.tables import read_arrow, read_csv, read_json, read_parquet
 from layerpeel.data.text_files import read_documents_of, read_json_lines
 from layerpeel.errors import InputError
+from layerpeel.storage.hub import use_cache_without_hub
 from layerpeel.storage.outputs import windows_hint
 
 READERS: dict[str, Callable[[Path], Iterator[TableRow]]] = {
@@ -167,6 +168,7 @@ def _read_hub(path: str, split: str, name: str | None, stream: bool) -> Iterator
 def _load_hub(path: str, split: str, name: str | None, stream: bool) -> Iterable[TableRow]:
     import datasets
 
+    use_cache_without_hub()
     try:
         if stream:
             _wait_for_readers_at_exit()

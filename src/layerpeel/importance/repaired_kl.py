@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from layerpeel.importance.base import MetricResult, ScoringInputs
 from layerpeel.importance.teacher_kl import TeacherKL
 from layerpeel.importance.text_metrics import TextBatch, rows_of
+from layerpeel.inference.budget import explaining_full_memory
 from layerpeel.inference.finite import NotFiniteError
 from layerpeel.inference.front import Front, share_of
 from layerpeel.inference.layerwise import LayerwiseModel, run_layer
@@ -91,7 +92,8 @@ class _Walk:
         if not sum_numbers({"lack it": kept is None}, self.student.device)["lack it"]:
             assert kept
             return float(kept[0])
-        kl = self._without(position, before, states)
+        with explaining_full_memory(f"in scoring by {self.metric.name}", "score by teacher_kl, or on a larger device"):
+            kl = self._without(position, before, states)
         if cache is not None:
             cache.keep_value([kl], *key)
         return kl

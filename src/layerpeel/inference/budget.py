@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
@@ -23,6 +26,24 @@ def _free_bytes(device: torch.device) -> int:
         return 2**31
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
+
+
+@contextmanager
+def explaining_full_memory(what: str, hint: str) -> Iterator[None]:
+    """For the time of work that cannot be done in smaller parts.
+
+    Args:
+        what: is done, after "out of memory ".
+
+    Raises:
+        RunError: memory has run out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise RunError(f"out of memory {what}", hint=hint) from None
 
 
 class Budget:

@@ -27,6 +27,7 @@ from layerpeel.model.devices import pick_device, wanted_dtype
 from layerpeel.model.forward_switches import check_attention, runnable_config
 from layerpeel.model.vocabulary import check_vocabulary, check_vocabulary_size
 from layerpeel.model.weights import WeightOptions, check_finite, load_weights, note_float32
+from layerpeel.storage.hub import use_cache_without_hub
 from layerpeel.storage.outputs import windows_hint
 
 if TYPE_CHECKING:
@@ -56,9 +57,11 @@ def load_config_of(
         InputError: there is no such model, it is no causal language model, or has an adapter that is not to be merged.
     """
     check_revision(path, revision)
+    use_cache_without_hub(path)
     adapter = checked_adapter(path, revision, merge=merge_adapter)
     if adapter and adapter.is_alone:
         path, revision = adapter.base, adapter.base_revision
+        use_cache_without_hub(path)
     folder = Path(path)
     if os.path.isdir(path) and not (folder / "config.json").is_file():
         raise InputError(

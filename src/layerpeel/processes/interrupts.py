@@ -16,6 +16,7 @@ from layerpeel.processes.distributed import sum_numbers
 if TYPE_CHECKING:
     import torch
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DUPLICATE_WINDOW = 0.5  # seconds: a launcher forwards the signal that the terminal sent to every process already
 NOTICE = b"\nfinishing what is in hand; once more to end at once\n"
 
@@ -40,7 +41,7 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread only
         yield
         return
-    previous = {number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, _on_signal) for number in SIGNALS}
     try:
         yield
     finally:
@@ -61,9 +62,15 @@ def stop_if_asked() -> None:
 
 
 def stop_if_any_asked(device: torch.device) -> None:
-    """As `stop_if_asked`, once any process was asked; every process has to call it, at the same place."""
-    if sum_numbers({"asked": stop_asked()}, device)["asked"]:
-        stop_if_asked()
+    """Raises `Interrupted` in all processes once one was asked to stop; all have to call it, at the same place.
+
+    So none of them waits in a collective for one that has gone.
+    """
+    asked = {number for number, _ in _requests}
+    processes = sum_numbers({number.name: number in asked for number in SIGNALS}, device)
+    for number in SIGNALS:
+        if processes[number.name]:
+            raise Interrupted(number)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

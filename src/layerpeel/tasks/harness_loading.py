@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from layerpeel.errors import InputError, reason_of
+from layerpeel.storage.hub import use_cache_without_hub
 
 # The harness's own defaults: of examples, and of what a task's functions draw while it is loaded.
 FEWSHOT_SEED, NUMPY_SEED, RANDOM_SEED = 1234, 1234, 0
@@ -42,6 +43,8 @@ def load_harness(name: str, include_path: str | None, num_fewshot: int | None, w
     """
     if not importlib.util.find_spec("lm_eval"):
         raise InputError(f"{where}: lm-evaluation-harness is not installed", hint="pip install 'layerpeel[eval]'")
+    if not include_path and not _is_file(name):  # the harness's own, whose data is on the hub
+        use_cache_without_hub()
     with quiet():
         manager = _manager_of(name, include_path, where)
         try:
@@ -81,7 +84,7 @@ def build_instances(leaf: Any, where: str, **options: Any) -> list[list[Any]]:
 
 def _manager_of(name: str, include_path: str | None, where: str) -> Any:
     """An index of tasks that has this one; the harness's own tasks are read only if they have to be."""
-    is_file = Path(name).suffix in (".yaml", ".yml")
+    is_file = _is_file(name)
     folder = include_path or (str(Path(name).parent) if is_file else None)
     manager = _manager(folder, defaults=False)
     if is_file or name in manager.all_tasks:
@@ -95,6 +98,11 @@ def _manager_of(name: str, include_path: str | None, where: str) -> Any:
             hint="`lm-eval ls tasks` lists them; name your own by their YAML file, or by include_path",
         )
     return manager
+
+
+def _is_file(name: str) -> bool:
+    """Whether a task is named by its YAML file."""
+    return Path(name).suffix in (".yaml", ".yml")
 
 
 @cache

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from layerpeel.inference.budget import explaining_full_memory
 from layerpeel.inference.front import Front
 from layerpeel.inference.refitting import LayerRefit, find_layer_writers
 from layerpeel.inference.residual_writers import Writers
@@ -26,6 +27,8 @@ from layerpeel.processes.interrupts import stop_if_any_asked
 from layerpeel.training.repair_states import RepairState
 from layerpeel.training.result import RepairedProjection, RepairResult
 from layerpeel.training.student import Student
+
+LESS_MEMORY = "set distill.repair: false, or use `layerpeel repair` with device: cpu, for the host's memory"
 
 
 class RepairWalk:
@@ -60,7 +63,8 @@ class RepairWalk:
         self._begin()
         kept = self.student.kept_layers
         for position in range(self.start, len(kept)):
-            self._repair_layer(position, (*kept.kept, kept.total)[position + 1])
+            with explaining_full_memory(f"in the repair of layer {kept.kept[position]}", LESS_MEMORY):
+                self._repair_layer(position, (*kept.kept, kept.total)[position + 1])
             stop_if_any_asked(self.teacher.device)
 
     def _begin(self) -> None:

@@ -19,7 +19,7 @@ from layerpeel.data.rows import Rows
 from layerpeel.errors import RunError
 from layerpeel.losses.loss_sum import LossSum
 from layerpeel.processes.distributed import processes_of, sum_numbers
-from layerpeel.processes.interrupts import stop_asked, stop_if_asked
+from layerpeel.processes.interrupts import stop_asked, stop_if_any_asked
 from layerpeel.processes.progress import console, progress
 from layerpeel.training.averaging import WeightAverage
 from layerpeel.training.gradients import StepGradients
@@ -265,7 +265,7 @@ class Trainer:
     ) -> None:
         """Saves the state where that is due in a process, and after the last step; stops where a stop was asked for."""
         if not self.state:
-            stop_if_asked()
+            stop_if_any_asked(self.device)
             return
         result = attempt.result
         reasons = sum_numbers({"due": float(self.state.is_due), "stop": float(stop_asked())}, self.device)
@@ -278,7 +278,7 @@ class Trainer:
                 Checkpoint(weights, tensors, described, saved, attempt.skipped, running, means, average.steps)
             )
         if reasons["stop"]:
-            stop_if_asked()
+            stop_if_any_asked(self.device)
 
 
 def _beside_bar(point: Mapping[str, float], speed: float, device: torch.device) -> str:
