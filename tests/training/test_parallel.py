@@ -103,7 +103,7 @@ def _worker(folder: Path, poisoned_call: int = 0, dies_after: int = 0, keeps: bo
         if RANK:
             Poison(patch, {poisoned_call})
         if dies_after:
-            _die_after(patch, dies_after)
+            die_after(patch, dies_after)
         if os.environ["ACCELERATE_USE_FSDP"] == "true":
             _check_split_after_forward(patch)
         student, result = train(folder / "text.jsonl", state=state if keeps else None, **options)
@@ -127,7 +127,7 @@ def _check_split_after_forward(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("layerpeel.training.gradients.run_both", checked)
 
 
-def _die_after(patch: pytest.MonkeyPatch, saves: int) -> None:
+def die_after(patch: pytest.MonkeyPatch, saves: int) -> None:
     """Both processes end at once, as if killed, after so many states were saved."""
     save, left = TrainingState.save, [saves]
 
