@@ -145,8 +145,10 @@ def _kill(folder: Path) -> None:
     uninterrupted, expected = train(text, **KILLED)
     with pytest.raises(Killed):
         train(text, state=state_for(folder, PROCESSES), log=kill_at(4), **KILLED)
-    for fewer in (2, 1) if not RANK else ():
-        shutil.copy(state_for(folder, PROCESSES).path, state_for(folder, fewer).path)
+    kept = state_for(folder, PROCESSES).folder
+    assert sorted(path.name for path in kept.glob("*/*")) == [f"{rank}.safetensors" for rank in range(PROCESSES)]
+    for copied in (2, 1, 0) if not RANK else ():
+        shutil.copytree(kept, state_for(folder, copied).folder)
     wait_for_all()
     resumed, result = resume(folder, PROCESSES)
     same(uninterrupted, resumed, 0.0)
@@ -155,7 +157,7 @@ def _kill(folder: Path) -> None:
 
 def state_for(folder: Path, processes: int) -> TrainingState:
     """The state that so many processes go on from."""
-    return TrainingState(folder / f"state of {processes}.safetensors", "this training", every=0.0)
+    return TrainingState(folder / f"state of {processes}", "this training", every=0.0)
 
 
 def resume(folder: Path, processes: int) -> tuple[Student, TrainingResult]:
@@ -194,6 +196,7 @@ def test_what_four_processes_began_goes_on_in_four_in_two_and_in_one(folder_of_f
         [read(folder_of_four / f"resumed in {processes}.{kind}") for processes in (4, 2, 1)]
         for kind, read in (("json", lambda path: json.loads(path.read_text())), ("safetensors", load_file))
     )
+    assert [len([*state_for(folder_of_four, count).folder.glob("*/*")]) for count in (4, 2, 1, 0)] == [4, 2, 1, 4]
     for curve, trained in zip(curves[1:], weights[1:], strict=True):
         assert curve[:4] == curves[0][:4]
         for point, expected in zip(curve[4:], curves[0][4:], strict=True):
@@ -201,6 +204,24 @@ def test_what_four_processes_began_goes_on_in_four_in_two_and_in_one(folder_of_f
         assert trained.keys() == weights[0].keys()
         for name, value in weights[0].items():
             assert (trained[name] - value).norm() <= 1e-4 * value.norm(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["a file is gone", "a file is short", "another file"])
+def test_a_state_with_damage_in_one_of_its_files_is_not_used(
+    fault: str, folder_of_four: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(state_for(folder_of_four, 0).folder, tmp_path / "state")
+    (last,) = (tmp_path / "state").glob("*/3.safetensors")
+    match fault:
+        case "a file is gone":
+            last.unlink()
+        case "a file is short":
+            last.write_bytes(last.read_bytes()[:-1])
+        case _:
+            shutil.copy(last, last.with_name("4.safetensors"))
+    assert TrainingState(tmp_path / "state", "this training", every=0.0).load() is None
+    assert "damaged; the training begins again" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow

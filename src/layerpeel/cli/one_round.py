@@ -79,7 +79,7 @@ def _training_state(settings: RunConfig, layers: Sequence[int], folder: Path) ->
 
 
 def _state_path(folder: Path) -> Path:
-    return beside(folder, "-training.safetensors")
+    return beside(folder, "-training")
 
 
 def repair_once(settings: RunConfig, layers: Sequence[int], folder: Path) -> None:
