@@ -51,10 +51,10 @@ KILLED: dict[str, Any] = {"steps": 8, "tokens_per_step": 48, "train": "above", "
 
 
 class Bytes:
-    """Notes the bytes of all parameters of layers that are alive, before each of the teacher's layers runs.
+    """Notes the bytes of all parameters that are alive, before each of the teacher's layers runs.
 
     Attributes:
-        seen: frozen and trained ones, in the first calls of each training.
+        seen: as `bytes_held` gives them, in the first calls of each training.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ class Bytes:
 
         def layer(model: LayerwiseModel, position: int, *arguments: Any) -> Tensor:
             if student and model is student[0].teacher and len(self.seen) < LOOKS:
-                self.seen.append(layer_bytes(student[0]))
+                self.seen.append(bytes_held(student[0]))
             return run_layer(model, position, *arguments)
 
         def noting(current: Student, *arguments: Any, **options: Any) -> StepOutputs:
@@ -77,14 +77,13 @@ class Bytes:
         monkeypatch.setattr("layerpeel.training.gradients.run_both", noting)
 
 
-def layer_bytes(student: Student) -> tuple[int, int]:
-    """Bytes of the parameters alive in this process, but for those outside of layers: of frozen and of trained ones."""
-    models = (student.teacher, student.layerwise)
-    inside = {id(p) for model in models for p in model.layers.parameters()}
-    outside = {id(p) for model in models for p in model.model.parameters()} - inside
+def bytes_held(student: Student) -> tuple[int, int]:
+    """Bytes of the parameters alive in this process that can be split: of frozen and of trained ones."""
+    not_split = {id(p) for p in student.teacher.norm_module.parameters()}
+    not_split |= {id(p) for name, p in student.parameters().items() if student.layer_of(name) is None and p.numel()}
     sizes: dict[int, tuple[int, bool]] = {}
     for parameter in gc.get_objects():
-        if isinstance(parameter, Tensor) and isinstance(parameter, nn.Parameter) and id(parameter) not in outside:
+        if isinstance(parameter, Tensor) and isinstance(parameter, nn.Parameter) and id(parameter) not in not_split:
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
             if not local.is_meta:
                 storage = local.untyped_storage()
@@ -94,12 +93,14 @@ def layer_bytes(student: Student) -> tuple[int, int]:
 
 
 def expected_bytes(student: Student) -> tuple[int, int]:
-    """What frozen layers of teacher and student take together, and what trains in layers, in fp32."""
+    """What frozen layers, embeddings and heads of both take together, and what trains in layers, in fp32."""
     of_layers = {n: p.numel() * 4 for n, p in student.parameters().items() if student.layer_of(n) is not None}
     changed = {name: size for name, size in of_layers.items() if student.layer_of(name) in student.changed_layers}
     trained = sum(size for name, size in changed.items() if name in student.trained)
     frozen = sum(p.numel() * 4 for p in student.teacher.layers.parameters()) + sum(changed.values()) - trained
-    return frozen, trained
+    teacher = student.teacher.model
+    matrices = {teacher.get_input_embeddings().weight, teacher.get_output_embeddings().weight}
+    return frozen + sum(matrix.numel() * 4 for matrix in matrices), trained
 
 
 def run_case(name: str, folder: Path, *, several: bool) -> tuple[Student, dict[str, Any]]:
@@ -295,7 +296,9 @@ def test_a_split_model_is_that_in_memory(alone: None, family: str, dtype: torch.
         batch = padded_batch()
         with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
             outputs = run_both(student, batch, [5], step_tokens=22, step_labels=19)
-            LossSum({"kl": LossConfig(), "hidden_mse": LossConfig()})(outputs)[0].backward()
+            with student.heads_loaded():
+                loss, _ = LossSum({"kl": LossConfig(), "hidden_mse": LossConfig()})(outputs)
+            loss.backward()
         gradients = [parameter.grad for parameter in parameters.values()]
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
         return [outputs.student_final, outputs.teacher_final, torch.cat([gradient.flatten() for gradient in local])]
@@ -307,6 +310,7 @@ def test_a_split_model_is_that_in_memory(alone: None, family: str, dtype: torch.
     student.add_trained([*trained, *names_of(student, [5])])
     before = {name: value.clone() for name, value in student.parameters().items()}
     with sharded(student, {name: before[name] for name in trained}):
+        assert not student.teacher.head_module.weight.numel() and not student.layerwise.head_module.weight.numel()
         split = run(student)
     after = student.parameters()
     assert all(torch.equal(value, after[name]) and after[name].dtype is dtype for name, value in before.items())
