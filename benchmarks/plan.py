@@ -89,8 +89,8 @@ Assumptions:
 - the tasks are {choices[0]} choice questions with prompts of {choices[1]} tokens, and {written} texts to be written;
 - a prompt runs once for all choices after it; text is generated to its full length; nothing races;
 - branches of candidates take 8 GiB (`score.memory`) while the model is scored;
-- the frozen weights are whole on each GPU; with FSDP2, layers are split while they train, and so are fp32 copies,
-  gradients and AdamW's state;
+- the frozen weights are whole on each GPU; with FSDP2, layers, embeddings and head are split while a round trains, and
+  so are fp32 copies, gradients and AdamW's state;
 - a step of generation reads the weights once for all rows; memory for the CUDA context, and what an allocator leaves
   unused, comes on top.
 """

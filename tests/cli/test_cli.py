@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from layerpeel.inference.ridge import Regression
 from layerpeel.model.loading import load_model
 from layerpeel.plan.speed import Speed
 from layerpeel.run.loop import peel
+from layerpeel.training.optimizers import ScheduledOptimizers
 from layerpeel.training.rounds import repair
 from tests.families import save_tiny, tiny_tokenizer
 
@@ -89,6 +92,33 @@ def test_run_score_eval_remove_distill(
     assert "4 layers" in ok("remove", "teacher", "--layers", "1,3", "-o", "short")
     assert "4 layers, loss" in ok("distill", "run.yaml", "--layers", "1-2", "-o", "healed")
     assert ok("score", "run.yaml").count("\n") >= 5 and ok("eval", "teacher", "run.yaml").count("choice") == 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "number"), [("memory", signal.SIGINT), ("stream", signal.SIGTERM)], ids=["memory", "stream"]
+)
+def test_a_distillation_goes_on_where_it_was_stopped(
+    weights: str, number: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, made = ScheduledOptimizers.step, [0]
+
+    def interrupted(optimizers: ScheduledOptimizers) -> None:
+        step(optimizers)
+        made[0] += 1
+        if made[0] == 3:
+            os.kill(os.getpid(), number)
+
+    arguments = ["distill", "run.yaml", "--layers", "2", "--set", f"distill.weights={weights}", "-o"]
+    code, _, err = call(monkeypatch, capsys, *arguments, "at-once")
+    assert code == 0, err
+    monkeypatch.setattr(ScheduledOptimizers, "step", interrupted)
+    code, _, err = call(monkeypatch, capsys, *arguments, "stopped")
+    assert code == 128 + number and "run the same command again to go on" in err and not Path("stopped").exists()
+    code, _, err = call(monkeypatch, capsys, *arguments, "stopped")
+    assert code == 0 and made == [4], err
+    one, other = (load_file(Path(name) / "model.safetensors") for name in ("at-once", "stopped"))
+    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    assert not [path.name for path in folder.iterdir() if "training" in path.name]
 
 
 def test_a_repaired_student_is_the_one_in_memory(

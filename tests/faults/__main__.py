@@ -166,7 +166,7 @@ def stage(folder: Path) -> str:
         return "saving"
     last = Run(folder).live[-1].event
     if last == "scored":
-        return "training" if (folder / "rounds/.training.safetensors").exists() else "removing"
+        return "training" if (folder / "rounds/.training").exists() else "removing"
     scoring = any((folder / "rounds/.answers").glob("*"))
     return "scoring" if scoring else {"resume": "resuming", "finish": "finished"}.get(last, "between")
 
@@ -282,7 +282,7 @@ class Faults:
         """A run that was killed in the training of its second round."""
         folder = self.folder / "halfway"
         child = Child(self.at(folder))
-        while not (folder / "rounds/01").exists() or not (folder / "rounds/.training.safetensors").exists():
+        while not (folder / "rounds/01").exists() or not any((folder / "rounds/.training").glob("[0-9]*")):
             assert child.wait(0.001) is None, child.message()
         child.kill()
         child.message()

@@ -197,10 +197,10 @@ def test_a_signal_in_training_saves_and_stops(
             peel(config)
     assert stop.value.signal == signal.SIGTERM
     assert json.loads(journal.read_text().splitlines()[-1])["event"] == "scored"
-    assert (config.output / "rounds/.training.safetensors").exists()
+    assert (config.output / "rounds/.training").exists()
     run = peel(config)
     assert outcome(run.folder) == outcome(finished.output)
-    assert not (config.output / "rounds/.training.safetensors").exists()
+    assert not (config.output / "rounds/.training").exists()
 
 
 def first_edition(folder: Path) -> None:

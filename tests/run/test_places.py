@@ -191,7 +191,7 @@ def stop_in_training(config: RunConfig, rounds: int) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("layerpeel.run.writing.OpenRun.track", stop)
         peel(config)
-    assert (config.output / "rounds/.training.safetensors").exists()
+    assert (config.output / "rounds/.training").exists()
 
 
 def test_state_of_training_is_not_taken_by_a_training_of_another_config(tmp_path: Path) -> None:

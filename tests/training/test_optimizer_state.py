@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerpeel.errors import InputError
 from layerpeel.training.optimizer_state import collect, restore
+from layerpeel.training.state_files import SavedTensor, open_parts, write_parts
 
 
 class KeepsAll(Optimizer):
@@ -62,9 +62,10 @@ def make_steps(optimizer: Optimizer, named: dict[str, nn.Parameter], seeds: rang
         optimizer.step()
 
 
-def through_a_file(path: Path, tensors: dict[str, Tensor], described: Any) -> tuple[dict[str, Tensor], Any]:
-    save_file(tensors, path)
-    return load_file(path), json.loads(json.dumps(described))
+def through_a_file(path: Path, tensors: dict[str, Tensor], described: Any) -> tuple[dict[str, SavedTensor], Any]:
+    write_parts(path, tensors, json.dumps(described))
+    saved, text = open_parts([path])
+    return saved, json.loads(text)
 
 
 @pytest.mark.parametrize(

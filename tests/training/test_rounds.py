@@ -22,6 +22,7 @@ from layerpeel.training.optimizers import ScheduledOptimizers
 from layerpeel.training.result import Log, TrainingResult
 from layerpeel.training.rounds import train_student
 from layerpeel.training.state import TrainingState
+from layerpeel.training.state_files import is_undamaged
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache
 from tests.families import RECURRENT, save_texts, tiny_ids, tiny_model, tiny_texts, tiny_tokenizer
@@ -288,11 +289,14 @@ def test_a_damaged_state_is_not_used(text: Path, tmp_path: Path, capsys: pytest.
     state = TrainingState(tmp_path / "state", "this", 0.0)
     with pytest.raises(Killed):
         train(text, state=state, log=kill_at(4))
-    content = state.path.read_bytes()
+    (path,) = state.folder.rglob("*.*")
+    content = path.read_bytes()
     for place in (9, 300, len(content) // 2, len(content) - 1):
-        state.path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
-        assert state.load() is None
-    state.path.write_bytes(content[:-100])
+        path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+        assert not is_undamaged(path)
+    path.write_bytes(content)
+    assert is_undamaged(path)
+    path.write_bytes(content[:-100])
     other, _ = train(text, state=state)
     same(uninterrupted, other, 0.0)
     assert "damaged; the training begins again" in " ".join(capsys.readouterr().err.split())

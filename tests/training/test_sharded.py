@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,19 +17,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from layerpeel.cli.process import main
 from layerpeel.config.distill import LossConfig
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.losses.base import StepOutputs
 from layerpeel.losses.loss_sum import LossSum
 from layerpeel.model.streaming import load_streamed
-from layerpeel.processes.distributed import RANK
+from layerpeel.processes.distributed import RANK, wait_for_all
 from layerpeel.training.forward import run_both
+from layerpeel.training.optimizers import ScheduledOptimizers
 from layerpeel.training.parallel import sharded
+from layerpeel.training.result import TrainingResult
+from layerpeel.training.state import TrainingState
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache
 from tests.families import FAMILIES, RECURRENT, UNLISTED, save_tiny, tiny_ids, tiny_model
-from tests.training.test_parallel import launch
-from tests.training.test_rounds import train, write_text
+from tests.training.test_parallel import die_after, launch
+from tests.training.test_rounds import Killed, kill_at, same, train, write_text
 from tests.training.test_student import names_of, padded_batch
 
 PROCESSES, LOOKS = 4, 15
@@ -42,13 +47,14 @@ CASES: dict[str, dict[str, Any]] = {
     "cached": {"steps": 12, "train_norm": True},  # one process has the teacher's states of its rows, and no other
     "streamed": {"steps": 4},
 }
+KILLED: dict[str, Any] = {"steps": 8, "tokens_per_step": 48, "train": "above", "train_norm": True, "average_last": 0.75}
 
 
 class Bytes:
-    """Notes the bytes of all parameters of layers that are alive, before each of the teacher's layers runs.
+    """Notes the bytes of all parameters that are alive, before each of the teacher's layers runs.
 
     Attributes:
-        seen: frozen and trained ones, in the first calls of each training.
+        seen: as `bytes_held` gives them, in the first calls of each training.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +63,7 @@ class Bytes:
 
         def layer(model: LayerwiseModel, position: int, *arguments: Any) -> Tensor:
             if student and model is student[0].teacher and len(self.seen) < LOOKS:
-                self.seen.append(layer_bytes(student[0]))
+                self.seen.append(bytes_held(student[0]))
             return run_layer(model, position, *arguments)
 
         def noting(current: Student, *arguments: Any, **options: Any) -> StepOutputs:
@@ -71,14 +77,13 @@ class Bytes:
         monkeypatch.setattr("layerpeel.training.gradients.run_both", noting)
 
 
-def layer_bytes(student: Student) -> tuple[int, int]:
-    """Bytes of the parameters alive in this process, but for those outside of layers: of frozen and of trained ones."""
-    models = (student.teacher, student.layerwise)
-    inside = {id(p) for model in models for p in model.layers.parameters()}
-    outside = {id(p) for model in models for p in model.model.parameters()} - inside
+def bytes_held(student: Student) -> tuple[int, int]:
+    """Bytes of the parameters alive in this process that can be split: of frozen and of trained ones."""
+    not_split = {id(p) for p in student.teacher.norm_module.parameters()}
+    not_split |= {id(p) for name, p in student.parameters().items() if student.layer_of(name) is None and p.numel()}
     sizes: dict[int, tuple[int, bool]] = {}
     for parameter in gc.get_objects():
-        if isinstance(parameter, Tensor) and isinstance(parameter, nn.Parameter) and id(parameter) not in outside:
+        if isinstance(parameter, Tensor) and isinstance(parameter, nn.Parameter) and id(parameter) not in not_split:
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
             if not local.is_meta:
                 storage = local.untyped_storage()
@@ -88,12 +93,14 @@ def layer_bytes(student: Student) -> tuple[int, int]:
 
 
 def expected_bytes(student: Student) -> tuple[int, int]:
-    """What frozen layers of teacher and student take together, and what trains in layers, in fp32."""
+    """What frozen layers, embeddings and heads of both take together, and what trains in layers, in fp32."""
     of_layers = {n: p.numel() * 4 for n, p in student.parameters().items() if student.layer_of(n) is not None}
     changed = {name: size for name, size in of_layers.items() if student.layer_of(name) in student.changed_layers}
     trained = sum(size for name, size in changed.items() if name in student.trained)
     frozen = sum(p.numel() * 4 for p in student.teacher.layers.parameters()) + sum(changed.values()) - trained
-    return frozen, trained
+    teacher = student.teacher.model
+    matrices = {teacher.get_input_embeddings().weight, teacher.get_output_embeddings().weight}
+    return frozen + sum(matrix.numel() * 4 for matrix in matrices), trained
 
 
 def run_case(name: str, folder: Path, *, several: bool) -> tuple[Student, dict[str, Any]]:
@@ -130,25 +137,106 @@ def _worker(folder: Path) -> None:
         if not RANK:
             save_file(tensors, folder / f"{name}.safetensors")
         del student
-    torch.distributed.barrier()  # or one leaves while another still writes, and may be aborted in gloo's threads
-    torch.distributed.destroy_process_group()
+    _kill(folder)
+
+
+def _kill(folder: Path) -> None:
+    """Trains, and once more until it is killed after four steps; goes on from there in as many processes."""
+    text = folder / "text.jsonl"
+    uninterrupted, expected = train(text, **KILLED)
+    with pytest.raises(Killed):
+        train(text, state=state_for(folder, PROCESSES), log=kill_at(4), **KILLED)
+    kept = state_for(folder, PROCESSES).folder
+    assert sorted(path.name for path in kept.glob("*/*")) == [f"{rank}.safetensors" for rank in range(PROCESSES)]
+    for copied in (2, 1, 0) if not RANK else ():
+        shutil.copytree(kept, state_for(folder, copied).folder)
+    wait_for_all()
+    resumed, result = resume(folder, PROCESSES)
+    same(uninterrupted, resumed, 0.0)
+    assert result.curve == expected.curve
+
+
+def state_for(folder: Path, processes: int) -> TrainingState:
+    """The state that so many processes go on from."""
+    return TrainingState(folder / f"state of {processes}", "this training", every=0.0)
+
+
+def resume(folder: Path, processes: int) -> tuple[Student, TrainingResult]:
+    """Goes on after four steps, and leaves the curve and what was trained."""
+    made, step = [0], ScheduledOptimizers.step
+
+    def counted(optimizers: ScheduledOptimizers) -> None:
+        made[0] += 1
+        step(optimizers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScheduledOptimizers, "step", counted)
+        student, result = train(folder / "text.jsonl", state=state_for(folder, processes), **KILLED)
+    assert made == [4] and result.steps == 8
+    if not RANK:
+        save_file(student.trained_state(), folder / f"resumed in {processes}.safetensors")
+        (folder / f"resumed in {processes}.json").write_text(json.dumps(result.curve))
+    return student, result
+
+
+@pytest.fixture(scope="module")
+def folder_of_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What four processes have left that trained each case, and went on after one was killed."""
+    folder = tmp_path_factory.mktemp("four")
+    write_text(folder / "text.jsonl")
+    save_tiny(folder / "teacher")
+    launch("-m", "tests.training.test_sharded", str(folder), fsdp=True, processes=PROCESSES)
+    return folder
 
 
 @pytest.mark.slow
-def test_four_processes_hold_a_quarter_each_and_train_the_student_of_one(tmp_path: Path) -> None:
-    write_text(tmp_path / "text.jsonl")
-    save_tiny(tmp_path / "teacher")
-    launch("-m", "tests.training.test_sharded", str(tmp_path), fsdp=True, processes=PROCESSES)
+def test_what_four_processes_began_goes_on_in_four_in_two_and_in_one(folder_of_four: Path) -> None:
+    launch("-m", "tests.training.test_sharded", str(folder_of_four), "resume", fsdp=True, processes=2)
+    resume(folder_of_four, 1)
+    curves, weights = (
+        [read(folder_of_four / f"resumed in {processes}.{kind}") for processes in (4, 2, 1)]
+        for kind, read in (("json", lambda path: json.loads(path.read_text())), ("safetensors", load_file))
+    )
+    assert [len([*state_for(folder_of_four, count).folder.glob("*/*")]) for count in (4, 2, 1, 0)] == [4, 2, 1, 4]
+    for curve, trained in zip(curves[1:], weights[1:], strict=True):
+        assert curve[:4] == curves[0][:4]
+        for point, expected in zip(curve[4:], curves[0][4:], strict=True):
+            assert point["tokens"] == expected["tokens"] and point["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert trained.keys() == weights[0].keys()
+        for name, value in weights[0].items():
+            assert (trained[name] - value).norm() <= 1e-4 * value.norm(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["a file is gone", "a file is short", "another file"])
+def test_a_state_with_damage_in_one_of_its_files_is_not_used(
+    fault: str, folder_of_four: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(state_for(folder_of_four, 0).folder, tmp_path / "state")
+    (last,) = (tmp_path / "state").glob("*/3.safetensors")
+    match fault:
+        case "a file is gone":
+            last.unlink()
+        case "a file is short":
+            last.write_bytes(last.read_bytes()[:-1])
+        case _:
+            shutil.copy(last, last.with_name("4.safetensors"))
+    assert TrainingState(tmp_path / "state", "this training", every=0.0).load() is None
+    assert "damaged; the training begins again" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_four_processes_hold_a_quarter_each_and_train_the_student_of_one(folder_of_four: Path) -> None:
     for name in CASES:
-        student, alone = run_case(name, tmp_path, several=False)
-        results = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(PROCESSES)]
+        student, alone = run_case(name, folder_of_four, several=False)
+        results = [json.loads((folder_of_four / f"{name}-{rank}.json").read_text()) for rank in range(PROCESSES)]
         quarter = [size // PROCESSES for size in expected_bytes(student)]
         for result in results:
             assert result["bytes"] == [quarter], name
             assert [point["loss"] for point in result["curve"]] == pytest.approx(
                 [point["loss"] for point in alone["curve"]], rel=1e-4
             ), name
-        tensors = load_file(tmp_path / f"{name}.safetensors")
+        tensors = load_file(folder_of_four / f"{name}.safetensors")
         if name != "streamed":
             with torch.no_grad():
                 assert (student.model(tiny_ids()).logits - tensors.pop("logits")).abs().max() < 1e-4, name
@@ -161,7 +249,7 @@ def test_four_processes_hold_a_quarter_each_and_train_the_student_of_one(tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes_distil_from_the_disk_as_one_does_in_memory(tmp_path: Path) -> None:
+def test_two_processes_that_die_distil_from_the_disk_as_one_does_in_memory(tmp_path: Path) -> None:
     write_text(tmp_path / "text.jsonl")
     fields = {
         "text": str(tmp_path / "text.jsonl"),
@@ -175,13 +263,16 @@ def test_two_processes_distil_from_the_disk_as_one_does_in_memory(tmp_path: Path
     config |= {"tasks": [{"kind": "perplexity", "data": fields["text"]}], "stop": {"target_layers": 4}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     command = ("-m", "layerpeel", "distill", str(tmp_path / "run.yaml"), "--layers", "2,4", "--output")
-    launch(*command, str(tmp_path / "two"), "--set", "distill.weights=stream", fsdp=True)
+    streamed = (*command[2:], str(tmp_path / "two"), "--set", "distill.weights=stream", "--set", "distill.save_every=0")
+    launch("-m", "tests.training.test_sharded", *streamed, fsdp=True, dies=True)
+    assert [path.name for path in tmp_path.glob("two*") if "training" in path.name] and not (tmp_path / "two").exists()
+    launch("-m", "layerpeel", *streamed, fsdp=True)
     launch(*command, str(tmp_path / "one"), processes=1)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert (value - two[name]).norm() <= 1e-3 * value.norm(), name
-    assert (tmp_path / "two/README.md").exists() and not (tmp_path / "two-solved").exists()
+    assert (tmp_path / "two/README.md").exists() and not [*tmp_path.glob("two-*")]
 
 
 @pytest.fixture
@@ -205,7 +296,9 @@ def test_a_split_model_is_that_in_memory(alone: None, family: str, dtype: torch.
         batch = padded_batch()
         with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
             outputs = run_both(student, batch, [5], step_tokens=22, step_labels=19)
-            LossSum({"kl": LossConfig(), "hidden_mse": LossConfig()})(outputs)[0].backward()
+            with student.heads_loaded():
+                loss, _ = LossSum({"kl": LossConfig(), "hidden_mse": LossConfig()})(outputs)
+            loss.backward()
         gradients = [parameter.grad for parameter in parameters.values()]
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
         return [outputs.student_final, outputs.teacher_final, torch.cat([gradient.flatten() for gradient in local])]
@@ -217,6 +310,7 @@ def test_a_split_model_is_that_in_memory(alone: None, family: str, dtype: torch.
     student.add_trained([*trained, *names_of(student, [5])])
     before = {name: value.clone() for name, value in student.parameters().items()}
     with sharded(student, {name: before[name] for name in trained}):
+        assert not student.teacher.head_module.weight.numel() and not student.layerwise.head_module.weight.numel()
         split = run(student)
     after = student.parameters()
     assert all(torch.equal(value, after[name]) and after[name].dtype is dtype for name, value in before.items())
@@ -230,4 +324,13 @@ def test_a_split_model_is_that_in_memory(alone: None, family: str, dtype: torch.
 
 
 if __name__ == "__main__":
-    _worker(Path(sys.argv[1]))
+    if sys.argv[2:] == ["resume"]:
+        resume(Path(sys.argv[1]), 2)
+    elif sys.argv[2:]:  # the command line, which dies when it has saved a state twice
+        with pytest.MonkeyPatch.context() as patch:
+            die_after(patch, 2)
+            main()
+    else:
+        _worker(Path(sys.argv[1]))
+    torch.distributed.barrier()  # or one leaves while another still writes, and may be aborted in gloo's threads
+    torch.distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from layerpeel.config.distill import DistillConfig
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError
 from layerpeel.model.architecture import count_parameters, find_architecture
+from layerpeel.model.digests import digests
 from layerpeel.model.layer_cycles import broken_cycle
 from layerpeel.model.loading import load_teacher, teacher_options
 from layerpeel.model.origin import StoredDtypes, stored_dtypes, teacher_origin
@@ -24,7 +26,9 @@ from layerpeel.model.removal import remove_from_files
 from layerpeel.model.saving import save_model
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.processes.distributed import from_main
+from layerpeel.processes.interrupts import interruptible
 from layerpeel.processes.progress import shown
+from layerpeel.run.places import data_digests
 from layerpeel.run.preflight import check_streamed_text
 from layerpeel.run.removal_card import HealingFacts, write_removal_card
 from layerpeel.storage.outputs import beside
@@ -32,6 +36,7 @@ from layerpeel.training.repair_states import RepairState
 from layerpeel.training.repairing import check_repair, repair_student
 from layerpeel.training.result import RepairResult, TrainingResult
 from layerpeel.training.rounds import distill, repair, train_student
+from layerpeel.training.state import TrainingState
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_text import with_teacher_text
 
@@ -42,7 +47,10 @@ Heal = Callable[
 
 
 def distill_once(settings: RunConfig, layers: Sequence[int], folder: Path) -> None:
-    """Removes layers from a config's teacher, repairs and distils the gap, and writes the student."""
+    """Removes layers from a config's teacher, repairs and distils the gap, and writes the student.
+
+    The state of training is kept beside the folder until then: the same command goes on after an interruption.
+    """
     if not settings.distill.tokens_per_round:
         raise InputError(
             "distill.tokens_per_round: 0, so there is nothing to do",
@@ -52,13 +60,26 @@ def distill_once(settings: RunConfig, layers: Sequence[int], folder: Path) -> No
     def heal(
         teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: DistillConfig, storage: StoredDtypes
     ) -> tuple[PreTrainedModel, HealingFacts, str]:
-        student, result = distill(teacher, tokenizer, layers, config, seed=settings.seed, storage=storage)
+        state = _training_state(settings, layers, folder)
+        student, result = distill(teacher, tokenizer, layers, config, seed=settings.seed, storage=storage, state=state)
         return student, HealingFacts.of(settings, result.repair, result), _trained(result)
 
-    if settings.distill.weights == "stream":
-        _heal_streamed(settings, layers, folder, train=True)
-    else:
-        _write_student(settings, layers, folder, heal)
+    with interruptible():
+        if settings.distill.weights == "stream":
+            _heal_streamed(settings, layers, folder, train=True)
+        else:
+            _write_student(settings, layers, folder, heal)
+    TrainingState(_state_path(folder), "", 0.0).clear()
+
+
+def _training_state(settings: RunConfig, layers: Sequence[int], folder: Path) -> TrainingState:
+    """Where the training of a teacher without these layers saves how far it is."""
+    of = [sorted(layers), digests(settings.teacher, settings.revision), data_digests(settings, []).text]
+    return TrainingState(_state_path(folder), json.dumps(of, sort_keys=True), settings.distill.save_every)
+
+
+def _state_path(folder: Path) -> Path:
+    return beside(folder, "-training")
 
 
 def repair_once(settings: RunConfig, layers: Sequence[int], folder: Path) -> None:
@@ -98,7 +119,7 @@ def _heal_streamed(settings: RunConfig, layers: Sequence[int], folder: Path, *, 
     Args:
         train: whether to; else repair is all there is, and has to be possible.
     """
-    config, state = settings.distill, RepairState(beside(folder, "-solved"), "repair")
+    config, solved = settings.distill, RepairState(beside(folder, "-solved"), "repair")
     check_new_folder(folder, settings.teacher)
     check_room(folder, settings.teacher, len(layers), **teacher_options(settings))
     if not train:
@@ -109,12 +130,13 @@ def _heal_streamed(settings: RunConfig, layers: Sequence[int], folder: Path, *, 
     student.remove(layers)
     storage = stored_dtypes(teacher_origin(settings).with_layers(student.kept_layers.kept), layerwise.model)
     options: dict[str, Any] = {"seed": settings.seed, "storage": storage}
-    repaired = repair_student(student, tokenizer, config, layers, state=state, required=not train, **options)
+    repaired = repair_student(student, tokenizer, config, layers, state=solved, required=not train, **options)
     if repaired:
         stdout.print(repair_table(repaired))
-        student.replaced = state.tensors(repaired.layers)
+        student.replaced = solved.tensors(repaired.layers)
     if train:
-        training = train_student(student, tokenizer, config, **options)
+        state = _training_state(settings, layers, folder)
+        training = train_student(student, tokenizer, config, state=state, **options)
     trained = {name: partial(torch.Tensor.detach, value) for name, value in student.trained_state().items()}
     replaced: Mapping[str, Callable[[], torch.Tensor]] = {**student.replaced, **trained}
     write = partial(remove_from_files, settings.teacher, layers, folder, replaced=replaced, **teacher_options(settings))
@@ -125,7 +147,7 @@ def _heal_streamed(settings: RunConfig, layers: Sequence[int], folder: Path, *, 
         _say_written(folder, removal.layers, _trained(training), removal.broken_cycle)
     elif repaired:
         _say_written(folder, removal.layers, _solved(repaired), removal.broken_cycle)
-    state.clear()
+    solved.clear()
 
 
 def _write_student(settings: RunConfig, layers: Sequence[int], folder: Path, heal: Heal) -> None:

@@ -34,12 +34,21 @@ def main() -> None:
     try:
         check_launcher()
         app(standalone_mode=True)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if not (stop := _interruption(end)):
+            raise
         console.print("stopped; run the same command again to go on from here")
         sys.exit(128 + getattr(stop, "signal", signal.SIGINT))
     except Exception as error:
         _say(error)
         sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def _interruption(end: BaseException | None) -> KeyboardInterrupt | None:
+    """What interrupted the command, of which typer makes an exit code; None if nothing did."""
+    while end is not None and not isinstance(end, KeyboardInterrupt):
+        end = end.__cause__ or end.__context__
+    return end
 
 
 def _say(error: Exception) -> None:

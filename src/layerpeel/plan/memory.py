@@ -64,17 +64,18 @@ def training_memory(
 
 
 def _frozen_bytes(shape: Shape, split: int) -> dict[str, float]:
-    """The teacher's weights; split, its layers are, and those that run are gathered.
+    """The teacher's weights; where they are split, those that run are gathered: a layer, the embeddings or the head.
 
     A layer that trains is gathered in the teacher's dtype, and so are its gradient and the layer below; what is sent of
     the gradient is fp32.
     """
-    in_layers = min(shape.parameters, shape.layers * shape.layer_parameters)
-    weights = {"weights": shape.itemsize * (shape.parameters - in_layers + in_layers / split)}
+    weights = {"weights": shape.itemsize * shape.parameters / split}
     if split == 1:
         return weights
-    each = 3.0 * shape.itemsize + MASTER_DTYPE.itemsize
-    return weights | {"layers that are gathered, and their gradients": each * shape.layer_parameters}
+    outside = max(0, shape.parameters - shape.layers * shape.layer_parameters)
+    layer = (3.0 * shape.itemsize + MASTER_DTYPE.itemsize) * shape.layer_parameters
+    matrix = shape.itemsize * max(shape.head_parameters, outside - shape.head_parameters)
+    return weights | {"weights that are gathered, and a layer's gradients": max(layer, matrix)}
 
 
 def repair_memory(shape: Shape, tokens: int, device: str) -> dict[str, float]:

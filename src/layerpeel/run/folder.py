@@ -4,8 +4,8 @@ NAME/journal.jsonl           one line an event, flushed and fsynced; the only tr
      config.yaml             the config, resolved; a copy for readers
      rounds/03/              scores.json, training.json, trained.safetensors (the student's trained weights)
            .answers/         what tasks were answered in the round that is running
-           .repair/         the projections that the repair which is running has solved
-           .training.safetensors  the state of the training that is running
+           .repair/          the projections that the repair which is running has solved
+           .training/        the state of the training that is running, a file for each process with a part of it
      text/teacher-HASH/      text that the teacher wrote, as token ids (see `data.token_documents`)
           tokens-HASH/       all text that the run reads, as token ids, until it ends (see `data.token_store`)
      student/                the Hugging Face checkpoint, with its model card

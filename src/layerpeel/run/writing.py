@@ -129,7 +129,7 @@ class OpenRun(Run):
 
     def training_state(self) -> TrainingState:
         """Where the running training saves how far it is: that of a removal, or the one after the last."""
-        path = self.folder / "rounds" / ".training.safetensors"
+        path = self.folder / "rounds" / ".training"
         return TrainingState(path, self._before_training, self.config.distill.save_every)
 
     def repair_state(self) -> RepairState:

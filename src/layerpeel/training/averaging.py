@@ -11,6 +11,7 @@ from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from layerpeel.training.optimizer_state import place_as
 from layerpeel.training.state import Checkpoint
+from layerpeel.training.state_files import SavedTensor
 
 
 class WeightAverage:
@@ -22,7 +23,9 @@ class WeightAverage:
         steps: over how many steps.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], checkpoint: Checkpoint | None = None) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], checkpoint: Checkpoint[SavedTensor] | None = None
+    ) -> None:
         """Begins, or goes on from a checkpoint, in which the parameters may have been split in another way."""
         self.parameters, self.steps = parameters, checkpoint.averaged if checkpoint else 0
         saved = checkpoint.average if checkpoint else {}

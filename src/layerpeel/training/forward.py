@@ -37,24 +37,26 @@ def run_both(
         recompute: keep only what enters each of the student's layers, and run them again in the backward pass.
         teacher_states: the teacher's, if they need not be computed: [B, T, D] of those layers, and of FINAL.
     """
-    device = student.model.device
-    input_ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device).bool()
+    names = ("input_ids", "attention_mask", "labels")
+    input_ids, mask, labels = (batch[name].to(student.model.device) for name in names)
     teacher, shared = student.teacher, student.shared_prefix
     with torch.no_grad():
         positions = positions_of(batch["document"])
-        common, arguments = teacher.begin(input_ids, positions)
+        with student.embeddings_loaded():
+            common, arguments = teacher.begin(input_ids, positions)
         for index in range(shared):
             with teacher.weights_loaded(index):
                 common = teacher.layer(index, common, arguments[index])
-    hidden = student.layerwise.begin(input_ids, positions)[0] if student.trains_embeddings else common
+    with student.embeddings_loaded() if student.trains_embeddings else nullcontext():
+        hidden = student.layerwise.begin(input_ids, positions)[0] if student.trains_embeddings else common
     of_student, of_teacher = _upper_states(student, hidden, common, arguments, layers, recompute, teacher_states)
     return StepOutputs(
         student_final=of_student.pop(FINAL),
         teacher_final=of_teacher[FINAL],
         student_hidden=of_student,
         teacher_hidden=of_teacher,
-        mask=mask,
-        labels=batch["labels"].to(device),
+        mask=mask.bool(),
+        labels=labels,
         student_head=student.layerwise,
         teacher_head=teacher,
         step_tokens=step_tokens,

@@ -125,7 +125,8 @@ class StepGradients:
                 computed = {layer: outputs.teacher_hidden[layer] for layer in layers}
                 states = cached or self.cache.keep(batch, computed)
                 outputs = replace(outputs, teacher_hidden=states, teacher_final=states[FINAL])
-            loss, parts = self.losses(outputs)
+            with self.student.heads_loaded():
+                loss, parts = self.losses(outputs)
         if not loss.requires_grad:
             raise InputError(
                 f"distill.losses: none of {', '.join(parts)} depends on what trains, so there is no gradient",

@@ -1,8 +1,8 @@
-"""An optimizer's `state_dict` as tensors for a safetensors file and a description for JSON, and back.
+"""An optimizer's `state_dict` as tensors for safetensors files and a description for JSON, and back.
 
-Parameters are named, not numbered, and what FSDP2 splits is gathered, so that a state does not depend on how parameters
-were grouped or split. Whatever the optimizer keeps comes back as it was: tensors of any shape and dtype, numbers, text,
-lists, tuples and mappings of such.
+Parameters are named, not numbered, and what FSDP2 splits is described as a whole, so that a state does not depend on
+how parameters were grouped or split. Whatever the optimizer keeps comes back as it was: tensors of any shape and dtype,
+numbers, text, lists, tuples and mappings of such.
 """
 
 from __future__ import annotations
@@ -10,46 +10,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from layerpeel.errors import InputError
-from layerpeel.processes.distributed import is_main_process
+from layerpeel.training.state_files import SavedTensor, part_of
 
 PLAIN = (bool, int, float, str, type(None))
 
 
-def gather(value: Tensor) -> Tensor:
-    """The tensor on the CPU, with the parts of all processes if it is split; all of them have to call this."""
-    full = value.full_tensor() if isinstance(value, DTensor) else value
-    return full.detach().cpu().contiguous()
-
-
-def gather_weights(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters on the CPU, in the first process; all of them have to call this."""
-    gathered = {}
-    for name, parameter in parameters.items():
-        full = gather(parameter)  # of one at a time, in the others
-        if is_main_process():
-            gathered[name] = full
-    return gathered
-
-
-def place_as(parameter: Tensor, full: Tensor) -> Tensor:
-    """A copy of what `gather` gave, where a parameter is, and split as it is."""
+def place_as(parameter: Tensor, saved: SavedTensor) -> Tensor:
+    """A copy of a saved tensor, where a parameter is, and split as it is."""
     if isinstance(parameter, DTensor):
-        return _split_as(parameter, full, None)
-    return full.to(parameter.device, copy=True)
+        return _split_as(parameter, saved, None)
+    return saved.full().to(parameter.device)
 
 
 def collect(
     optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """What the optimizers know of named parameters; all processes take part, the first gets the tensors.
+    """What the optimizers know of named parameters.
 
     Returns:
-        tensors by name, and for each optimizer a description that JSON takes, which refers to them.
+        tensors by name, those of the optimizers themselves, split as they are; and for each optimizer a description
+        that JSON takes, which refers to them.
 
     Raises:
         InputError: an optimizer keeps what cannot be saved.
@@ -74,7 +60,7 @@ def collect(
 def restore(
     optimizers: Sequence[Optimizer],
     parameters: Mapping[str, nn.Parameter],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, SavedTensor],
     described: Sequence[Mapping[str, Any]],
 ) -> None:
     """Gives optimizers of the same parameters what `collect` returned; they may be grouped and split in another way."""
@@ -100,9 +86,7 @@ def restore(
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """A value that JSON takes; tensors go into `tensors`, and those of DTensors with the dimension that is split."""
     if isinstance(value, Tensor):
-        full = gather(value)
-        if is_main_process():
-            tensors[path] = full
+        tensors[path] = value.detach()
         placements = value.placements if isinstance(value, DTensor) else None
         split = [each.dim if isinstance(each, Shard) else None for each in placements] if placements else None
         return {"tensor": path, "split": split}
@@ -119,7 +103,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def _decode(value: Any, tensor: Callable[[str], Tensor], parameter: nn.Parameter | None = None) -> Any:
+def _decode(value: Any, tensor: Callable[[str], SavedTensor], parameter: nn.Parameter | None = None) -> Any:
     """What `_encode` was given, with tensors placed as the parameter is."""
     if isinstance(value, list):
         return [_decode(each, tensor, parameter) for each in value]
@@ -129,16 +113,24 @@ def _decode(value: Any, tensor: Callable[[str], Tensor], parameter: nn.Parameter
         return {key: _decode(each, tensor, parameter) for key, each in value["mapping"]}
     if "tuple" in value:
         return tuple(_decode(each, tensor, parameter) for each in value["tuple"])
-    full = tensor(value["tensor"])
-    return _split_as(parameter, full, value["split"]) if isinstance(parameter, DTensor) else full.clone()
+    saved = tensor(value["tensor"])
+    return _split_as(parameter, saved, value["split"]) if isinstance(parameter, DTensor) else saved.full()
 
 
-def _split_as(parameter: DTensor, full: Tensor, split: list[int | None] | None) -> Tensor:
+def _split_as(parameter: DTensor, saved: SavedTensor, split: list[int | None] | None) -> Tensor:
     """The tensor on a parameter's mesh, split as it was; if it was not, as the parameter is where shapes agree."""
-    if split is None and full.shape != parameter.shape:
-        return full.clone()
+    if split is None and saved.shape != parameter.shape:
+        return saved.full()
     placements = [Replicate() if dim is None else Shard(dim) for dim in split] if split else parameter.placements
-    return distribute_tensor(full.to(parameter.device), parameter.device_mesh, placements)
+    (placement,), mesh = placements, parameter.device_mesh
+    if isinstance(placement, Shard):
+        local = saved.narrow(placement.dim, *part_of(saved.shape[placement.dim], mesh))
+    else:
+        local = saved.full()
+    stride = torch.empty(saved.shape, device="meta").stride()
+    return DTensor.from_local(
+        local.to(parameter.device), mesh, placements, run_check=False, shape=saved.shape, stride=stride
+    )
 
 
 def _as_saved(loaded: Any, saved: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Several processes that train one student: sums of gradients, and layers split between them.
+"""Several processes that train one student: sums of gradients, and weights split between them.
 
 Every process holds all weights, and the gradients of what trains are summed after the last micro-batch of a step; or,
 under FSDP2, each process holds its part of each layer, of the teacher's and of the student's, and of the gradients and
-the optimizer state of what trains in them, and a layer is gathered where it runs.
+the optimizer state of what trains in them, and a layer is gathered where it runs. So are frozen embeddings and heads.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import copy
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, distributed, nn
 from torch.distributed import fsdp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from layerpeel.processes.distributed import sum_numbers
 from layerpeel.training.recipe import MASTER_DTYPE
+from layerpeel.training.state_files import part_of
 from layerpeel.training.student import Student
 
 BUCKET = 2**26  # elements that are summed over processes at a time
@@ -29,15 +31,16 @@ BUCKET = 2**26  # elements that are summed over processes at a time
 
 @contextmanager
 def sharded(student: Student, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """For the time of the context, splits all layers over the processes, under `accelerate launch --use_fsdp`.
+    """For the time of the context, splits the weights over the processes, under `accelerate launch --use_fsdp`.
 
     Stand-ins whose parameters are split (FSDP2) run in the place of the layers: one for teacher and student where they
     have the same weights, else one for each. What trains has `MASTER_DTYPE` in them. The layers themselves have no
     weights meanwhile, and have them again afterwards, with what was trained; those that are streamed are on the disk.
+    Frozen embeddings and heads are whole where they run; what trains outside of layers is whole in each process.
 
-    After an exception the layers have their trained weights as they were before, and no others: other processes may be
-    elsewhere, and would not answer if they were asked for their parts. Such a teacher has to be loaded again, unless
-    its layers are streamed.
+    After an exception the layers have their trained weights as they were before, and nothing else that was split is
+    there: other processes may be elsewhere, and would not answer if they were asked for their parts. Such a teacher has
+    to be loaded again.
 
     Args:
         weights: the trained parameters by name, as they were before.
@@ -45,18 +48,87 @@ def sharded(student: Student, weights: Mapping[str, Tensor]) -> Iterator[None]:
     if not distributed.is_initialized() or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         yield
         return
-    split = SplitLayers(student, weights)
-    split.put()
+    mesh = init_device_mesh(student.model.device.type, (distributed.get_world_size(),))
+    layers, ends = SplitLayers(student, weights, mesh), SplitEnds(student, weights, mesh)
+    layers.put()
+    ends.put()
     try:
         yield
     except BaseException:
-        split.take_out()
+        layers.take_out()
+        ends.take_out()
         for name, parameter in student.parameters().items():
             if name in weights and not parameter.numel():
                 parameter.data = weights[name].to(parameter)
         raise
-    split.take_out()
-    split.give_weights()
+    layers.take_out()
+    ends.take_out()
+    layers.give_weights()
+    ends.give_weights()
+
+
+class SplitEnds:
+    """Frozen embeddings and heads, which may be tied, split over the processes by their first dimension.
+
+    Wherever a model has one, it has no numbers, or another parameter with all of them while that is gathered.
+
+    Args:
+        trained: names of the parameters that will train.
+    """
+
+    def __init__(self, student: Student, trained: Collection[str], mesh: DeviceMesh) -> None:
+        self.student, named = student, student.parameters()
+        models, trains = (student.teacher.model, student.model), {named[name] for name in trained}
+        self._embeddings, self._heads = (
+            list(dict.fromkeys(p for module in modules for p in module.parameters() if p.dim() and p not in trains))
+            for modules in ([m.get_input_embeddings() for m in models], [m.get_output_embeddings() for m in models])
+        )
+        self._parts: dict[nn.Parameter, Any] = {}
+        for parameter in (*self._embeddings, *self._heads):
+            if parameter not in self._parts:
+                self._parts[parameter] = nn.Parameter(_part(parameter.detach(), mesh), requires_grad=False)
+                parameter.data = parameter.data.new_empty(0)
+        self._places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {parameter: [] for parameter in self._parts}
+        for module in (module for model in models for module in model.modules()):
+            for name, value in module._parameters.items():
+                if value in self._places:
+                    self._places[value].append((module, name))
+
+    def put(self) -> None:
+        """Lets the student gather them where they run."""
+        self.student.embeddings_loaded = partial(self._gathered, self._embeddings)
+        self.student.heads_loaded = partial(self._gathered, self._heads)
+
+    def take_out(self) -> None:
+        """Lets the student take them as they are."""
+        self.student.embeddings_loaded = self.student.heads_loaded = nullcontext
+
+    def give_weights(self) -> None:
+        """Makes them whole again; all processes have to call it."""
+        for parameter, part in self._parts.items():
+            parameter.data = part.full_tensor()
+
+    @contextmanager
+    def _gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """A context in which some are whole; a graph that was made in it keeps what it needs of them."""
+        for parameter in parameters:
+            self._take_place(parameter, nn.Parameter(self._parts[parameter].full_tensor(), requires_grad=False))
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                self._take_place(parameter, parameter)
+
+    def _take_place(self, parameter: nn.Parameter, other: nn.Parameter) -> None:
+        for module, name in self._places[parameter]:
+            module._parameters[name] = other
+
+
+def _part(value: Tensor, mesh: DeviceMesh) -> DTensor:
+    """A tensor split by its first dimension; this process keeps nothing else of it."""
+    part = value.narrow(0, *part_of(len(value), mesh)).clone()
+    shape, stride = value.shape, value.contiguous().stride()
+    return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
 class SplitLayers:
@@ -71,11 +143,11 @@ class SplitLayers:
         of_teacher, of_student: by position; the same module where both have the same weights.
     """
 
-    def __init__(self, student: Student, trained: Collection[str]) -> None:
+    def __init__(self, student: Student, trained: Collection[str], mesh: DeviceMesh) -> None:
         self.student, self.trained, self._loaded = student, trained, student.teacher.weights_loaded
         self.of_teacher: dict[int, nn.Module] = {}
         self.of_student: dict[int, nn.Module] = {}
-        self._mesh = init_device_mesh(student.model.device.type, (distributed.get_world_size(),))
+        self._mesh = mesh
         for index in range(len(student.teacher.layers)):
             self._split_layer(index)
         stand_ins = [*self.of_teacher.values(), *self.of_student.values()]

@@ -122,6 +122,7 @@ def distill(
     *,
     seed: int = 0,
     storage: torch.dtype | StoredDtypes | None = None,
+    state: TrainingState | None = None,
 ) -> tuple[PreTrainedModel, TrainingResult]:
     """Removes layers from a teacher, repairs the gap in closed form where `repair` says so, and trains for one round.
 
@@ -131,6 +132,7 @@ def distill(
         teacher: stays as it is; the student shares all its weights but those that train.
         removed: teacher layers to remove, counted from 0.
         storage: the dtype that the student will be saved in; the teacher's if not given.
+        state: where training saves how far it is, and goes on from; of these layers, this teacher and this text.
 
     Returns:
         the student, a model of the teacher's class, and what training did.
@@ -143,7 +145,7 @@ def distill(
     stored = storage or teacher.dtype
     with _teacher_text_written(student, tokenizer, config, seed) as config:
         repaired = repair_student(student, tokenizer, config, removed, seed=seed, storage=stored)
-        result = train_student(student, tokenizer, config, seed=seed, storage=stored)
+        result = train_student(student, tokenizer, config, seed=seed, storage=stored, state=state)
     result.repair = repaired
     return student.model, result
 

@@ -1,35 +1,40 @@
-"""What a training needs to go on in the middle, in one file that is complete or not there."""
+"""What a training needs to go on in the middle, in a folder that is complete or not there.
+
+Each process writes what it holds of tensors that are split between them; the first writes the rest. It is read in any
+number of processes, split or not.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-import torch
 from rich.markup import escape
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from layerpeel.processes.distributed import is_main_process
+from layerpeel.processes.distributed import RANK, WORLD_SIZE, from_main, gather, is_main_process, wait_for_all
 from layerpeel.processes.progress import console
-from layerpeel.storage.files import whole_file
+from layerpeel.storage.files import remove_paths, sync_folder
 from layerpeel.training.result import TrainingResult
+from layerpeel.training.state_files import SavedTensor, is_undamaged, open_parts, write_parts
 
 PATIENCE = 20  # times as long as a save took, before the next one: saving takes a twentieth of the time at most
-FORMAT = 3  # of the file; a training does not go on from one of another format
+FORMAT = 4  # of the files; a training does not go on from one of another format
 WEIGHT = "parameter "  # before the names of trained parameters, among the tensors of a file
 AVERAGE = "average "  # and of their means
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A training after some of its steps.
+class Checkpoint(Generic[T]):
+    """A training after some of its steps; its tensors are in memory, split or not, or saved ones.
 
     Attributes:
         weights: the trained parameters, by name.
@@ -41,16 +46,16 @@ class Checkpoint:
         averaged: over how many steps so far.
     """
 
-    weights: Mapping[str, Tensor]
-    optimizer_tensors: Mapping[str, Tensor]
+    weights: Mapping[str, T]
+    optimizer_tensors: Mapping[str, T]
     optimizers: Sequence[Mapping[str, Any]]
     result: TrainingResult
     skipped: int
     running: Mapping[str, float]
-    average: Mapping[str, Tensor]
+    average: Mapping[str, T]
     averaged: int
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, T]:
         named = {f"{WEIGHT}{name}": value for name, value in self.weights.items()}
         named |= {f"{AVERAGE}{name}": value for name, value in self.average.items()}
         return named | dict(self.optimizer_tensors)
@@ -66,7 +71,7 @@ class Checkpoint:
         }
 
     @classmethod
-    def from_parts(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Checkpoint:
+    def from_parts(cls, tensors: Mapping[str, T], numbers: Mapping[str, Any]) -> Checkpoint[T]:
         """From what `tensors` and `to_json` returned."""
         weights, average = (
             {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -88,61 +93,76 @@ class TrainingState:
     """A place for the state of one training.
 
     Args:
-        path: a safetensors file; numbers are JSON in its header. Of several processes the first writes, and all read.
-        of: says which training. What a file holds of another is not used.
+        folder: for the state, and nothing else.
+        of: says which training. What the folder holds of another is not used.
         every: seconds between saves, more where they take long; 0 to save after each step.
     """
 
-    def __init__(self, path: Path, of: str, every: float) -> None:
-        self.path, self.of, self.every = path, of, every
+    def __init__(self, folder: Path, of: str, every: float) -> None:
+        self.folder, self.of, self.every = folder, of, every
         self._saved, self._took = time.monotonic(), 0.0
 
     def for_training(self, settings: str) -> TrainingState:
         """The same place, for a training whose settings have this hash: no other goes on from what it saves."""
-        return TrainingState(self.path, f"{self.of} {settings}", self.every)
+        return TrainingState(self.folder, f"{self.of} {settings}", self.every)
 
     @property
     def is_due(self) -> bool:
         return time.monotonic() - self._saved >= max(self.every, PATIENCE * self._took * bool(self.every))
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Puts a state in the place of the one before; returns once it is on the disk."""
+    def save(self, checkpoint: Checkpoint[Tensor]) -> None:
+        """Puts a state in the place of the one before; in the first process, returns once it is on the disk.
+
+        Where tensors are split, all processes have to call this, and write at the same time.
+        """
         started = time.monotonic()
+        tensors, partial = checkpoint.tensors(), self.folder / ".new.partial"
+        split = any(isinstance(value, DTensor) for value in tensors.values())
         if is_main_process():
-            text = json.dumps({"of": self.of, "format": FORMAT} | checkpoint.to_json())
-            tensors = checkpoint.tensors()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(self.path) as partial:
-                save_file(tensors, partial, {"numbers": text, "sha256": _digest(tensors, text)})
+            remove_paths(partial)
+            partial.mkdir(parents=True)
+        if split:
+            wait_for_all()
+        if split or is_main_process():
+            numbers = {"of": self.of, "format": FORMAT, "files": WORLD_SIZE if split else 1} | checkpoint.to_json()
+            write_parts(partial / f"{RANK}.safetensors", tensors, json.dumps(numbers))
+        if split:
+            wait_for_all()
+        if is_main_process():
+            self._take(partial)
         self._saved = time.monotonic()
         self._took = self._saved - started
 
-    def load(self) -> Checkpoint | None:
-        """The state of this training; None if none was saved, or the file is damaged."""
-        if not self.path.exists():
+    def load(self) -> Checkpoint[SavedTensor] | None:
+        """The state of this training; None if none was saved, or a file is damaged. All processes have to call this."""
+        paths = from_main(self._newest)
+        if not paths:
             return None
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
-            header, tensors = {}, {}
-        text = header.get("numbers", "")
-        if header.get("sha256") != _digest(tensors, text):
-            console.print(escape(f"{self.path}: damaged; the training begins again"))
-            return None
+        undamaged = all(gather(all(is_undamaged(path) for path in paths[RANK::WORLD_SIZE])))
+        tensors, text = open_parts(paths) if undamaged else ({}, "{}")
         numbers = json.loads(text)
+        if numbers.get("files") != len(paths):
+            console.print(escape(f"{self.folder}: damaged; the training begins again"))
+            return None
         same = numbers["of"] == self.of and numbers.get("format") == FORMAT
         return Checkpoint.from_parts(tensors, numbers) if same else None
 
     def clear(self) -> None:
-        if is_main_process():
-            self.path.unlink(missing_ok=True)
+        remove_paths(self.folder)
 
+    def _take(self, partial: Path) -> None:
+        """Makes a state that was written the newest, and removes those before it."""
+        before = self._numbers()
+        os.replace(partial, self.folder / str(max(before, default=0) + 1))
+        sync_folder(self.folder)
+        remove_paths(*(self.folder / str(number) for number in before))
 
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    def _newest(self) -> list[Path]:
+        """The files of the state that was saved last, in the order of ranks."""
+        numbers = self._numbers()
+        folder = self.folder / str(max(numbers, default=0))
+        return [folder / f"{rank}.safetensors" for rank in range(len([*folder.iterdir()]))] if numbers else []
+
+    def _numbers(self) -> list[int]:
+        """Of the states in the folder; it is more than one where a process died before it removed the older one."""
+        return [int(path.name) for path in self.folder.glob("*") if path.name.isdecimal()]

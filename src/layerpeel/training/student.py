@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class Student:
         kept_layers: which teacher layers the student still has.
         trained: names of the parameters that are the student's own copies.
         replaced: reads parameters that differ from the teacher's and do not train, by name, where weights are streamed.
+        embeddings_loaded, heads_loaded: contexts in which both models have what runs before their layers, and their
+            heads, while these are split over processes.
     """
 
     def __init__(self, teacher: PreTrainedModel | LayerwiseModel) -> None:
@@ -40,6 +42,8 @@ class Student:
         self.kept_layers = KeptLayers.full(len(self.layerwise.layers))
         self.trained: set[str] = set()
         self.replaced: Mapping[str, Callable[[], Tensor]] = {}
+        self.embeddings_loaded: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.heads_loaded: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def layer(self, index: int) -> nn.Module:
         """The student's version of a teacher layer."""

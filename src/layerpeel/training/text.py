@@ -74,9 +74,12 @@ class TrainingText:
         return rows
 
     def settings(self, seed: int, round_number: int) -> str:
-        """A hash of what the steps of the training depend on, but for the weights and the content of the text."""
+        """A hash of what the steps of the training depend on, but for the weights and the content of the text.
+
+        They are the same steps in any number of processes, which share the rows of each.
+        """
         fields = self.recipe.config.model_dump(mode="json", exclude=WITHOUT_EFFECT)
-        return settings_hash(fields, self.recipe.processes, seed, round_number, self.skip)
+        return settings_hash(fields, seed, round_number, self.skip)
 
 
 def tokenize_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase, texts: TokenStore, removals: int) -> None:

@@ -23,12 +23,13 @@ from layerpeel.processes.interrupts import stop_asked, stop_if_any_asked
 from layerpeel.processes.progress import console, progress
 from layerpeel.training.averaging import WeightAverage
 from layerpeel.training.gradients import StepGradients
-from layerpeel.training.optimizer_state import collect, gather_weights, place_as, restore
+from layerpeel.training.optimizer_state import collect, place_as, restore
 from layerpeel.training.optimizers import ScheduledOptimizers
 from layerpeel.training.parallel import gradient_norm, sharded, sum_gradients
 from layerpeel.training.recipe import MASTER_DTYPE, TrainingRecipe
 from layerpeel.training.result import NO_LOSS, Log, TrainingResult
 from layerpeel.training.state import Checkpoint, TrainingState
+from layerpeel.training.state_files import SavedTensor
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache
 
@@ -42,12 +43,12 @@ class Attempt:
     Attributes:
         result: of this attempt so far.
         skipped: steps that attempts before it skipped.
-        checkpoint: what it goes on from; None at the beginning.
+        checkpoint: what it goes on from; None at the beginning, and once that is read.
     """
 
     result: TrainingResult
     skipped: int = 0
-    checkpoint: Checkpoint | None = None
+    checkpoint: Checkpoint[SavedTensor] | None = None
 
 
 class Trainer:
@@ -150,12 +151,15 @@ class Trainer:
         result, batches = attempt.result, self._batches(rows, seed, attempt.result.steps)
         with (
             sharded(self.student, weights),
-            self._in_master_dtype(attempt.checkpoint),
+            self._in_master_dtype(),
             progress(self.description, self.steps) as advance,
         ):
             parameters = self._parameters()
+            if attempt.checkpoint:
+                _put(attempt.checkpoint.weights, parameters)
             optimizers = self._optimizers(attempt, parameters)
             average = WeightAverage(parameters, attempt.checkpoint)
+            attempt.checkpoint = None  # or its files stay open
             started, tokens_before = time.monotonic(), result.tokens
             self._show_past(result, advance)
             while result.steps < self.steps:
@@ -180,15 +184,13 @@ class Trainer:
             yield micro_batches(rows, indices, self.config.batch_size, rank=rank, world=world)
 
     @contextmanager
-    def _in_master_dtype(self, checkpoint: Checkpoint | None) -> Iterator[None]:
-        """For the time of the context, what trains has gradients and `MASTER_DTYPE`; it begins as in the checkpoint."""
+    def _in_master_dtype(self) -> Iterator[None]:
+        """For the time of the context, what trains has gradients and `MASTER_DTYPE`."""
         dtypes = {}
         for name, parameter in self._parameters().items():
             if not isinstance(parameter, DTensor):  # what is split has it already
                 dtypes[name] = parameter.dtype
                 parameter.data = parameter.data.to(MASTER_DTYPE)
-            if checkpoint:
-                parameter.detach().copy_(place_as(parameter, checkpoint.weights[name]))
             parameter.requires_grad_(True)
         try:
             yield
@@ -271,14 +273,18 @@ class Trainer:
         reasons = sum_numbers({"due": float(self.state.is_due), "stop": float(stop_asked())}, self.device)
         if any(reasons.values()) or result.steps == self.steps:
             saved = TrainingResult(**(asdict(result) | {"seconds": result.seconds + seconds}))
-            weights, means = gather_weights(parameters), gather_weights(average.weights)
             tensors, described = collect(optimizers.optimizers, parameters)
-            running = dict(self.losses.running)
-            self.state.save(
-                Checkpoint(weights, tensors, described, saved, attempt.skipped, running, means, average.steps)
-            )
+            so_far = (saved, attempt.skipped, dict(self.losses.running))
+            self.state.save(Checkpoint(parameters, tensors, described, *so_far, average.weights, average.steps))
         if reasons["stop"]:
             stop_if_any_asked(self.device)
+
+
+@torch.no_grad()
+def _put(saved: Mapping[str, SavedTensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Gives parameters their saved values."""
+    for name, parameter in parameters.items():
+        parameter.copy_(place_as(parameter, saved[name]))
 
 
 def _beside_bar(point: Mapping[str, float], speed: float, device: torch.device) -> str:
