@@ -294,7 +294,7 @@ def write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     order = ["teacher", *WAYS]
     ordered = sorted(rows, key=lambda row: (order.index(row["way"]), row["tokens"], -row["layers"]))
     command = "python benchmarks/real.py"
-    machines = ", or ".join(sorted({row["machine"] for row in rows}))
+    machines = "; ".join(sorted({row["machine"] for row in rows}))
     write_record(out, {"command": command, "machine": machines, "rows": ordered})
 
 
@@ -375,14 +375,14 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     shown = at_lowest_depth(rows)
     names, heights = [title_of(row) for row in shown], range(len(shown))
     colours = [COLOURS[0] if row["way"] == "default" else COLOURS[-1] for row in shown]
-    with canvas(9.5, 1.1 + 0.36 * len(shown), ncols=2, sharey=True) as (figure, (left, right)):
+    with canvas(10.5, 1.1 + 0.36 * len(shown), ncols=2, sharey=True) as (figure, (left, right)):
         shares, errors = zip(*(kept(row, teacher) for row in shown), strict=True)
         left.barh(heights, shares, xerr=errors, color=colours, ecolor=INK)
         left.axvline(100, color=INK, linewidth=0.8, linestyle=":")
         left.set(yticks=[*heights], yticklabels=names, ylim=(len(shown) - 0.5, -0.5))
-        left.set_xlabel("kept of the benchmarks above chance, %")
+        left.set_xlabel("kept above chance, %")
         right.barh(heights, [kl_of(row) for row in shown], color=colours)
-        right.set_xlabel("KL to the teacher on held-out text, lower is better")
+        right.set_xlabel("KL to the teacher")
         for axes in (left, right):
             axes.grid(axis="x")
     return figure

@@ -203,8 +203,8 @@ def published() -> str:
         f"Rows that are judged, none of which layers are chosen by: {judged}. Kept above chance: the mean of the "
         "benchmarks less that of guessing, as a share of the teacher's, with the standard error of the difference, "
         f"paired row by row. KL: to the teacher, mean over the tokens of held-out texts.\n\n"
-        f"{real.markdown(result['rows'])}\n\nMinutes are of one thread, beside other work on the same machine. "
-        f"{source(result)}"
+        f"{real.markdown(result['rows'])}\n\nMinutes are of making the student, beside other work on the same machine, "
+        f"of one thread or two. {source(result)}"
     )
 
 
@@ -281,7 +281,7 @@ def published_in_brief() -> str:
     result = read(PUBLISHED)
     return (
         f"![What is kept of five benchmarks and how far held-out text is from the teacher, a bar a way]({FIGURE})\n\n"
-        f"{real.brief(result['rows'])}\n\n{source(result)} Minutes are of one thread, beside other work."
+        f"{real.brief(result['rows'])}\n\n{source(result)} Minutes are beside other work, of one thread or two."
     )
 
 
