@@ -2,36 +2,45 @@
 
     python benchmarks/plan.py demo --out plan-demo.json
     python benchmarks/plan.py configs/storyteller.yaml --out plan-storyteller.json
+    python benchmarks/plan.py random --processes 1,2,4 --fsdp --out plan-processes.json
     python benchmarks/plan.py --table > docs/plan.md
 
-A comparison plans, runs (into a temporary folder, each in a process of its own), and writes planned and measured
-seconds of scoring and training, seconds in all, and peak memory of the whole process, with planned / measured.
+A comparison plans, runs (into a temporary folder, in processes of its own), and writes planned and measured seconds of
+scoring and training, seconds in all, and peak memory of each process (VmHWM), interpreter and libraries with it, with
+planned / measured. With `--processes`, once for each number of processes (gloo), which share the cores; with `--fsdp`,
+several also with their layers split. `random` is a bf16 Llama of 163 million random parameters, of which two layers go.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from machine import machine
+from streamed_training import write_text
+from streaming import peak_bytes, write_model
 from transformers import Qwen2Config
 
-from layerpeel.config.reading import parse_config
+from layerpeel.config.reading import load_config, parse_config
 from layerpeel.config.run import RunConfig
 from layerpeel.demo.preparing import prepare_demo
 from layerpeel.inference.requests import Generation, LogLikelihood, Request
 from layerpeel.plan.planning import Plan, plan_run
 from layerpeel.plan.speed import Speed
+from layerpeel.processes.distributed import RANK
 from layerpeel.processes.text import count, size
 from layerpeel.report.gather import costs_of
 from layerpeel.run.folder import Run
+from layerpeel.run.loop import peel
 
 # The public config.json of each model on the hub.
 SHAPES = {
@@ -111,50 +120,114 @@ HEADS = (
 
 
 def main() -> None:
-    """Prints the table, or compares a plan with a run."""
+    """Prints the table, or compares plans with runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", help="a YAML config, or `demo` for that of the bundled teacher")
+    parser.add_argument("config", nargs="?", help="a YAML config, `demo` for that of the bundled teacher, or `random`")
     parser.add_argument("--set", action="append", default=[], help="section.field=value, over the config's")
+    parser.add_argument("--processes", default="1", help="numbers of processes, with commas between")
+    parser.add_argument("--fsdp", action="store_true", help="several processes once more, with their layers split")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", action="store_true", help="print docs/plan.md")
+    parser.add_argument("--peaks", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.table:
         print(table(), end="")
-        return
-    if not options.config or not options.out:
+    elif options.peaks:
+        run_here(options.config, options.set, options.peaks)
+    elif options.config and options.out:
+        record = compare_each(options.config, options.set, _ways(options.processes, split=options.fsdp))
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    else:
         parser.error("a config and --out are needed, or --table")
-    with tempfile.TemporaryDirectory() as folder:
-        record = compare(options.config, options.set, Path(folder))
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record["planned_over_measured"], indent=1))
 
 
-def compare(config: str, overrides: list[str], folder: Path) -> dict[str, Any]:
+def _ways(processes: str, *, split: bool) -> list[tuple[int, bool]]:
+    """How many processes, and whether their layers are split."""
+    counts = [int(part) for part in processes.split(",")]
+    return [(count, False) for count in counts] + [(count, True) for count in counts if split and count > 1]
+
+
+def compare_each(config: str, overrides: list[str], ways: list[tuple[int, bool]]) -> dict[str, Any]:
+    """Plans and runs in each way."""
+    runs = []
+    for processes, split in ways:
+        with tempfile.TemporaryDirectory() as folder:
+            runs.append(compare(config, overrides, Path(folder), processes, split=split))
+        print(processes, "split" if split else "", json.dumps(runs[-1]["planned_over_measured"]), flush=True)
+    return {"command": f"python benchmarks/plan.py {' '.join(sys.argv[1:])}", "machine": machine(), "runs": runs}
+
+
+def compare(config: str, overrides: list[str], folder: Path, processes: int, *, split: bool) -> dict[str, Any]:
     """Plans, runs, and puts both beside each other."""
-    path = str(prepare_demo(folder)) if config == "demo" else config
+    prepare = {"demo": prepare_demo, "random": prepare_random}.get(config)
+    path = str(prepare(folder)) if prepare else config
     settings = [part for text in [*overrides, f"output={folder / 'run'}"] for part in ("--set", text)]
-    layerpeel = [sys.executable, "-m", "layerpeel"]
-    command = [*layerpeel, "plan", path, *settings, "--json"]
+    sharing = ["--gpus", str(processes), *["--fsdp"] * split]
+    command = [sys.executable, "-m", "layerpeel", "plan", path, *settings, *sharing, "--json"]
     planned = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the plan, to be sure that the run is larger
-    subprocess.run([*layerpeel, "run", path, *settings, "--no-report", "--json"], check=True, stdout=subprocess.DEVNULL)
-    peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    peaks = run_in_processes([path, *settings, "--peaks", str(folder)], processes, split=split, folder=folder)
     run = Run(folder / "run")
     costs = costs_of(run)
     seconds = {"scoring": costs.scoring_seconds, "training": costs.training_seconds}
-    measured = seconds | {"in all": run.events[-1].time - run.events[0].time, "peak": peak}
+    measured = seconds | {"in all": run.events[-1].time - run.events[0].time}
     expected = {part: planned["seconds"][part] for part in seconds}
     in_all = sum(seconds for part, seconds in planned["seconds"].items() if part != "report")  # the run makes none
-    expected |= {"in all": in_all, "peak": planned["peak"]}
+    expected |= {"in all": in_all}
+    ratios: dict[str, Any] = {part: round(expected[part] / value, 3) for part, value in measured.items() if value}
+    ratios["peaks"] = [round(planned["peak"] / peak, 3) for peak in peaks]
     return {
-        "command": f"python benchmarks/plan.py {config}" + "".join(f" --set {text}" for text in overrides),
-        "machine": machine(),
+        "processes": processes,
+        "split": split,
         "plan": planned,
-        "peak_is_of_the_run": peak > 1024 * before,
-        "planned": expected,
-        "measured": measured,
-        "planned_over_measured": {part: round(expected[part] / value, 3) for part, value in measured.items() if value},
+        "planned": expected | {"peak": planned["peak"]},
+        "measured": measured | {"peaks": peaks},
+        "planned_over_measured": ratios,
     }
+
+
+def run_in_processes(arguments: list[str], processes: int, *, split: bool, folder: Path) -> list[int]:
+    """Runs a config in so many processes, each with its share of the cores; gives the peak memory of each, in bytes."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    threads = str(max(1, torch.get_num_threads() // processes))
+    environment = {"OMP_NUM_THREADS": threads, "ACCELERATE_USE_FSDP": str(split).lower()}
+    command = [sys.executable, *(launcher if processes > 1 else []), __file__, *arguments]
+    subprocess.run(command, check=True, env=os.environ | environment, stdout=subprocess.DEVNULL)
+    return [json.loads((folder / f"peak-{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
+
+
+def run_here(config: str, overrides: list[str], folder: Path) -> None:
+    """Runs a config in this process, and writes the peak of its memory."""
+    warnings.filterwarnings("ignore")
+    peel(load_config(config, overrides))
+    (folder / f"peak-{RANK}.json").write_text(json.dumps(peak_bytes()), encoding="utf-8")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def prepare_random(folder: Path) -> Path:
+    """Writes a random teacher, text, and a config that takes two layers out and trains all others."""
+    write_model(folder, layers=10, hidden=1024)
+    write_text(folder, documents=64)
+    text = str(folder / "text.jsonl")
+    config = {
+        "teacher": str(folder),
+        "output": str(folder / "run"),
+        "dtype": "bfloat16",
+        "stop": {"target_layers": 8},
+        "score": {"decide": "teacher_kl", "tokens": 512},
+        "tasks": [{"kind": "perplexity", "data": text, "limit": 8}],
+        "distill": {
+            "text": text,
+            "tokens_per_round": 1024,
+            "tokens_per_step": 256,
+            "sequence_length": 64,
+            "batch_size": 1,
+            "repair": False,
+        },
+    }
+    path = folder / "random.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
 
 
 def table() -> str:
