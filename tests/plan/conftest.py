@@ -16,7 +16,7 @@ from layerpeel.plan.speed import Speed
 from tests.families import save_texts, save_tiny
 
 # Of a model of six layers: 1 ms a token in a layer, and nothing else takes time.
-SPEED = Speed(1e-3, 1e-3, 0.0, 0.0, 0.0, 1e-3, 0.0)
+SPEED = Speed(1e-3, 1e-3, 0.0, 0.0, 0.0, 1e-3, 0.0, 0.0)
 
 
 @pytest.fixture(scope="session")

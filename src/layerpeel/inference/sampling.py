@@ -155,11 +155,7 @@ class _Steps:
 
     def choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores, [B, V], of which the highest is the token drawn."""
-        probabilities = torch.softmax(scores / self.sampler.temperature, dim=-1)
-        if self.sampler.top_p < 1:
-            probabilities = nucleus(probabilities, self.sampler.top_p)
-        tokens = invert(probabilities, self.uniforms[:, self.count])
-        return scores.zero_().scatter_(1, tokens.to(scores.device)[:, None], 1.0)
+        return drawn(scores, self.uniforms[:, self.count], self.sampler.temperature, self.sampler.top_p)
 
     def stop(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """Whether to stop, for all rows alike: once enough of the documents have ended."""
@@ -169,6 +165,15 @@ class _Steps:
         self.ended |= torch.isin(input_ids[:, -1].cpu(), self._ends) | (self.room <= self.count)
         enough = bool(self.ended.float().mean() >= self._enough)
         return torch.full((len(input_ids),), enough, device=input_ids.device)
+
+
+def drawn(scores: Tensor, uniforms: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """Scores, [B, V], of which the highest is the token that the uniform numbers, [B], draw; overwrites `scores`."""
+    probabilities = torch.softmax(scores / temperature, dim=-1)
+    if top_p < 1:
+        probabilities = nucleus(probabilities, top_p)
+    tokens = invert(probabilities, uniforms)
+    return scores.zero_().scatter_(1, tokens.to(scores.device)[:, None], 1.0)
 
 
 def uniform_numbers(seed: int, document: int, count: int) -> numpy.ndarray:

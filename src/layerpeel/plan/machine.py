@@ -15,7 +15,7 @@ from layerpeel.plan.speed import Speed
 from layerpeel.run.preflight import check_plan
 from layerpeel.run.teacher_checks import read_for_plan
 
-AT_ONCE = Speed(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # for plans that are asked of memory alone
+AT_ONCE = Speed(*[0.0] * 8)  # for plans that are asked of memory alone
 
 
 class Planner:

@@ -158,7 +158,7 @@ class Parts:
         )
         length = config.distill.sequence_length
         rows = max(1, min(SHARD, self.budget // bytes_of_token(1, shape.width, shape.itemsize)) // length)
-        each = shape.layers * (speed.decode_row + speed.decode_call / rows) + speed.head
+        each = shape.layers * (speed.decode_row + speed.decode_call / rows) + speed.head + speed.draw
         return float(tokens * shape.layers), tokens * each
 
     def _report(self, depths: Iterable[int]) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """How fast a model's parts run: measured on this machine with random weights, or from a processor's figures.
 
 What is timed is what runs do: layers and head as `training/forward.py` and `losses/` run them, the optimizer of
-`training/recipe.py`, and `generate` in place of `inference/decoding.py`.
+`training/recipe.py`, `generate` in place of `inference/decoding.py`, and a draw of `inference/sampling.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from layerpeel.config.distill import DistillConfig
+from layerpeel.config.fields import TeacherTextConfig
 from layerpeel.inference.decoding import plain_generation
+from layerpeel.inference.finite import refuse_nan
 from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.inference.sampling import drawn
 from layerpeel.losses.base import StepOutputs
 from layerpeel.losses.loss_sum import LossSum
 from layerpeel.model.config_fields import context_length, rewrite_config, text_config
@@ -29,6 +32,7 @@ NEW, CONTEXT = 6, 128  # tokens that are generated for a time, after how many
 WORDS = (
     1024  # in the vocabulary of models whose layers are timed by generating: a real one's logits would take gigabytes
 )
+ROWS_DRAWN, DRAWS_PASSES = 64, 8  # tokens drawn at a time for a time; times that their logits are read or written
 REPEATS, LEAST_SECONDS = 5, 0.5  # of what is timed, at least
 MOST_SECONDS = 6.0  # on one thing that is timed; long calls need fewer repeats
 MOST_KEPT_BY_MALLOC = 31 * 2**20  # bytes; glibc's own limit is 32 MiB
@@ -46,6 +50,7 @@ class Speed:
         decode_call: for a step of generation through one layer, whatever the rows; and
         decode_row: for each row of it besides.
         update: for the optimizer to change one parameter.
+        draw: to draw a token of the teacher's text from its logits.
     """
 
     layer: float
@@ -55,6 +60,7 @@ class Speed:
     decode_call: float
     decode_row: float
     update: float
+    draw: float
 
     @classmethod
     def of_processor(cls, shape: Shape, flops: float, bandwidth: float, distill: DistillConfig | None = None) -> Speed:
@@ -62,7 +68,7 @@ class Speed:
 
         A multiply-add is two operations for each weight; backward takes twice as many as forward. A step of
         generation reads the layer's weights; an update reads and writes weight, gradient and optimizer state (28 bytes
-        with AdamW), and its own arithmetic is not counted.
+        with AdamW), and a draw the logits a few times over; their own arithmetic is not counted.
 
         Args:
             distill: names the optimizer; the default one's if not given.
@@ -76,6 +82,7 @@ class Speed:
             decode_call=shape.layer_parameters * shape.itemsize / bandwidth,
             decode_row=layer,
             update=TrainingRecipe(distill or DistillConfig()).update_bytes / bandwidth,
+            draw=DRAWS_PASSES * 4 * shape.vocabulary / bandwidth,
         )
 
     @classmethod
@@ -97,6 +104,7 @@ class Speed:
             call,
             max(row, layer),  # a small difference of large ones: not less than in a batch
             update,
+            timed.draw(),
         )
 
 
@@ -152,6 +160,18 @@ class _Timed:
 
         return _seconds(both_ways, self.model.device) / self.ids.numel()
 
+    def draw(self) -> float:
+        """From logits to a token of the teacher's text, beside what the head takes."""
+        device, top_p = self.model.device, min(_shares_drawn_from(self.recipe.config), default=1.0)
+        logits = torch.randn(ROWS_DRAWN, self.layerwise.vocab_size, device=device)
+        uniforms = torch.rand(ROWS_DRAWN, dtype=torch.float64)
+
+        def step() -> None:
+            with torch.no_grad():
+                drawn(refuse_nan(self.ids, logits.clone()), uniforms, top_p=top_p).argmax(-1)
+
+        return _seconds(step, device) / ROWS_DRAWN
+
     def training(self) -> tuple[float, float]:
         """Through the layer both ways; and, for each parameter, a step of the optimizer."""
         device, dtype = self.model.device, self.model.dtype
@@ -173,6 +193,11 @@ class _Timed:
         for parameter in trained:
             parameter.data = parameter.data.to(dtype)
         return layer, update
+
+
+def _shares_drawn_from(config: DistillConfig) -> list[float]:
+    """`top_p` of each text that the teacher writes."""
+    return [source.top_p for source in config.text if isinstance(source, TeacherTextConfig)]
 
 
 def _random_model(
