@@ -284,6 +284,16 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+def test_no_part_of_a_layer_outlives_a_training(alone: None, tmp_path: Path) -> None:
+    write_text(tmp_path / "text.jsonl")
+    gc.disable()
+    try:
+        student, _ = train(tmp_path / "text.jsonl", steps=1, train="all")
+        assert student.trained and not any(type(each) is DTensor for each in gc.get_objects())
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", [*FAMILIES, *UNLISTED, *RECURRENT])
 def test_a_split_model_is_that_in_memory(alone: None, family: str, dtype: torch.dtype) -> None:

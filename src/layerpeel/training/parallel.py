@@ -22,11 +22,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from layerpeel.processes.distributed import sum_numbers
+from layerpeel.processes.malloc import large_blocks_given_back
 from layerpeel.training.recipe import MASTER_DTYPE
 from layerpeel.training.state_files import part_of
 from layerpeel.training.student import Student
 
 BUCKET = 2**26  # elements that are summed over processes at a time
+
+
+def splits_layers() -> bool:
+    """Whether training splits layers over the processes: under `accelerate launch --use_fsdp`."""
+    return distributed.is_initialized() and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 @contextmanager
@@ -45,26 +51,27 @@ def sharded(student: Student, weights: Mapping[str, Tensor]) -> Iterator[None]:
     Args:
         weights: the trained parameters by name, as they were before.
     """
-    if not distributed.is_initialized() or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if not splits_layers():
         yield
         return
-    mesh = init_device_mesh(student.model.device.type, (distributed.get_world_size(),))
-    layers, ends = SplitLayers(student, weights, mesh), SplitEnds(student, weights, mesh)
-    layers.put()
-    ends.put()
-    try:
-        yield
-    except BaseException:
+    with large_blocks_given_back() if student.model.device.type == "cpu" else nullcontext():
+        mesh = init_device_mesh(student.model.device.type, (distributed.get_world_size(),))
+        layers, ends = SplitLayers(student, weights, mesh), SplitEnds(student, weights, mesh)
+        layers.put()
+        ends.put()
+        try:
+            yield
+        except BaseException:
+            layers.take_out()
+            ends.take_out()
+            for name, parameter in student.parameters().items():
+                if name in weights and not parameter.numel():
+                    parameter.data = weights[name].to(parameter)
+            raise
         layers.take_out()
         ends.take_out()
-        for name, parameter in student.parameters().items():
-            if name in weights and not parameter.numel():
-                parameter.data = weights[name].to(parameter)
-        raise
-    layers.take_out()
-    ends.take_out()
-    layers.give_weights()
-    ends.give_weights()
+        layers.give_weights()
+        ends.give_weights()
 
 
 class SplitEnds:

@@ -20,12 +20,13 @@ from layerpeel.errors import RunError
 from layerpeel.losses.loss_sum import LossSum
 from layerpeel.processes.distributed import processes_of, sum_numbers
 from layerpeel.processes.interrupts import stop_asked, stop_if_any_asked
+from layerpeel.processes.malloc import release_unused
 from layerpeel.processes.progress import console, progress
 from layerpeel.training.averaging import WeightAverage
 from layerpeel.training.gradients import StepGradients
 from layerpeel.training.optimizer_state import collect, place_as, restore
 from layerpeel.training.optimizers import ScheduledOptimizers
-from layerpeel.training.parallel import gradient_norm, sharded, sum_gradients
+from layerpeel.training.parallel import gradient_norm, sharded, splits_layers, sum_gradients
 from layerpeel.training.recipe import MASTER_DTYPE, TrainingRecipe
 from layerpeel.training.result import NO_LOSS, Log, TrainingResult
 from layerpeel.training.state import Checkpoint, TrainingState
@@ -100,6 +101,8 @@ class Trainer:
         while not self._complete(attempt, rows, seed, weights):
             attempt = self._restarted(attempt)
             self.student.load_trained(weights)
+        if splits_layers():
+            release_unused()  # their stand-ins refer to themselves in circles
         result = attempt.result
         result.skipped += attempt.skipped
         result.without_gradient = sorted(self.losses.without_gradient)
