@@ -170,16 +170,17 @@ def compare(config: str, overrides: list[str], folder: Path, processes: int, *, 
     costs = costs_of(run)
     seconds = {"scoring": costs.scoring_seconds, "training": costs.training_seconds}
     measured = seconds | {"in all": run.events[-1].time - run.events[0].time}
-    expected = {part: planned["seconds"][part] for part in seconds}
+    expected: dict[str, Any] = {part: planned["seconds"][part] for part in seconds}
     in_all = sum(seconds for part, seconds in planned["seconds"].items() if part != "report")  # the run makes none
     expected |= {"in all": in_all}
     ratios: dict[str, Any] = {part: round(expected[part] / value, 3) for part, value in measured.items() if value}
-    ratios["peaks"] = [round(planned["peak"] / peak, 3) for peak in peaks]
+    expected["peaks"] = [planned["peak" if not rank else "peak_of_others"] for rank in range(processes)]
+    ratios["peaks"] = [round(ahead / peak, 3) for ahead, peak in zip(expected["peaks"], peaks, strict=True)]
     return {
         "processes": processes,
         "split": split,
         "plan": planned,
-        "planned": expected | {"peak": planned["peak"]},
+        "planned": expected,
         "measured": measured | {"peaks": peaks},
         "planned_over_measured": ratios,
     }
@@ -251,7 +252,7 @@ def table() -> str:
                         decide,
                         str(gpus) + (" (FSDP2)" if gpus > 1 else ""),
                         size(planned.shape.parameters * planned.shape.itemsize),
-                        size(sum(planned.training_memory.values())),
+                        size(max(sum(planned.training_memory.values()), sum(planned.end_memory.values()))),
                         size(sum(planned.scoring_memory.values())),
                         count(planned.layer_tokens["scoring"]),
                         hours(planned.seconds["scoring"]),

@@ -25,14 +25,15 @@ from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.requests import Generation, LogLikelihood, Request
 from layerpeel.model.architecture import count_parameters
 from layerpeel.model.loading import load_config_of
-from layerpeel.plan.memory import repair_memory, scoring_memory
+from layerpeel.plan.memory import TrainingMemory, repair_memory, scoring_memory
 from layerpeel.plan.planning import Plan, plan_run
 from layerpeel.plan.shape import Shape, empty_model, shape_of
 from layerpeel.plan.speed import Speed, _decode_times, _seconds
 from layerpeel.run.teacher_checks import read_for_plan
+from layerpeel.training.recipe import TrainingRecipe
 from tests.families import save_tiny, tiny_model
 
-UNIT = Speed(1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # a second a token and layer
+UNIT = Speed(1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0)  # a second a token and layer
 ASKED: list[list[Request]] = [
     [LogLikelihood((1, 2, 3), (4,)), LogLikelihood((1, 2, 3), (5,))],
     [Generation((1, 2), 6, ())] * 3,
@@ -75,11 +76,11 @@ def test_text_from_the_teacher_by_hand(config: RunConfig) -> None:
     config.distill.repair = False
     assert "sampling" not in plan(config).seconds
     config.distill.text = [TeacherTextConfig(), TextConfig(path="none", weight=3.0)]
-    planned = plan(config, replace(UNIT, head=0.5, decode_call=100.0))
+    planned = plan(config, replace(UNIT, head=0.5, decode_call=100.0, draw=0.25))
     # A quarter of what two rounds train on, through 6 layers; few tokens share a step's call of a layer.
     assert planned.layer_tokens["sampling"] == 160 * 6
     rows = 2**17 // 16
-    assert planned.seconds["sampling"] == pytest.approx(160 * (6 * (1 + 100 / rows) + 0.5))
+    assert planned.seconds["sampling"] == pytest.approx(160 * (6 * (1 + 100 / rows) + 0.5 + 0.25))
     config.distill.text = [TeacherTextConfig(tokens=5000)]
     assert plan(config).layer_tokens["sampling"] == 5000 * 6
 
@@ -172,6 +173,7 @@ def test_a_processor_by_its_figures() -> None:
     speed = Speed.of_processor(shape, flops=1e3, bandwidth=1e2)
     assert (speed.layer, speed.trained_layer, speed.head, speed.head_loss) == pytest.approx((0.4, 1.2, 1.6, 4.8))
     assert (speed.decode_call, speed.decode_row, speed.update) == pytest.approx((4.0, 0.4, 0.28))
+    assert speed.draw == pytest.approx(32.0)  # 100 logits of 4 bytes, read or written eight times
 
 
 def test_the_publishers_generation_options_do_not_slow_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +224,24 @@ def test_long_calls_are_timed_fewer_times(monkeypatch: pytest.MonkeyPatch) -> No
         assert times <= len(calls) <= times + 1
 
 
+def test_a_draw_is_timed_as_the_text_is_drawn_from_the_real_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws: list[tuple[torch.Size, int, float]] = []
+
+    def draw(scores: torch.Tensor, uniforms: torch.Tensor, top_p: float) -> torch.Tensor:
+        draws.append((scores.shape, len(uniforms), top_p))
+        return scores
+
+    monkeypatch.setattr("layerpeel.plan.speed._decode_times", lambda one, two, device: (0.0, 0.0))
+    monkeypatch.setattr("layerpeel.plan.speed._seconds", lambda work, device: work() or 32.0)
+    monkeypatch.setattr("layerpeel.plan.speed.drawn", draw)
+    teacher = tiny_model("llama", vocab_size=5000, pad_token_id=4999).config
+    texts = ([TextConfig(path="none")], [TeacherTextConfig(), TeacherTextConfig(top_p=0.9)])
+    for text in texts:
+        speed = Speed.measure(teacher, DistillConfig(text=text, sequence_length=16), torch.float32, "cpu")
+        assert speed.draw == 0.5  # of 64 rows at once
+    assert draws == [((64, 5000), 64, 1.0), ((64, 5000), 64, 0.9)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "bloom"])  # the second cannot keep documents of a row apart
 def test_measured_speeds_are_times(family: str) -> None:
@@ -229,6 +249,7 @@ def test_measured_speeds_are_times(family: str) -> None:
     distill = DistillConfig(text="none", sequence_length=16, tokens_per_step=32)
     speed = Speed.measure(teacher, distill, torch.float32, "cpu")
     assert 0 < speed.layer < speed.trained_layer < 1 and 0 < speed.head < 1 and 0 < speed.update < 1
+    assert 0 < speed.draw < 1
     assert speed.decode_call >= 0 and speed.decode_row >= 0 and speed.head_loss > 0
 
 
@@ -279,6 +300,75 @@ def test_scoring_memory_by_hand() -> None:
     wide = replace(shape, cache=60)  # what the rows that write on keep is more than what is read
     parts = scoring_memory(wide, score, texts, 200, {"text": 0, "tasks": 3}, budget, "cuda")
     assert parts["branches of candidates and their caches"] == 9 * 12 * 60 * 4
+
+
+def split_over_four(config: RunConfig, **options: Any) -> Plan:
+    config.distill.train = "all"
+    return plan(config, gpus=4, fsdp=True, dtype=torch.bfloat16, **options)
+
+
+def test_memory_at_the_end_of_a_training_that_was_split_by_hand(config: RunConfig) -> None:
+    model = tiny_model("llama")
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    outside = count_parameters(model) - 6 * layer
+    planned, on_cpu = split_over_four(config), split_over_four(config, device="cpu")
+    # Six frozen layers and five that train: a quarter of each, and all of them again in bf16.
+    parts = {
+        "weights": 2 * outside + 2 * 6 * layer / 4,
+        "trained copies in fp32": 5 * layer,
+        "AdamW": 10 * layer,
+        "layers that are whole again": 2 * (6 + 5) * layer,
+    }
+    assert planned.end_memory == parts and not planned.save_memory
+    del parts["layers that are whole again"]
+    parts["weights as they were, to start a round again"] = 2 * 5 * layer
+    saved = on_cpu.save_memory
+    assert saved.pop("Python and its libraries") == on_cpu.end_memory["Python and its libraries"]
+    # Weights and AdamW's two states in fp32, of all five layers.
+    assert saved == parts | {"state that is gathered for its file": 3 * 4 * 5 * layer}
+    config.distill.average_last = 0.5
+    averaged = split_over_four(config, device="cpu").save_memory
+    assert averaged["state that is gathered for its file"] == 4 * 4 * 5 * layer
+    replicated = plan(config, gpus=4, device="cpu")
+    assert not replicated.end_memory and not replicated.save_memory
+
+
+def test_the_first_process_takes_more_than_the_others_where_it_saves(config: RunConfig) -> None:
+    shape = Shape(4, 8, 100, 1000, 200, 16, 800, 2, 1.0, 1)
+    phases = {"training": 50.0, "scoring": 40.0, "end": 60.0, "save": 70.0}
+    training, scoring, end, save = ({"weights": size} for size in phases.values())
+    planned = Plan(shape, 1, 1, training, scoring, {}, end, save, {}, {}, 4)
+    assert list(planned.phases) == ["training", "its end", "saving, first process", "scoring"]
+    assert (planned.peak, planned.peak_of_others) == (70.0, 60.0)
+    assert (replace(planned, save_memory={}).peak, planned.to_json()["peak_of_others"]) == (60.0, 60.0)
+
+
+def test_gathered_layers_on_a_cpu_are_copied_by_gloo(config: RunConfig) -> None:
+    layer = sum(parameter.numel() for parameter in tiny_model("llama").model.layers[0].parameters())
+    name = "layers that are gathered, and their gradients"
+    # In bf16 the layer, the one below, its gradient, and what is received; in fp32 what is sent of that, and its sum.
+    assert split_over_four(config, device="cpu").training_memory[name] == (4 * 2 + 2 * 4) * layer
+    assert split_over_four(config).training_memory[name] == (3 * 2 + 4) * layer
+
+
+def test_gradients_are_summed_in_a_bucket(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "activations, hidden states and chunks of logits"
+    config.distill.tokens_per_step = 16  # one micro-batch: only what trains is there when its gradients are summed
+    config.distill.train = "all"
+    alone, two = plan(config), plan(config, gpus=2)
+    assert two.training_memory[name] == pytest.approx(max(alone.training_memory[name], 4 * two.trained))
+    monkeypatch.setattr("layerpeel.plan.memory.BUCKET", 10**8)
+    config.distill.losses = {}
+    large = replace(TrainingMemory(two.shape, TrainingRecipe(config.distill, 2), 10**9, 0, 1, "cuda", 1))
+    assert large.step()[name] == 4 * 10**8
+    assert replace(large, recipe=TrainingRecipe(config.distill, 1)).step()[name] < 10**8
+
+
+def test_a_split_layer_keeps_no_copies_of_its_weights(config: RunConfig) -> None:
+    empty = empty_model(tiny_model("llama").config, torch.bfloat16)
+    matrices = sum(p.numel() for p in empty.model.layers[0].parameters() if p.dim() > 1)
+    copied, gathered = (shape_of(empty, 1, 16, split=split).kept * 16 for split in (False, True))
+    assert copied - gathered == 2 * matrices  # autocast's, in bf16
 
 
 def test_a_plan_is_json(config: RunConfig) -> None:

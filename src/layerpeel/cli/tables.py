@@ -74,10 +74,8 @@ def score_table(scores: LayerScores) -> Table:
 
 def plan_tables(plan: Plan) -> list[Table | str]:
     """What a plan says of memory and of work."""
-    heads, phases = ["training", "scoring"], [plan.training_memory, plan.scoring_memory]
-    if plan.repair_memory:
-        heads, phases = ["repair", *heads], [plan.repair_memory, *phases]
-    memory = Table("memory of each device", *heads, box=None, header_style="bold")
+    phases = plan.phases.values()
+    memory = Table("memory of each device", *plan.phases, box=None, header_style="bold")
     for part in dict.fromkeys(part for phase in phases for part in phase):
         memory.add_row(part, *(size(phase[part]) if part in phase else "" for phase in phases))
     memory.add_row("in all", *(size(sum(phase.values())) for phase in phases), style="bold")

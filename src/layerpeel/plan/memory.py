@@ -6,9 +6,8 @@ and `importance/scoring.py` hold while layers are scored. What a recipe knows is
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import psutil
 
@@ -18,6 +17,8 @@ from layerpeel.inference.layerwise import logit_rows_at_a_time, tokens_per_call
 from layerpeel.inference.requests import Generation, LogLikelihood, Request
 from layerpeel.losses.logits import BYTES_IN_CACHE
 from layerpeel.plan.shape import Shape
+from layerpeel.processes.malloc import release_unused
+from layerpeel.training.parallel import BUCKET
 from layerpeel.training.recipe import MASTER_DTYPE, TrainingRecipe
 
 STATES = 12  # hidden states [B, T, D] in fp32: final ones of both models, those compared, their copies and gradients
@@ -26,56 +27,101 @@ FORWARD_SHARE = 0.5  # a layer's peak memory in a forward pass without gradients
 UNUSED_ON_CPU = 0.4  # bytes that malloc holds unused for each byte allocated and freed; measured at 440 MB of them
 
 
-def training_memory(
-    shape: Shape, recipe: TrainingRecipe, trained: int, optimizer_bytes: int, graph: int, device: str, split: int
-) -> dict[str, float]:
-    """Memory while a round trains.
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Memory of a process in a round's training, by what it is for.
 
     Args:
         trained: how many numbers train.
         optimizer_bytes: of optimizer state for them.
         graph: layers of the student that gradients go through.
-        split: over how many devices layers are split (FSDP2), and what trains with them.
+        split: over how many processes layers are split (FSDP2), and what trains with them.
     """
-    if not trained:
-        return {"weights": float(shape.parameters * shape.itemsize)}
-    distill, master = recipe.config, MASTER_DTYPE.itemsize
-    tokens = recipe.micro_batch_rows * distill.sequence_length
-    kept = shape.kept * tokens
-    if distill.activation_checkpointing:
-        activations = graph * tokens * shape.width * shape.itemsize + kept
-    else:
-        activations = graph * kept
-    activations += max(kept, logit_bytes(shape, device))  # a layer runs, or the losses
-    activations += STATES * tokens * shape.width * master
-    gradients = master * trained / split
-    transient = activations + (gradients if recipe.accumulates else 0)  # a step's first backward finds none
-    parts = {
-        **_frozen_bytes(shape, split),
-        "trained copies in fp32": master * trained / split,
-        recipe.optimizer_name: optimizer_bytes / split,
-        **({"mean of the last weights": master * trained / split} if distill.average_last else {}),
-        "gradients": gradients,
-        "activations, hidden states and chunks of logits": max(0.0, transient - gradients),
-    }
-    if device == "cpu":  # elsewhere they are in the host's memory
-        parts["weights as they were, to start a round again"] = float(shape.itemsize * trained)
-    return parts | _unused(activations, device)
 
+    shape: Shape
+    recipe: TrainingRecipe
+    trained: int
+    optimizer_bytes: int
+    graph: int
+    device: str
+    split: int
 
-def _frozen_bytes(shape: Shape, split: int) -> dict[str, float]:
-    """The teacher's weights; where they are split, those that run are gathered: a layer, the embeddings or the head.
+    def step(self) -> dict[str, float]:
+        """While a step is made."""
+        if not self.trained:
+            return {"weights": float(self.shape.parameters * self.shape.itemsize)}
+        activations, gradients = self._activations(), self._wide / self.split
+        transient = activations + (gradients if self.recipe.accumulates else 0)  # a step's first backward finds none
+        if self.recipe.processes > self.split:  # gradients are summed in one piece, when all of them are there
+            transient = max(transient, gradients + min(self._wide, MASTER_DTYPE.itemsize * BUCKET))
+        return {
+            **self._between_steps(),
+            **self._gathered(),
+            "gradients": gradients,
+            "activations, hidden states and chunks of logits": max(0.0, transient - gradients),
+        } | _unused(activations, self.device)
 
-    A layer that trains is gathered in the teacher's dtype, and so are its gradient and the layer below; what is sent of
-    the gradient is fp32.
-    """
-    weights = {"weights": shape.itemsize * shape.parameters / split}
-    if split == 1:
-        return weights
-    outside = max(0, shape.parameters - shape.layers * shape.layer_parameters)
-    layer = (3.0 * shape.itemsize + MASTER_DTYPE.itemsize) * shape.layer_parameters
-    matrix = shape.itemsize * max(shape.head_parameters, outside - shape.head_parameters)
-    return weights | {"weights that are gathered, and a layer's gradients": max(layer, matrix)}
+    def end(self) -> dict[str, float]:
+        """Where layers were split: when all are whole again, and their parts still there."""
+        if not self.trained or self.split == 1:
+            return {}
+        in_layers = self.shape.itemsize * self._in_layers
+        whole = in_layers + self.shape.itemsize * self.trained
+        return {**self._between_steps(), "layers that are whole again": float(whole)}
+
+    def save(self) -> dict[str, float]:
+        """Where layers are split and memory is the host's: in the first process, when it saves the state."""
+        if not self.trained or self.split == 1 or self.device != "cpu":
+            return {}
+        weights = self._wide * (2 if self.recipe.config.average_last else 1)
+        return {**self._between_steps(), "state that is gathered for its file": float(weights + self.optimizer_bytes)}
+
+    @property
+    def _wide(self) -> float:
+        """Bytes of what trains, or of its gradients."""
+        return float(MASTER_DTYPE.itemsize * self.trained)
+
+    @property
+    def _in_layers(self) -> int:
+        """How many of the teacher's numbers are in layers."""
+        return min(self.shape.parameters, self.shape.layers * self.shape.layer_parameters)
+
+    def _between_steps(self) -> dict[str, float]:
+        """What there is all the time; of the teacher's weights, its layers are split."""
+        outside, wide = self.shape.parameters - self._in_layers, self._wide / self.split
+        parts = {
+            "weights": self.shape.itemsize * (outside + self._in_layers / self.split),
+            "trained copies in fp32": wide,
+            self.recipe.optimizer_name: self.optimizer_bytes / self.split,
+            **({"mean of the last weights": wide} if self.recipe.config.average_last else {}),
+        }
+        if self.device == "cpu":  # elsewhere they are in the host's memory
+            parts["weights as they were, to start a round again"] = float(self.shape.itemsize * self.trained)
+        return parts
+
+    def _gathered(self) -> dict[str, float]:
+        """Layers that run where layers are split.
+
+        One that trains is gathered in the teacher's dtype, and so are its gradient and the layer below; what is sent of
+        the gradient is fp32. On a CPU, gloo has a copy of what it gathers, and of what it sums.
+        """
+        if self.split == 1:
+            return {}
+        narrow, wide = (4, 2) if self.device == "cpu" else (3, 1)
+        each = float(narrow * self.shape.itemsize + wide * MASTER_DTYPE.itemsize)
+        return {"layers that are gathered, and their gradients": each * self.shape.layer_parameters}
+
+    def _activations(self) -> float:
+        """Bytes of what a micro-batch needs, forward and backward."""
+        shape, distill = self.shape, self.recipe.config
+        tokens = self.recipe.micro_batch_rows * distill.sequence_length
+        kept = shape.kept * tokens
+        if distill.activation_checkpointing:
+            activations = self.graph * tokens * shape.width * shape.itemsize + kept
+        else:
+            activations = self.graph * kept
+        activations += max(kept, logit_bytes(shape, self.device))  # a layer runs, or the losses
+        return activations + STATES * tokens * shape.width * MASTER_DTYPE.itemsize
 
 
 def repair_memory(shape: Shape, tokens: int, device: str) -> dict[str, float]:
@@ -97,9 +143,8 @@ def repair_memory(shape: Shape, tokens: int, device: str) -> dict[str, float]:
 
 
 def resident_bytes() -> float:
-    """Of this process, without what has been freed and not given back, where libc can tell."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+    """Of this process, without what has been freed and not given back, where malloc can tell."""
+    release_unused()
     return float(psutil.Process().memory_info().rss)
 
 

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from layerpeel.config.run import RunConfig
 from layerpeel.inference.requests import Request
 from layerpeel.model.surgery import KeptLayers
-from layerpeel.plan.memory import repair_memory, resident_bytes, scoring_memory, training_memory
+from layerpeel.plan.memory import TrainingMemory, repair_memory, resident_bytes, scoring_memory
 from layerpeel.plan.parts import Parts, Training, _candidates, _gap
 from layerpeel.plan.shape import Outline, Shape, empty_model, shape_of
 from layerpeel.plan.speed import Speed
@@ -32,6 +32,9 @@ class Plan:
         trained: parameters that train in the first round.
         training_memory, scoring_memory, repair_memory: bytes on each device, by what they are for; none where there is
             no repair.
+        end_memory: the same when a training ends in which layers were split; none where they are not.
+        save_memory: of the first process when the state of such a training is saved, in the host's memory; none where
+            that is not the device's.
         layer_tokens: tokens through a layer in all, of `scoring`, `evaluation` (of teacher and students on the tasks),
             `repair`, `training` (teacher and student, forward), `sampling`, where the teacher writes text, `report`.
         seconds: of the same.
@@ -44,17 +47,36 @@ class Plan:
     training_memory: dict[str, float]
     scoring_memory: dict[str, float]
     repair_memory: dict[str, float]
+    end_memory: dict[str, float]
+    save_memory: dict[str, float]
     layer_tokens: dict[str, float]
     seconds: dict[str, float]
     gpus: int
 
     @property
+    def phases(self) -> dict[str, dict[str, float]]:
+        """The memory of each phase that there is, by its name."""
+        phases = {
+            "repair": self.repair_memory,
+            "training": self.training_memory,
+            "its end": self.end_memory,
+            "saving, first process": self.save_memory,
+            "scoring": self.scoring_memory,
+        }
+        return {name: parts for name, parts in phases.items() if parts}
+
+    @property
     def peak(self) -> float:
-        """The most bytes on each device."""
-        return max(sum(phase.values()) for phase in (self.training_memory, self.scoring_memory, self.repair_memory))
+        """The most bytes on a device, that of the first process."""
+        return max(sum(parts.values()) for parts in self.phases.values())
+
+    @property
+    def peak_of_others(self) -> float:
+        """The most bytes on the device of any other process."""
+        return max(sum(parts.values()) for parts in self.phases.values() if parts is not self.save_memory)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"peak": self.peak}
+        return asdict(self) | {"peak": self.peak, "peak_of_others": self.peak_of_others}
 
 
 def plan_run(
@@ -83,7 +105,7 @@ def plan_run(
         InputError: the config selects nothing to train.
     """
     recipe, model = TrainingRecipe(config.distill, gpus), empty_model(teacher, dtype)
-    shape = shape_of(model, recipe.micro_batch_rows, config.distill.sequence_length)
+    shape = shape_of(model, recipe.micro_batch_rows, config.distill.sequence_length, split=fsdp)
     student = Outline(model, _gap(shape.layers, 1))
     training = _training(student, recipe)
     rounds, trained = _rounds(config, shape), training.parameters
@@ -92,13 +114,20 @@ def plan_run(
     process = {"Python and its libraries": resident_bytes()} if device == "cpu" else {}
     repairs = config.distill.repairs
     graph, split = shape.layers - 1 - student.shared_prefix, gpus if fsdp else 1
+    memory = TrainingMemory(shape, recipe, trained, training.optimizer_bytes, graph, device, split)
+
+    def of_process(parts: dict[str, float]) -> dict[str, float]:
+        return parts | process if parts else {}
+
     return Plan(
         shape,
         rounds,
         trained,
-        training_memory(shape, recipe, trained, training.optimizer_bytes, graph, device, split) | process,
+        memory.step() | process,
         scoring_memory(shape, config.score, requests, trained, parts.branches(), parts.budget, device) | process,
-        repair_memory(shape, repairs.tokens, device) | process if repairs else {},
+        of_process(repair_memory(shape, repairs.tokens, device) if repairs else {}),
+        of_process(memory.end()),
+        of_process(memory.save()),
         *parts.totals(rounds),
         gpus,
     )

@@ -76,11 +76,13 @@ class Outline(Student):
         return False
 
 
-def shape_of(model: PreTrainedModel, rows: int, length: int) -> Shape:
+def shape_of(model: PreTrainedModel, rows: int, length: int, *, split: bool = False) -> Shape:
     """The sizes of a model that may be on the meta device.
 
     Args:
         rows, length: of a training batch.
+        split: whether layers are split over processes, so that their matrices are gathered in the model's dtype, and
+            autocast makes no copies of them.
     """
     config, layers = text_config(model.config), find_architecture(model).layers
     queries = getattr(config, "num_attention_heads", None) or 0  # recurrent models have none
@@ -95,7 +97,7 @@ def shape_of(model: PreTrainedModel, rows: int, length: int) -> Shape:
         inner=max(size for layer in layers for size in _inner_sizes(layer, config.hidden_size)),
         head_parameters=sum(p.numel() for p in model.get_output_embeddings().parameters()),
         itemsize=model.dtype.itemsize,
-        kept=_kept_bytes(model.config, model.dtype, rows, length) / (rows * length),
+        kept=_kept_bytes(model.config, model.dtype, rows, length, split=split) / (rows * length),
         cache=2 * heads * size * model.dtype.itemsize,
     )
 
@@ -106,7 +108,7 @@ def _inner_sizes(layer: nn.Module, width: int) -> list[int]:
     return [width, *(max(shape) for shape in shapes if width in shape)]
 
 
-def _kept_bytes(config: PretrainedConfig, dtype: torch.dtype, rows: int, length: int) -> int:
+def _kept_bytes(config: PretrainedConfig, dtype: torch.dtype, rows: int, length: int, *, split: bool) -> int:
     """Bytes that one layer saves for its backward pass, counted on fake tensors; the layer trains as in `Trainer`."""
     config = copy.deepcopy(config)
     rewrite_config(text_config(config), [text_config(config).num_hidden_layers // 2])
@@ -122,7 +124,7 @@ def _kept_bytes(config: PretrainedConfig, dtype: torch.dtype, rows: int, length:
         architecture = find_architecture(model)
         layer = architecture.layers[0]
         for parameter in layer.parameters():
-            parameter.data = parameter.data.to(MASTER_DTYPE)
+            parameter.data = parameter.data.to(dtype if split and parameter.dim() > 1 else MASTER_DTYPE)
             parameter.requires_grad_(True)
         run = layer.forward
 
