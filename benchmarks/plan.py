@@ -81,7 +81,15 @@ TABLE = """# Planning a run
 `layerpeel plan my.yaml` estimates the memory and time of a run from the teacher's config alone: no weights are read. It
 counts the layer calls of scoring, evaluation and training, and multiplies them by times that it measures on one layer
 and one head of that shape with random weights; for another machine, give `--flops` and `--bandwidth`. `--gpus 8`
-divides the work among eight GPUs, `--fsdp` splits layers, and what trains in them, while they train.
+divides the work among eight GPUs, `--fsdp` splits layers, and what trains in them, while they train. Without a GPU, it
+is eight processes on the cores of this machine, each with its share of them; start them with as many threads
+(`OMP_NUM_THREADS`; `torchrun` gives each process one).
+
+Memory is that of each process, weights with it that processes of one machine share because they are mapped from the
+files. With `--fsdp` two moments are planned beside the steps: the end of a training, when layers are whole again, and,
+on CPUs, the saving of its state, for which the first process gathers all of it. What processes of a CPU exchange is
+timed between threads. Not planned are the time that processes take to start and load; the kernels' own workspaces; and
+what malloc cannot use again of memory that was freed, but for a share of what changes in a step.
 
 Of {names}, a third of the layers removed: {tokens} tokens a round in rows of
 2,048, batches of 2, AdamW on fp32 copies, bfloat16 frozen weights. {share}
@@ -98,8 +106,9 @@ Assumptions:
 - the tasks are {choices[0]} choice questions with prompts of {choices[1]} tokens, and {written} texts to be written;
 - a prompt runs once for all choices after it; text is generated to its full length; nothing races;
 - branches of candidates take 8 GiB (`score.memory`) while the model is scored;
-- the frozen weights are whole on each GPU; with FSDP2, layers, embeddings and head are split while a round trains, and
-  so are fp32 copies, gradients and AdamW's state;
+- the frozen weights are whole on each GPU; with FSDP2, layers are split while they train, and so are fp32 copies,
+  gradients and AdamW's state; memory of training is that of a step or that at its end, whichever is more;
+- what GPUs send one another takes no time;
 - a step of generation reads the weights once for all rows; memory for the CUDA context, and what an allocator leaves
   unused, comes on top.
 """

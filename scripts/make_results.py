@@ -169,12 +169,18 @@ def distillation() -> str:
 
 def planned() -> str:
     """What `layerpeel plan` estimated, divided by what the run took."""
-    lines = ["| run | scoring | training | time in all | peak memory |", "|---|---|---|---|---|"]
+    lines = [
+        "| run | processes | scoring | training | time in all | peak memory of each process |",
+        "|---|---|---|---|---|---|",
+    ]
     commands = []
     for path in sorted(RESULTS.glob("plan-*.json")):
         result = read(path.stem)
-        ratios = [result["planned_over_measured"][part] for part in ("scoring", "training", "in all", "peak")]
-        lines.append(f"| {path.stem.removeprefix('plan-')} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+        for run in result["runs"]:
+            ratios = run["planned_over_measured"]
+            cells = [path.stem.removeprefix("plan-"), f"{run['processes']}{' (FSDP2)' * run['split']}"]
+            cells += [f"{ratios[part]:.2f}" for part in ("scoring", "training", "in all")]
+            lines.append(f"| {' | '.join([*cells, ', '.join(f'{peak:.2f}' for peak in ratios['peaks'])])} |")
         commands.append(source(result))
     return "\n".join(["Planned / measured; 1 is exact.", "", *lines, "", *commands])
 

@@ -25,6 +25,8 @@ from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.requests import Generation, LogLikelihood, Request
 from layerpeel.model.architecture import count_parameters
 from layerpeel.model.loading import load_config_of
+from layerpeel.plan.exchange import exchange_times
+from layerpeel.plan.machine import Planner
 from layerpeel.plan.memory import TrainingMemory, repair_memory, scoring_memory
 from layerpeel.plan.planning import Plan, plan_run
 from layerpeel.plan.shape import Shape, empty_model, shape_of
@@ -70,6 +72,69 @@ def test_layer_calls_by_hand(config: RunConfig) -> None:
     assert planned.layer_tokens["training"] == 320 * (6 + 5) + 320 * (6 + 4)
     assert planned.seconds["scoring"] == planned.layer_tokens["scoring"]
     assert plan(config, gpus=2).seconds["scoring"] == planned.seconds["scoring"] / 2
+
+
+def test_each_process_updates_all_that_trains_or_its_part(config: RunConfig) -> None:
+    updating = replace(UNIT, layer=0.0, trained_layer=0.0, update=1.0)
+    config.distill.train = "all"
+    alone = plan(config, updating)
+    # Ten steps of 32 tokens in each of two rounds, of five layers and of four.
+    assert alone.seconds["training"] == pytest.approx(10 * alone.trained * (1 + 4 / 5))
+    assert plan(config, updating, gpus=4).seconds["training"] == pytest.approx(alone.seconds["training"])
+    assert plan(config, updating, gpus=4, fsdp=True).seconds["training"] == pytest.approx(alone.seconds["training"] / 4)
+
+
+def test_what_processes_exchange_by_hand(config: RunConfig) -> None:
+    silent = replace(UNIT, layer=0.0, trained_layer=0.0)
+    model = tiny_model("llama")
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    config.distill.train = "all"
+    config.distill.tokens_per_step = 128  # eight rows: of four processes each has two, one at a time
+    config.distill.batch_size = 1
+    adding, gathering = replace(silent, add_up=1.0), replace(silent, gather=1.0)
+    steps = 2  # of 320 tokens, in each of two rounds: of five layers, and of four
+    assert plan(config, adding).seconds["training"] == 0
+    assert plan(config, adding, gpus=4).seconds["training"] == pytest.approx(steps * 4 * layer * (5 + 4))
+    assert plan(config, gathering, gpus=4).seconds["training"] == 0
+    split: dict[str, Any] = {"gpus": 4, "fsdp": True, "dtype": torch.bfloat16}
+    assert plan(config, adding, **split).seconds["training"] == pytest.approx(2 * steps * 4 * layer * (5 + 4))
+    # Forward six of the teacher's and the student's, and all again at the end; backward those from the first that
+    # trains; and weights, and two of AdamW's numbers for each, to be saved.
+    by_round = [(4 + 1) * (6 + n) * 2 + 4 * n * 2 + 3 * 4 * n for n in (5, 4)]
+    assert plan(config, gathering, **split).seconds["training"] == pytest.approx(layer * sum(by_round))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_what_an_exchange_takes_is_measured(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerpeel.plan.exchange.SIZE", 4096)
+    add_up, gather = exchange_times(processes)
+    assert 0 < add_up < 1e-3 and 0 < gather < 1e-3
+
+
+@pytest.mark.parametrize(("gpus", "threads", "times"), [(1, 3, 1.0), (2, 1, 1.0), (3, 1, 1.0), (6, 1, 2.0)])
+def test_processes_of_a_cpu_share_its_cores(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, gpus: int, threads: int, times: float
+) -> None:
+    had: list[int] = []
+
+    def measure(cls: type[Speed], *given: Any) -> Speed:
+        had.append(torch.get_num_threads())
+        return replace(UNIT, head=2.0)
+
+    monkeypatch.setattr(Speed, "measure", classmethod(measure))
+    monkeypatch.setattr("layerpeel.plan.machine.exchange_times", lambda processes: (float(processes), 0.5))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        planner = Planner(config, gpus=gpus)
+        planned = planner.plan(config, ASKED)
+        assert (had, torch.get_num_threads()) == ([threads], 3)
+    finally:
+        torch.set_num_threads(before)
+    exchanged = {"add_up": float(gpus), "gather": 0.5} if gpus > 1 else {}
+    assert planner.speeds[torch.float32] == replace(replace(UNIT, head=2.0).times(times), **exchanged)
+    assert planned.seconds["scoring"] == plan(config, replace(UNIT, head=2.0)).seconds["scoring"] * times / gpus
+    assert UNIT.times(2.0) == Speed(2.0, 2.0, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def test_text_from_the_teacher_by_hand(config: RunConfig) -> None:

@@ -228,7 +228,7 @@ def demo(
 def plan(
     config: ConfigFile,
     set_: Overrides = [],  # noqa: B006
-    gpus: Annotated[int, typer.Option(min=1, help="Processes that share the work, one on each GPU.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Processes that share the work, one on each GPU, or the cores.")] = 1,
     fsdp: Annotated[bool, typer.Option("--fsdp", help="Layers are split over them while they train (FSDP2).")] = False,
     flops: Annotated[
         float | None, typer.Option(help="Of another machine: operations a second that are reached, as 4e14.")

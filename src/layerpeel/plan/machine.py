@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from layerpeel.config.run import RunConfig
 from layerpeel.inference.requests import Request
 from layerpeel.model.devices import pick_device, wanted_dtype
+from layerpeel.plan.exchange import exchange_times
 from layerpeel.plan.planning import Plan, plan_run
 from layerpeel.plan.shape import Shape
 from layerpeel.plan.speed import Speed
@@ -23,7 +26,7 @@ class Planner:
 
     Args:
         settings: the first run's.
-        gpus: processes that share the work, one on each GPU.
+        gpus: processes that share the work, one on each GPU; on a CPU they share the cores of this machine.
         fsdp: whether layers are split over them while they train.
         flops: of another machine: operations a second; this one is measured if not given.
         bandwidth: of that machine: bytes of memory a second.
@@ -76,7 +79,27 @@ class Planner:
     def _speed(self, shape: Shape, settings: RunConfig, dtype: torch.dtype) -> Speed:
         if self.flops:
             return Speed.of_processor(shape, self.flops, self.bandwidth, settings.distill)
-        return Speed.measure(self.teacher, settings.distill, dtype, settings.device)
+        processes = self.gpus if self.device.type == "cpu" else 1
+        with _cores_shared(processes) as waits:
+            speed = Speed.measure(self.teacher, settings.distill, dtype, settings.device).times(waits)
+        if processes == 1:
+            return speed
+        add_up, gather = exchange_times(processes)
+        return replace(speed, add_up=add_up, gather=gather)
+
+
+@contextmanager
+def _cores_shared(processes: int) -> Iterator[float]:
+    """For the time of the context, as many threads as each of so many processes of this machine may have.
+
+    Gives how many times longer each takes where there are fewer cores than processes.
+    """
+    cores = torch.get_num_threads()
+    torch.set_num_threads(max(1, cores // processes))
+    try:
+        yield max(1.0, processes / cores)
+    finally:
+        torch.set_num_threads(cores)
 
 
 def make_plan(settings: RunConfig, *, gpus: int, fsdp: bool, flops: float | None, bandwidth: float) -> Plan:

@@ -6,6 +6,7 @@ Counts what `run/loop.py` does round by round: scoring as `importance/work.py` c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,7 @@ from layerpeel.model.surgery import KeptLayers
 from layerpeel.plan.shape import Shape
 from layerpeel.plan.speed import Speed
 from layerpeel.report.measure import BATCH, NEW, PROMPT, REPEATS, SAMPLE_TOKENS, SAMPLES
-from layerpeel.training.recipe import TrainingRecipe
+from layerpeel.training.recipe import MASTER_DTYPE, TrainingRecipe
 
 PADDED = 1.2  # positions in rows for each token of a task: on the stories, rows are filled to 75 to 86 %
 RIDGES_TRIED, FP64 = 4, 2  # in a repair, of each projection; how much longer its arithmetic takes than the layers'
@@ -58,7 +59,11 @@ class Training:
 
 
 class Parts:
-    """Layer calls and seconds of a run's parts, round by round."""
+    """Layer calls and seconds of a run's parts, round by round.
+
+    Args:
+        split: over how many processes what trains is split.
+    """
 
     def __init__(
         self,
@@ -69,9 +74,10 @@ class Parts:
         training: Training,
         recipe: TrainingRecipe,
         device: str,
+        split: int = 1,
     ) -> None:
         self.config, self.shape, self.requests, self.speed = config, shape, requests, speed
-        self.training, self.recipe = training, recipe
+        self.training, self.recipe, self.split = training, recipe, split
         self.flat = [request for task in requests for request in task]
         default = None if device == "cpu" else SCORING_BYTES_ON_GPU
         self.budget = Budget(config.score.memory or default, torch.device("cpu")).bytes
@@ -208,5 +214,29 @@ class Parts:
         each = total * speed.layer + len(trained) * speed.trained_layer + 2 * frozen * speed.layer + again
         calls = tokens * (total + graph)
         updated = self.training.parameters * len(trained) / max(len(self.training.layers), 1)
-        updates = steps * updated * speed.update * recipe.processes  # not shared: each process updates all
-        return float(calls), tokens * (each + speed.head_loss) + updates
+        # Not shared, unless layers are split: each process updates all.
+        updates = steps * updated * speed.update * recipe.processes / self.split
+        sent = recipe.processes * self._exchange(recipe, updated, len(trained), graph)  # each waits for all of it
+        return float(calls), tokens * (each + speed.head_loss) + updates + sent
+
+    def _exchange(self, recipe: TrainingRecipe, updated: float, trained: int, graph: int) -> float:
+        """Seconds of a training in which processes exchange gradients and, where they are split, layers.
+
+        Split layers are gathered in each micro-batch: the teacher's, the student's that train, and in the backward pass
+        those that gradients go through; and all of them at the end, after what trains and the optimizer's state.
+
+        Args:
+            updated: how many numbers train.
+            trained, graph: layers that train, and that gradients go through.
+        """
+        shape, speed, steps, wide = self.shape, self.speed, recipe.steps(), MASTER_DTYPE.itemsize * updated
+        if recipe.processes == 1:
+            return 0.0
+        if self.split == 1:
+            return steps * wide * speed.add_up
+        layer, config = shape.itemsize * shape.layer_parameters, recipe.config
+        rows = recipe.step_tokens / (config.sequence_length * recipe.processes)
+        batches = steps * max(1, math.ceil(rows / config.batch_size))
+        state = wide + self.training.optimizer_bytes * updated / max(self.training.parameters, 1)
+        gathered = (batches + bool(steps)) * (shape.layers + trained) * layer + batches * graph * layer + state
+        return batches * wide * speed.add_up + gathered * speed.gather

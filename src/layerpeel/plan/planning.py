@@ -109,11 +109,12 @@ def plan_run(
     student = Outline(model, _gap(shape.layers, 1))
     training = _training(student, recipe)
     rounds, trained = _rounds(config, shape), training.parameters
-    parts = Parts(config, shape, requests, speed(shape), training, recipe, device)
+    split = gpus if fsdp else 1
+    parts = Parts(config, shape, requests, speed(shape), training, recipe, device, split)
     # Read last: measuring has by now imported the libraries that a run uses.
     process = {"Python and its libraries": resident_bytes()} if device == "cpu" else {}
     repairs = config.distill.repairs
-    graph, split = shape.layers - 1 - student.shared_prefix, gpus if fsdp else 1
+    graph = shape.layers - 1 - student.shared_prefix
     memory = TrainingMemory(shape, recipe, trained, training.optimizer_bytes, graph, device, split)
 
     def of_process(parts: dict[str, float]) -> dict[str, float]:

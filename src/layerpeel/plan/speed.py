@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from statistics import median
 
 import torch
@@ -51,6 +51,7 @@ class Speed:
         decode_row: for each row of it besides.
         update: for the optimizer to change one parameter.
         draw: to draw a token of the teacher's text from its logits.
+        add_up, gather: for each byte that processes add up, and gather; 0 where it is not known.
     """
 
     layer: float
@@ -61,6 +62,8 @@ class Speed:
     decode_row: float
     update: float
     draw: float
+    add_up: float = 0.0
+    gather: float = 0.0
 
     @classmethod
     def of_processor(cls, shape: Shape, flops: float, bandwidth: float, distill: DistillConfig | None = None) -> Speed:
@@ -84,6 +87,10 @@ class Speed:
             update=TrainingRecipe(distill or DistillConfig()).update_bytes / bandwidth,
             draw=DRAWS_PASSES * 4 * shape.vocabulary / bandwidth,
         )
+
+    def times(self, factor: float) -> Speed:
+        """The same, so many times slower."""
+        return Speed(*(factor * seconds for seconds in astuple(self)))
 
     @classmethod
     def measure(cls, config: PretrainedConfig, distill: DistillConfig, dtype: torch.dtype, device: str) -> Speed:

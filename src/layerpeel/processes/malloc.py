@@ -34,9 +34,9 @@ def release_unused() -> None:
 def large_blocks_given_back() -> Iterator[None]:
     """While the context lasts, a large tensor on the CPU takes memory no longer than it lives.
 
-    Otherwise glibc keeps what is freed, and before version 2.38 seldom finds room in it for an aligned block of the same
-    size. Layers that are gathered and freed in turn then leave gaps that take as much memory as the model. The price is
-    that the system clears the pages of each block.
+    Otherwise glibc keeps what is freed, and before version 2.38 seldom finds room in it for an aligned block of the
+    same size. Layers that are gathered and freed in turn then leave gaps that take as much memory as the model. The
+    price is that the system clears the pages of each block.
     """
     library = _glibc()
     if library:
