@@ -111,27 +111,19 @@ def plan_run(
     rounds, trained = _rounds(config, shape), training.parameters
     split = gpus if fsdp else 1
     parts = Parts(config, shape, requests, speed(shape), training, recipe, device, split)
+    repairs, graph = config.distill.repairs, shape.layers - 1 - student.shared_prefix
+    memory = TrainingMemory(shape, recipe, trained, training.optimizer_bytes, graph, device, split)
+    phases = [
+        memory.step(),
+        scoring_memory(shape, config.score, requests, trained, parts.branches(), parts.budget, device),
+        repair_memory(shape, repairs.tokens, device) if repairs else {},
+        memory.end(),
+        memory.save(),
+    ]
     # Read last: measuring has by now imported the libraries that a run uses.
     process = {"Python and its libraries": resident_bytes()} if device == "cpu" else {}
-    repairs = config.distill.repairs
-    graph = shape.layers - 1 - student.shared_prefix
-    memory = TrainingMemory(shape, recipe, trained, training.optimizer_bytes, graph, device, split)
-
-    def of_process(parts: dict[str, float]) -> dict[str, float]:
-        return parts | process if parts else {}
-
-    return Plan(
-        shape,
-        rounds,
-        trained,
-        memory.step() | process,
-        scoring_memory(shape, config.score, requests, trained, parts.branches(), parts.budget, device) | process,
-        of_process(repair_memory(shape, repairs.tokens, device) if repairs else {}),
-        of_process(memory.end()),
-        of_process(memory.save()),
-        *parts.totals(rounds),
-        gpus,
-    )
+    phases = [phase | process if phase else {} for phase in phases]
+    return Plan(shape, rounds, trained, *phases, *parts.totals(rounds), gpus)
 
 
 def _training(student: Outline, recipe: TrainingRecipe) -> Training:
