@@ -108,21 +108,21 @@ def plan_run(
     shape = shape_of(model, recipe.micro_batch_rows, config.distill.sequence_length, split=fsdp)
     student = Outline(model, _gap(shape.layers, 1))
     training = _training(student, recipe)
-    rounds, trained = _rounds(config, shape), training.parameters
-    split = gpus if fsdp else 1
+    rounds, trained, split = _rounds(config, shape), training.parameters, gpus if fsdp else 1
     parts = Parts(config, shape, requests, speed(shape), training, recipe, device, split)
     repairs, graph = config.distill.repairs, shape.layers - 1 - student.shared_prefix
     memory = TrainingMemory(shape, recipe, trained, training.optimizer_bytes, graph, device, split)
-    phases = [
+    phases = (
         memory.step(),
         scoring_memory(shape, config.score, requests, trained, parts.branches(), parts.budget, device),
         repair_memory(shape, repairs.tokens, device) if repairs else {},
         memory.end(),
         memory.save(),
-    ]
-    # Read last: measuring has by now imported the libraries that a run uses.
-    process = {"Python and its libraries": resident_bytes()} if device == "cpu" else {}
-    phases = [phase | process if phase else {} for phase in phases]
+    )
+    if device == "cpu":  # read last: measuring has by now imported the libraries that a run uses
+        resident = {"Python and its libraries": resident_bytes()}
+        for phase in filter(None, phases):
+            phase.update(resident)
     return Plan(shape, rounds, trained, *phases, *parts.totals(rounds), gpus)
 
 
