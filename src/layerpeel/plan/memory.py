@@ -65,9 +65,8 @@ class TrainingMemory:
         """Where layers were split: when all are whole again, and their parts still there."""
         if not self.trained or self.split == 1:
             return {}
-        in_layers = self.shape.itemsize * self._in_layers
-        whole = in_layers + self.shape.itemsize * self.trained
-        return {**self._between_steps(), "layers that are whole again": float(whole)}
+        gathered = self.shape.itemsize * (self._in_layers + self.trained)
+        return {**self._between_steps(), "layers that are whole again": float(gathered)}
 
     def save(self) -> dict[str, float]:
         """Where layers are split and memory is the host's: in the first process, when it saves the state."""
