@@ -86,10 +86,9 @@ is eight processes on the cores of this machine, each with its share of them; st
 (`OMP_NUM_THREADS`; `torchrun` gives each process one).
 
 Memory is that of each process, weights with it that processes of one machine share because they are mapped from the
-files. With `--fsdp` two moments are planned beside the steps: the end of a training, when layers are whole again, and,
-on CPUs, the saving of its state, for which the first process gathers all of it. What processes of a CPU exchange is
-timed between threads. Not planned are the time that processes take to start and load; the kernels' own workspaces; and
-what malloc cannot use again of memory that was freed, but for a share of what changes in a step.
+files. With `--fsdp` the end of a training, when weights are whole again, is planned beside its steps. What processes of
+a CPU exchange is timed between threads. Not planned are the time that processes take to start and load; the kernels'
+own workspaces; and what malloc cannot use again of memory that was freed, but for a share of what changes in a step.
 
 Of {names}, a third of the layers removed: {tokens} tokens a round in rows of
 2,048, batches of 2, AdamW on fp32 copies, bfloat16 frozen weights. {share}
@@ -106,8 +105,9 @@ Assumptions:
 - the tasks are {choices[0]} choice questions with prompts of {choices[1]} tokens, and {written} texts to be written;
 - a prompt runs once for all choices after it; text is generated to its full length; nothing races;
 - branches of candidates take 8 GiB (`score.memory`) while the model is scored;
-- the frozen weights are whole on each GPU; with FSDP2, layers are split while they train, and so are fp32 copies,
-  gradients and AdamW's state; memory of training is that of a step or that at its end, whichever is more;
+- the frozen weights are whole on each GPU; with FSDP2, layers, embeddings and head are split while a round trains, and
+  so are fp32 copies, gradients and AdamW's state; memory of training is that of a step or that at its end, whichever is
+  more;
 - what GPUs send one another takes no time;
 - a step of generation reads the weights once for all rows; memory for the CUDA context, and what an allocator leaves
   unused, comes on top.
@@ -181,10 +181,9 @@ def compare(config: str, overrides: list[str], folder: Path, processes: int, *, 
     measured = seconds | {"in all": run.events[-1].time - run.events[0].time}
     expected: dict[str, Any] = {part: planned["seconds"][part] for part in seconds}
     in_all = sum(seconds for part, seconds in planned["seconds"].items() if part != "report")  # the run makes none
-    expected |= {"in all": in_all}
+    expected |= {"in all": in_all, "peak": planned["peak"]}
     ratios: dict[str, Any] = {part: round(expected[part] / value, 3) for part, value in measured.items() if value}
-    expected["peaks"] = [planned["peak" if not rank else "peak_of_others"] for rank in range(processes)]
-    ratios["peaks"] = [round(ahead / peak, 3) for ahead, peak in zip(expected["peaks"], peaks, strict=True)]
+    ratios["peaks"] = [round(planned["peak"] / peak, 3) for peak in peaks]
     return {
         "processes": processes,
         "split": split,

@@ -98,10 +98,12 @@ def test_what_processes_exchange_by_hand(config: RunConfig) -> None:
     assert plan(config, gathering, gpus=4).seconds["training"] == 0
     split: dict[str, Any] = {"gpus": 4, "fsdp": True, "dtype": torch.bfloat16}
     assert plan(config, adding, **split).seconds["training"] == pytest.approx(2 * steps * 4 * layer * (5 + 4))
-    # Forward six of the teacher's and the student's, and all again at the end; backward those from the first that
-    # trains; and weights, and two of AdamW's numbers for each, to be saved.
-    by_round = [(4 + 1) * (6 + n) * 2 + 4 * n * 2 + 3 * 4 * n for n in (5, 4)]
-    assert plan(config, gathering, **split).seconds["training"] == pytest.approx(layer * sum(by_round))
+    # Forward six layers of the teacher's and the student's, backward those, embeddings and head; all of it at the end.
+    embedding = model.get_input_embeddings().weight.numel()
+    by_round = [
+        4 * 2 * ((6 + n + n) * layer + 2 * embedding) + 2 * (count_parameters(model) + n * layer) for n in (5, 4)
+    ]
+    assert plan(config, gathering, **split).seconds["training"] == pytest.approx(sum(by_round))
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -375,42 +377,31 @@ def split_over_four(config: RunConfig, **options: Any) -> Plan:
 def test_memory_at_the_end_of_a_training_that_was_split_by_hand(config: RunConfig) -> None:
     model = tiny_model("llama")
     layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
-    outside = count_parameters(model) - 6 * layer
     planned, on_cpu = split_over_four(config), split_over_four(config, device="cpu")
-    # Six frozen layers and five that train: a quarter of each, and all of them again in bf16.
+    # All frozen weights and five layers that train: a quarter of each, and all of them again in bf16.
     parts = {
-        "weights": 2 * outside + 2 * 6 * layer / 4,
+        "weights": 2 * count_parameters(model) / 4,
         "trained copies in fp32": 5 * layer,
         "AdamW": 10 * layer,
-        "layers that are whole again": 2 * (6 + 5) * layer,
+        "weights that are whole again": 2 * (count_parameters(model) + 5 * layer),
     }
-    assert planned.end_memory == parts and not planned.save_memory
-    del parts["layers that are whole again"]
+    assert planned.end_memory == parts
     parts["weights as they were, to start a round again"] = 2 * 5 * layer
-    saved = on_cpu.save_memory
-    assert saved.pop("Python and its libraries") == on_cpu.end_memory["Python and its libraries"]
-    # Weights and AdamW's two states in fp32, of all five layers.
-    assert saved == parts | {"state that is gathered for its file": 3 * 4 * 5 * layer}
-    config.distill.average_last = 0.5
-    averaged = split_over_four(config, device="cpu").save_memory
-    assert averaged["state that is gathered for its file"] == 4 * 4 * 5 * layer
-    replicated = plan(config, gpus=4, device="cpu")
-    assert not replicated.end_memory and not replicated.save_memory
+    assert on_cpu.end_memory.pop("Python and its libraries") and on_cpu.end_memory == parts
+    assert not plan(config, gpus=4, device="cpu").end_memory
 
 
-def test_the_first_process_takes_more_than_the_others_where_it_saves(config: RunConfig) -> None:
+def test_a_peak_is_that_of_the_largest_phase() -> None:
     shape = Shape(4, 8, 100, 1000, 200, 16, 800, 2, 1.0, 1)
-    phases = {"training": 50.0, "scoring": 40.0, "end": 60.0, "save": 70.0}
-    training, scoring, end, save = ({"weights": size} for size in phases.values())
-    planned = Plan(shape, 1, 1, training, scoring, {}, end, save, {}, {}, 4)
-    assert list(planned.phases) == ["training", "its end", "saving, first process", "scoring"]
-    assert (planned.peak, planned.peak_of_others) == (70.0, 60.0)
-    assert (replace(planned, save_memory={}).peak, planned.to_json()["peak_of_others"]) == (60.0, 60.0)
+    training, scoring, end = ({"weights": size} for size in (50.0, 40.0, 60.0))
+    planned = Plan(shape, 1, 1, training, scoring, {}, end, {}, {}, 4)
+    assert list(planned.phases) == ["training", "its end", "scoring"]
+    assert planned.peak == planned.to_json()["peak"] == 60.0 and replace(planned, end_memory={}).peak == 50.0
 
 
 def test_gathered_layers_on_a_cpu_are_copied_by_gloo(config: RunConfig) -> None:
     layer = sum(parameter.numel() for parameter in tiny_model("llama").model.layers[0].parameters())
-    name = "layers that are gathered, and their gradients"
+    name = "weights that are gathered, and a layer's gradients"
     # In bf16 the layer, the one below, its gradient, and what is received; in fp32 what is sent of that, and its sum.
     assert split_over_four(config, device="cpu").training_memory[name] == (4 * 2 + 2 * 4) * layer
     assert split_over_four(config).training_memory[name] == (3 * 2 + 4) * layer

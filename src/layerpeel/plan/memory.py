@@ -62,34 +62,22 @@ class TrainingMemory:
         } | _unused(activations, self.device)
 
     def end(self) -> dict[str, float]:
-        """Where layers were split: when all are whole again, and their parts still there."""
+        """Where weights were split: when all are whole again, and their parts still there."""
         if not self.trained or self.split == 1:
             return {}
-        gathered = self.shape.itemsize * (self._in_layers + self.trained)
-        return {**self._between_steps(), "layers that are whole again": float(gathered)}
-
-    def save(self) -> dict[str, float]:
-        """Where layers are split and memory is the host's: in the first process, when it saves the state."""
-        if not self.trained or self.split == 1 or self.device != "cpu":
-            return {}
-        weights = self._wide * (2 if self.recipe.config.average_last else 1)
-        return {**self._between_steps(), "state that is gathered for its file": float(weights + self.optimizer_bytes)}
+        gathered = self.shape.itemsize * (self.shape.parameters + self.trained)
+        return {**self._between_steps(), "weights that are whole again": float(gathered)}
 
     @property
     def _wide(self) -> float:
         """Bytes of what trains, or of its gradients."""
         return float(MASTER_DTYPE.itemsize * self.trained)
 
-    @property
-    def _in_layers(self) -> int:
-        """How many of the teacher's numbers are in layers."""
-        return min(self.shape.parameters, self.shape.layers * self.shape.layer_parameters)
-
     def _between_steps(self) -> dict[str, float]:
-        """What there is all the time; of the teacher's weights, its layers are split."""
-        outside, wide = self.shape.parameters - self._in_layers, self._wide / self.split
+        """What there is all the time."""
+        wide = self._wide / self.split
         parts = {
-            "weights": self.shape.itemsize * (outside + self._in_layers / self.split),
+            "weights": self.shape.itemsize * self.shape.parameters / self.split,
             "trained copies in fp32": wide,
             self.recipe.optimizer_name: self.optimizer_bytes / self.split,
             **({"mean of the last weights": wide} if self.recipe.config.average_last else {}),
@@ -99,16 +87,19 @@ class TrainingMemory:
         return parts
 
     def _gathered(self) -> dict[str, float]:
-        """Layers that run where layers are split.
+        """What is gathered to run where weights are split: a layer, the embeddings or the head.
 
-        One that trains is gathered in the teacher's dtype, and so are its gradient and the layer below; what is sent of
-        the gradient is fp32. On a CPU, gloo has a copy of what it gathers, and of what it sums.
+        A layer that trains is gathered in the teacher's dtype, and so are its gradient and the layer below; what is
+        sent of the gradient is fp32. On a CPU, gloo has a copy of what it gathers, and of what it sums.
         """
         if self.split == 1:
             return {}
         narrow, wide = (4, 2) if self.device == "cpu" else (3, 1)
-        each = float(narrow * self.shape.itemsize + wide * MASTER_DTYPE.itemsize)
-        return {"layers that are gathered, and their gradients": each * self.shape.layer_parameters}
+        shape, copies = self.shape, narrow - 2  # of an embedding or a head
+        outside = max(0, shape.parameters - shape.layers * shape.layer_parameters)
+        layer = (narrow * shape.itemsize + wide * MASTER_DTYPE.itemsize) * shape.layer_parameters
+        matrix = copies * shape.itemsize * max(shape.head_parameters, outside - shape.head_parameters)
+        return {"weights that are gathered, and a layer's gradients": float(max(layer, matrix))}
 
     def _activations(self) -> float:
         """Bytes of what a micro-batch needs, forward and backward."""

@@ -222,8 +222,8 @@ class Parts:
     def _exchange(self, recipe: TrainingRecipe, updated: float, trained: int, graph: int) -> float:
         """Seconds of a training in which processes exchange gradients and, where they are split, layers.
 
-        Split layers are gathered in each micro-batch: the teacher's, the student's that train, and in the backward pass
-        those that gradients go through; and all of them at the end, after what trains and the optimizer's state.
+        What is split is gathered in each micro-batch: embeddings and head, the teacher's layers, the student's that
+        train, and in the backward pass those that gradients go through; and all of it at the end.
 
         Args:
             updated: how many numbers train.
@@ -237,6 +237,6 @@ class Parts:
         layer, config = shape.itemsize * shape.layer_parameters, recipe.config
         rows = recipe.step_tokens / (config.sequence_length * recipe.processes)
         batches = steps * max(1, math.ceil(rows / config.batch_size))
-        state = wide + self.training.optimizer_bytes * updated / max(self.training.parameters, 1)
-        gathered = (batches + bool(steps)) * (shape.layers + trained) * layer + batches * graph * layer + state
-        return batches * wide * speed.add_up + gathered * speed.gather
+        in_batch = (shape.layers + trained + graph) * layer + 2 * shape.itemsize * shape.head_parameters
+        at_end = bool(steps) * shape.itemsize * (shape.parameters + updated)
+        return batches * wide * speed.add_up + (batches * in_batch + at_end) * speed.gather

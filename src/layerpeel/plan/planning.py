@@ -32,9 +32,7 @@ class Plan:
         trained: parameters that train in the first round.
         training_memory, scoring_memory, repair_memory: bytes on each device, by what they are for; none where there is
             no repair.
-        end_memory: the same when a training ends in which layers were split; none where they are not.
-        save_memory: of the first process when the state of such a training is saved, in the host's memory; none where
-            that is not the device's.
+        end_memory: the same when a training ends in which weights were split; none where they are not.
         layer_tokens: tokens through a layer in all, of `scoring`, `evaluation` (of teacher and students on the tasks),
             `repair`, `training` (teacher and student, forward), `sampling`, where the teacher writes text, `report`.
         seconds: of the same.
@@ -48,7 +46,6 @@ class Plan:
     scoring_memory: dict[str, float]
     repair_memory: dict[str, float]
     end_memory: dict[str, float]
-    save_memory: dict[str, float]
     layer_tokens: dict[str, float]
     seconds: dict[str, float]
     gpus: int
@@ -60,23 +57,17 @@ class Plan:
             "repair": self.repair_memory,
             "training": self.training_memory,
             "its end": self.end_memory,
-            "saving, first process": self.save_memory,
             "scoring": self.scoring_memory,
         }
         return {name: parts for name, parts in phases.items() if parts}
 
     @property
     def peak(self) -> float:
-        """The most bytes on a device, that of the first process."""
+        """The most bytes on each device."""
         return max(sum(parts.values()) for parts in self.phases.values())
 
-    @property
-    def peak_of_others(self) -> float:
-        """The most bytes on the device of any other process."""
-        return max(sum(parts.values()) for parts in self.phases.values() if parts is not self.save_memory)
-
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"peak": self.peak, "peak_of_others": self.peak_of_others}
+        return asdict(self) | {"peak": self.peak}
 
 
 def plan_run(
@@ -117,7 +108,6 @@ def plan_run(
         scoring_memory(shape, config.score, requests, trained, parts.branches(), parts.budget, device),
         repair_memory(shape, repairs.tokens, device) if repairs else {},
         memory.end(),
-        memory.save(),
     )
     if device == "cpu":  # read last: measuring has by now imported the libraries that a run uses
         resident = {"Python and its libraries": resident_bytes()}
