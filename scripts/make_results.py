@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 PUBLISHED = "real-smollm2-135m"
-FIGURE = "docs/images/smollm2.svg"
+FIGURE = "docs/images/results/smollm2-135m.svg"
 
 import healing  # noqa: E402
 import real  # noqa: E402
