@@ -72,7 +72,7 @@ def _worker(folder: Path) -> None:
         return refit(*arguments)
 
     LayerRefit.refit = asked_at_the_third_refit  # type: ignore[method-assign]
-    training = TrainingState(folder / "training.safetensors", "this training", every=1e9)
+    training = TrainingState(folder / "training", "this training", every=1e9)
     repair = RepairState(folder / "repair", "this repair")
     _stops(lambda: train(text, log=asked_at_the_second_step))
     _stops(lambda: train(text, log=asked_at_the_second_step, state=training))
@@ -82,7 +82,7 @@ def _worker(folder: Path) -> None:
     refits[0] = 0
     _stops(lambda: make_metric("repaired_kl").score(inputs_of("llama")))
     torch.distributed.barrier()
-    assert training.path.exists()
+    assert [*training.folder.rglob("*.safetensors")]
     assert len([*repair.folder.glob("*.safetensors")]) == 3
     (folder / f"stopped-{RANK}").touch()
     torch.distributed.barrier()
