@@ -23,8 +23,8 @@ from layerpeel.losses.base import StepOutputs
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
 from layerpeel.training.forward import run_both
-from layerpeel.training.parallel import sharded
 from layerpeel.training.result import TrainingResult
+from layerpeel.training.sharded import sharded
 from layerpeel.training.state import TrainingState
 from layerpeel.training.student import Student
 from tests.families import save_tiny, tiny_model

@@ -26,8 +26,8 @@ from layerpeel.model.streaming import load_streamed
 from layerpeel.processes.distributed import RANK, wait_for_all
 from layerpeel.training.forward import run_both
 from layerpeel.training.optimizers import ScheduledOptimizers
-from layerpeel.training.parallel import sharded
 from layerpeel.training.result import TrainingResult
+from layerpeel.training.sharded import sharded
 from layerpeel.training.state import TrainingState
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache

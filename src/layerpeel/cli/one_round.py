@@ -31,6 +31,7 @@ from layerpeel.processes.progress import shown
 from layerpeel.run.places import data_digests
 from layerpeel.run.preflight import check_streamed_text
 from layerpeel.run.removal_card import HealingFacts, write_removal_card
+from layerpeel.storage.files import remove_paths
 from layerpeel.storage.outputs import beside
 from layerpeel.training.repair_states import RepairState
 from layerpeel.training.repairing import check_repair, repair_student
@@ -69,7 +70,7 @@ def distill_once(settings: RunConfig, layers: Sequence[int], folder: Path) -> No
             _heal_streamed(settings, layers, folder, train=True)
         else:
             _write_student(settings, layers, folder, heal)
-    TrainingState(_state_path(folder), "", 0.0).clear()
+    remove_paths(_state_path(folder))
 
 
 def _training_state(settings: RunConfig, layers: Sequence[int], folder: Path) -> TrainingState:

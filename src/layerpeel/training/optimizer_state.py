@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from layerpeel.errors import InputError
-from layerpeel.training.state_files import SavedTensor, part_of
+from layerpeel.training.split_tensors import from_part, part_of
+from layerpeel.training.state_files import SavedTensor
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -127,10 +127,7 @@ def _split_as(parameter: DTensor, saved: SavedTensor, split: list[int | None] | 
         local = saved.narrow(placement.dim, *part_of(saved.shape[placement.dim], mesh))
     else:
         local = saved.full()
-    stride = torch.empty(saved.shape, device="meta").stride()
-    return DTensor.from_local(
-        local.to(parameter.device), mesh, placements, run_check=False, shape=saved.shape, stride=stride
-    )
+    return from_part(local.to(parameter.device), saved.shape, mesh, placements)
 
 
 def _as_saved(loaded: Any, saved: Any) -> Any:

@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from layerpeel.processes.distributed import is_main_process
 from layerpeel.storage.files import whole_file
+from layerpeel.training.split_tensors import part_of
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,6 @@ class SavedTensor:
             begin, end = (min(max(place - first, 0), part.shape[dim]) for place in (start, start + length))
             pieces.append(part.narrow(dim, begin, end - begin))
         return torch.cat(pieces, dim)
-
-
-def part_of(size: int, mesh: DeviceMesh) -> tuple[int, int]:
-    """Where this process's part of a split dimension begins, and its length: as `torch.chunk` cuts it."""
-    most = -(-size // mesh.size())
-    start = min(most * mesh.get_local_rank(), size)
-    return start, min(most, size - start)
 
 
 def write_parts(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:

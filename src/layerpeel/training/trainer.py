@@ -26,9 +26,10 @@ from layerpeel.training.averaging import WeightAverage
 from layerpeel.training.gradients import StepGradients
 from layerpeel.training.optimizer_state import collect, place_as, restore
 from layerpeel.training.optimizers import ScheduledOptimizers
-from layerpeel.training.parallel import gradient_norm, sharded, splits_layers, sum_gradients
+from layerpeel.training.parallel import gradient_norm, sum_gradients
 from layerpeel.training.recipe import MASTER_DTYPE, TrainingRecipe
 from layerpeel.training.result import NO_LOSS, Log, TrainingResult
+from layerpeel.training.sharded import sharded, splits_layers
 from layerpeel.training.state import Checkpoint, TrainingState
 from layerpeel.training.state_files import SavedTensor
 from layerpeel.training.student import Student
