@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from layerpeel.processes.distributed import RANK
 
 
 def measured_apart(script: str, *arguments: object) -> Any:
@@ -22,6 +27,31 @@ def measured_apart(script: str, *arguments: object) -> Any:
         if subprocess.run(command).returncode:
             raise SystemExit(f"failed: {' '.join(command)}")
         return json.loads(out.read_text(encoding="utf-8"))
+
+
+def measured_by_each(processes: int, threads: int, *, split: bool, folder: Path, command: Sequence[str]) -> list[Any]:
+    """What each of so many processes hands to `hand_in` with this folder.
+
+    Args:
+        processes: how many; one is not launched, but run.
+        threads: that each computes with.
+        split: whether weights are (FSDP2), where there are several.
+        folder: for what is handed in.
+        command: a script and its arguments.
+    """
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    environment = {"OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_FSDP": str(split).lower()}
+    whole = [sys.executable, *(launcher if processes > 1 else []), *command]
+    subprocess.run(whole, check=True, env=os.environ | environment, stdout=subprocess.DEVNULL)
+    return [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
+
+
+def hand_in(folder: Path, measured: Any) -> None:
+    """Leaves what this process measured, and ends its part in the group of processes."""
+    (folder / f"rank-{RANK}.json").write_text(json.dumps(measured), encoding="utf-8")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def write_record(out: Path, record: Mapping[str, Any], indent: int | None = None) -> None:

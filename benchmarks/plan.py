@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 import yaml
 from machine import machine
+from measuring import hand_in, measured_by_each
 from streamed_training import write_text
 from streaming import peak_bytes, write_model
 from transformers import Qwen2Config
@@ -36,7 +36,6 @@ from layerpeel.demo.preparing import prepare_demo
 from layerpeel.inference.requests import Generation, LogLikelihood, Request
 from layerpeel.plan.planning import Plan, plan_run
 from layerpeel.plan.speed import Speed
-from layerpeel.processes.distributed import RANK
 from layerpeel.processes.text import count, size
 from layerpeel.report.gather import costs_of
 from layerpeel.run.folder import Run
@@ -174,7 +173,9 @@ def compare(config: str, overrides: list[str], folder: Path, processes: int, *, 
     sharing = ["--gpus", str(processes), *["--fsdp"] * split]
     command = [sys.executable, "-m", "layerpeel", "plan", path, *settings, *sharing, "--json"]
     planned = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    peaks = run_in_processes([path, *settings, "--peaks", str(folder)], processes, split=split, folder=folder)
+    threads = max(1, torch.get_num_threads() // processes)
+    command = [__file__, path, *settings, "--peaks", str(folder)]
+    peaks = measured_by_each(processes, threads, split=split, folder=folder, command=command)
     run = Run(folder / "run")
     costs = costs_of(run)
     seconds = {"scoring": costs.scoring_seconds, "training": costs.training_seconds}
@@ -194,23 +195,11 @@ def compare(config: str, overrides: list[str], folder: Path, processes: int, *, 
     }
 
 
-def run_in_processes(arguments: list[str], processes: int, *, split: bool, folder: Path) -> list[int]:
-    """Runs a config in so many processes, each with its share of the cores; gives the peak memory of each, in bytes."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    threads = str(max(1, torch.get_num_threads() // processes))
-    environment = {"OMP_NUM_THREADS": threads, "ACCELERATE_USE_FSDP": str(split).lower()}
-    command = [sys.executable, *(launcher if processes > 1 else []), __file__, *arguments]
-    subprocess.run(command, check=True, env=os.environ | environment, stdout=subprocess.DEVNULL)
-    return [json.loads((folder / f"peak-{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
-
-
 def run_here(config: str, overrides: list[str], folder: Path) -> None:
     """Runs a config in this process, and writes the peak of its memory."""
     warnings.filterwarnings("ignore")
     peel(load_config(config, overrides))
-    (folder / f"peak-{RANK}.json").write_text(json.dumps(peak_bytes()), encoding="utf-8")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    hand_in(folder, peak_bytes())
 
 
 def prepare_random(folder: Path) -> Path:

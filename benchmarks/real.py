@@ -117,13 +117,14 @@ def main() -> None:
     for name in ["teacher", *options.ways]:
         settings = json.loads(json.dumps(settings_of(name, options)))
         key = {"way": name, "tokens": tokens_in_all(name, options)}
-        others = [row for row in rows if key != {part: row[part] for part in key}]
-        if any(row["settings"] == settings for row in rows if row not in others):
+        same = [row for row in rows if row.items() >= key.items()]
+        if any(row["settings"] == settings for row in same):
             continue
         parts = ["--worker", name, "--teacher", options.teacher, "--config", options.config]
         parts += ["--tokens", options.tokens, "--depths", ",".join(map(str, options.depths))]
         measured = measured_apart(__file__, *parts)
-        rows = [*others, *({**key, **each, "machine": machine(), "settings": settings} for each in measured)]
+        rows = [row for row in rows if row not in same]
+        rows += [{**key, **each, "machine": machine(), "settings": settings} for each in measured]
         write(options.out, rows)
     print(markdown(rows))
 
@@ -298,6 +299,10 @@ def write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_record(out, {"command": command, "machine": machines, "rows": ordered})
 
 
+def teacher_of(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next(row for row in rows if row["way"] == "teacher")
+
+
 def above_chance(row: Mapping[str, Any]) -> float:
     """Mean score of the benchmarks, less the mean of guessing."""
     return sum(score["value"] - score["chance"] for score in row["scores"].values()) / len(row["scores"])
@@ -342,7 +347,7 @@ def by_depth(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line a row, with each benchmark and each kind of text."""
-    teacher = next(row for row in rows if row["way"] == "teacher")
+    teacher = teacher_of(rows)
     tasks, kinds = [*teacher["scores"]], [*teacher["kl"]]
     heads = ["layers", "way", *tasks, "kept above chance, %", *(f"KL, {kind}" for kind in kinds), "KL, mean"]
     lines = [f"| {' | '.join([*heads, 'trained on', 'repaired on', 'min', 'GiB'])} |", "|" + "---|" * (len(heads) + 4)]
@@ -359,7 +364,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def brief(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line for each way at the lowest depth: what is kept, KL, time and memory."""
-    teacher = next(row for row in rows if row["way"] == "teacher")
+    teacher = teacher_of(rows)
     lines = ["| way | kept above chance, % | KL to the teacher | minutes | GiB |", "|---|---:|---:|---:|---:|"]
     for row in at_lowest_depth(rows):
         share, error = kept(row, teacher)
@@ -371,7 +376,7 @@ def brief(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """The same as bars: what is kept, with its standard error, and KL; best at the top."""
-    teacher = next(row for row in rows if row["way"] == "teacher")
+    teacher = teacher_of(rows)
     shown = at_lowest_depth(rows)
     names, heights = [title_of(row) for row in shown], range(len(shown))
     colours = [COLOURS[0] if row["way"] == "default" else COLOURS[-1] for row in shown]

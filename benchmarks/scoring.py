@@ -25,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ class Bench:
         text = [KIT / "real/text/general_en.jsonl"]
         return cls(options.model.expanduser(), "bfloat16", [*BENCHMARKS], folder, text, options.limit)
 
+    @cached_property
     def tasks(self) -> list[Task]:
         return make_tasks(
             [
@@ -125,7 +127,7 @@ def main() -> None:
 def compare(bench: Bench, options: argparse.Namespace) -> None:
     """Times, and choices; writes them."""
     model, tokenizer = load_model(bench.teacher, dtype=bench.dtype)
-    tasks = bench.tasks()
+    tasks = bench.tasks
     full, raced = ScoreConfig(), ScoreConfig(race={}, shortlist={"by": "teacher_kl", "keep": 8})  # type: ignore[arg-type]
     sources = [TextConfig(path=str(path)) for path in bench.text]
     text = load_rows(sources, tokenizer, sequence_length=256, max_tokens=4096)
@@ -159,7 +161,7 @@ def compare_times(
     raced: Callable[[], LayerScores],
 ) -> dict[str, Any]:
     """Medians of all rivals' times over that of the one pass, and whether their scores are the same."""
-    tasks, candidates = bench.tasks(), list(range(1, model.config.num_hidden_layers - 1))
+    tasks, candidates = bench.tasks, list(range(1, model.config.num_hidden_layers - 1))
     chosen = [None, *candidates[:: max(1, len(candidates) // options.candidates)][: options.candidates]]
     times: dict[str, list[float]] = {name: [] for name in ("ours", "raced", "loop", "loop_same_rows")}
     for _ in range(options.repeats):

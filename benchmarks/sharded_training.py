@@ -12,20 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from machine import machine
+from measuring import hand_in, measured_by_each, write_record
 from streamed_training import train, write_text
 from streaming import write_model
-
-from layerpeel.processes.distributed import RANK
 
 BAR = 0.45  # of one process's peak, at most
 
@@ -48,7 +44,10 @@ def main() -> None:
         folder = Path(name)
         parameters = write_model(folder, options.layers, options.hidden)
         write_text(folder, options.steps * options.processes + 1)
-        (alone,), several = in_processes(1, folder), in_processes(options.processes, folder)
+        command = [__file__, *sys.argv[1:], "--train-in", str(folder)]
+        (alone,), several = (
+            measured_by_each(count, 1, split=True, folder=folder, command=command) for count in (1, options.processes)
+        )
     differences = [abs(a - b) for each in several for a, b in zip(alone["losses"], each["losses"], strict=True)]
     peak = max(each["peak_bytes"] for each in several)
     record = {
@@ -61,17 +60,8 @@ def main() -> None:
         "bar": BAR,
         "largest_difference_of_losses": max(differences),
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(options.out, record, indent=1)
     print(json.dumps(record, indent=1))
-
-
-def in_processes(count: int, folder: Path) -> list[dict[str, Any]]:
-    """What each of so many processes takes, with a thread each."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"] if count > 1 else []
-    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": str(count > 1).lower()}
-    command = [sys.executable, *launcher, __file__, *sys.argv[1:], "--train-in", str(folder)]
-    subprocess.run(command, check=True, env=os.environ | environment)
-    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(count)]
 
 
 def train_here(options: argparse.Namespace) -> None:
@@ -81,10 +71,7 @@ def train_here(options: argparse.Namespace) -> None:
     tokens = 64 * options.processes
     # One row at a time: the same in one process and in each of several.
     record = train(folder, options.layers, options.steps, tokens, stream=several, batch_size=1)
-    (folder / f"{RANK}.json").write_text(json.dumps(record), encoding="utf-8")
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    hand_in(folder, record)
 
 
 if __name__ == "__main__":

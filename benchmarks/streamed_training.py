@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import machine
+from measuring import measured_apart, write_record
 from streaming import peak_bytes, write_model
 
 from layerpeel.config.distill import DistillConfig
@@ -47,12 +47,13 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     if options.way:
         tokens = options.step_tokens
-        print(json.dumps(train(options.model, options.layers, options.steps, tokens, stream=options.way == "stream")))
+        measured = train(options.model, options.layers, options.steps, tokens, stream=options.way == "stream")
+        write_record(options.out, measured)
         return
     with tempfile.TemporaryDirectory() as folder:
         parameters = write_model(Path(folder), options.layers, options.hidden)
         write_text(Path(folder), options.steps * options.step_tokens // 64 + 1)
-        results = {way: in_a_process(way, Path(folder)) for way in WAYS}
+        results = {way: measured_apart(__file__, *sys.argv[1:], "--way", way, "--model", folder) for way in WAYS}
     losses = {way: results[way].pop("losses") for way in WAYS}
     record = {
         "command": "python benchmarks/streamed_training.py",
@@ -63,7 +64,7 @@ def main() -> None:
         "time_ratio": results["stream"]["seconds"] / results["memory"]["seconds"],
         "largest_difference_of_losses": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(options.out, record, indent=1)
     print(json.dumps(record, indent=1))
 
 
@@ -71,14 +72,6 @@ def write_text(folder: Path, documents: int) -> None:
     """Writes documents of 64 tokens beside the model."""
     lines = [json.dumps({"text": " ".join(["word"] * 64)})] * documents
     (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
-
-
-def in_a_process(way: str, folder: Path) -> dict[str, Any]:
-    """What one way gives and takes."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--model", str(folder)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return record
 
 
 def train(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from machine import machine
+from measuring import measured_apart, write_record
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -61,14 +61,14 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     if options.way:
-        print(json.dumps(run(options.way, options.model, options.tokens, options.memory)))
+        write_record(options.out, run(options.way, options.model, options.tokens, options.memory))
         return
     with tempfile.TemporaryDirectory() as folder:
         parameters = write_model(Path(folder), options.layers, options.hidden)
         print(f"{parameters / 1e9:.2f} billion parameters", flush=True)
         results = {}
         for way in WAYS:
-            results[way] = in_a_process(way, Path(folder))
+            results[way] = measured_apart(__file__, *sys.argv[1:], "--way", way, "--model", folder)
             print(way, {name: value for name, value in results[way].items() if name != "importance"}, flush=True)
     streamed, _, loaded = (results[way].pop("importance") for way in ("stream", "in_turn", "memory"))
     record = {
@@ -84,7 +84,7 @@ def main() -> None:
         "same_scores": streamed == loaded,
         "largest_difference": max(abs(streamed[layer] - loaded[layer]) for layer in loaded),
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(options.out, record, indent=1)
     print(json.dumps(record, indent=1))
 
 
@@ -127,14 +127,6 @@ def write_model(folder: Path, layers: int, hidden: int) -> int:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(folder)
     return sum(shape.numel() for shapes in groups.values() for shape in shapes.values())
-
-
-def in_a_process(way: str, folder: Path) -> dict[str, Any]:
-    """What one way gives and takes."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--model", str(folder)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return record
 
 
 def run(way: str, folder: Path, tokens: int, memory: str | None) -> dict[str, Any]:
