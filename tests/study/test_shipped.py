@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from layerpeel.study.file import load_study
 from layerpeel.study.writing import Study, run_study
 
-STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "studies"
+STUDIES, OF_PUBLISHED_MODELS = sorted(FOLDER.glob("*.yaml")), sorted(FOLDER.glob("published/*.yaml"))
 SEVEN = {
     "baseline",
     "loss-ablation",
@@ -35,6 +37,19 @@ def journal(folder: Path) -> list[dict[str, Any]]:
 
 def test_there_are_seven() -> None:
     assert {path.stem for path in STUDIES} == SEVEN
+
+
+@pytest.mark.parametrize("path", OF_PUBLISHED_MODELS, ids=lambda path: path.stem)
+def test_a_study_of_published_models_is_read_with_its_data(path: Path, kit: Path, base: Path) -> None:
+    variants = yaml.safe_load(path.read_text()).get("variants") or {"base": {}}
+    teacher = base.parent / "teacher"
+    teachers = [f"variants.{name}.teacher={teacher}" for name, fields in variants.items() if "base" in fields]
+    _, jobs = load_study(path, [*(teachers or [f"model={teacher}"]), "remove=1"])
+    assert [job.variant for job in jobs] == [*variants]
+    for job in jobs:
+        assert job.config.stop.target_layers == 5 and Path(job.config.teacher) == teacher
+        assert all(Path(str(task.data)).is_relative_to(kit.resolve()) for task in job.config.tasks)
+        assert all(Path(str(task.data)).is_file() for task in job.config.tasks)
 
 
 @pytest.mark.slow
