@@ -51,7 +51,7 @@ class TeacherCache:
 
         Args:
             batch: `input_ids` and `document`, [B, T], padding included.
-            layers: whose states are wanted (`student.FINAL` for those after the final norm).
+            layers: whose states are wanted (`forward.FINAL` for those after the final norm).
             model: whose device and dtype they are given in.
 
         Returns:
