@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from layerpeel.config.run import TaskConfig
 from layerpeel.config.score import ScoreConfig
@@ -20,6 +22,7 @@ from layerpeel.errors import InputError
 from layerpeel.importance.scores import LayerScores
 from layerpeel.importance.scoring import score_layers
 from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.model import streaming
 from layerpeel.model.loading import load_model
 from layerpeel.model.streaming import StreamedLayers, load_streamed
 from layerpeel.tasks.registry import make_tasks
@@ -96,7 +99,9 @@ def test_no_more_than_two_layers_are_ever_in_memory(tmp_path: Path, monkeypatch:
 
     reads: list[int] = []
     monkeypatch.setattr(
-        StreamedLayers, "_read", lambda self, position: (reads.append(position), read(self, position))[1]
+        StreamedLayers,
+        "_read",
+        lambda self, position, *before: (reads.append(position), read(self, position, *before))[1],
     )
     layerwise = LayerwiseModel(files.model, counted)
     for _ in range(2):
@@ -105,6 +110,86 @@ def test_no_more_than_two_layers_are_ever_in_memory(tmp_path: Path, monkeypatch:
     assert most[0] == 2
     assert reads == [*range(6), *range(6), 0]  # each layer once a walk, and the first for the next walk
     assert all(p.device.type == "meta" for layer in layers for p in layer.parameters())
+
+
+class Event:
+    """An event on a GPU that is not there: it happens when the test says so."""
+
+    made: ClassVar[list[Event]] = []
+
+    def __init__(self) -> None:
+        self.is_waited_for, self.happened = threading.Event(), threading.Event()
+
+    def synchronize(self) -> None:
+        self.is_waited_for.set()
+        assert self.happened.wait(60)
+
+
+class Stream:
+    """A stream of that GPU; those of the test's thread, where layers run, are noted."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def wait_event(self, event: Event) -> None:
+        """The host does not wait."""
+
+    def record_event(self) -> Event:
+        event = Event()
+        if threading.current_thread() is threading.main_thread():
+            Event.made.append(event)
+        return event
+
+
+@pytest.fixture
+def on_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[StreamedLayers, list[Any]]:
+    """Layers that are read for the second of two GPUs, which are not there; and what its reader does."""
+    done: list[Any] = []
+    files, _ = load_streamed(save_tiny(tmp_path), device="cpu")
+    read_tensors, to = streaming._read_tensors, torch.Tensor.to
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append((threading.current_thread(), device)))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(streaming, "_read_tensors", lambda *arguments, pinned: read_tensors(*arguments))
+
+    def copied(value: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if options.get("non_blocking"):
+            done.append("copy")
+        return to(value, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    monkeypatch.setattr(Event, "made", [])
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "device", torch.device("cuda", 1))
+        return StreamedLayers(files.model, files._files, files._dtypes, tmp_path), done
+
+
+def test_a_gpu_gets_no_layer_before_it_has_come_to_the_one_before_it(
+    on_gpu: tuple[StreamedLayers, list[Any]],
+) -> None:
+    """So that those in its memory are two, though the host is ahead of it."""
+    files, done = on_gpu
+    tensors = len(files._names(0))
+    for position in range(6):
+        with files.weights_loaded(position):
+            here = Event.made[position]
+            assert here.is_waited_for.wait(60)
+            assert done.count("copy") == (position + 1) * tensors
+        assert done.count("copy") == (position + 1) * tensors
+        here.happened.set()
+    files._read_ahead[0].result()
+    assert done.count("copy") == 7 * tensors
+
+
+def test_the_thread_that_reads_for_a_gpu_uses_no_other(on_gpu: tuple[StreamedLayers, list[Any]]) -> None:
+    files, done = on_gpu
+    with files.weights_loaded(0):
+        Event.made[0].happened.set()
+    files._read_ahead[1].result()
+    thread, device = done[0]
+    assert device == torch.device("cuda", 1) and thread in files._reader._threads
+    assert set(done[1:]) == {"copy"}
 
 
 def rewrite(folder: Path, rename: dict[str, str | None]) -> None:

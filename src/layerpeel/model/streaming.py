@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,8 @@ class StreamedLayers:
 
     The next layer is read while one runs, so at most two are in memory: the one above, or the one below where they are
     asked for downward; after the last, the first. For a GPU they are read into pinned memory, from which a stream of
-    their own copies them beside the computation.
+    their own copies them beside the computation, once the GPU has come to the layer before: the host may be ahead of
+    it, and the memory of layers that have yet to run is not free.
 
     Attributes:
         model: loaded but for its layers, whose weights are on the meta device between runs.
@@ -69,10 +71,13 @@ class StreamedLayers:
                     f"{path}: layer {position} cannot be read on its own: the files have no tensor {absent[0]}",
                     hint="keep the model in memory (weights: memory)",
                 )
-        self._reader = ThreadPoolExecutor(max_workers=1)
+        on_gpu = model.device.type == "cuda"
+        # A new thread's device is the first GPU, on which pinning memory would make a context in every process.
+        begin = partial(torch.cuda.set_device, model.device) if on_gpu else None
+        self._reader = ThreadPoolExecutor(max_workers=1, initializer=begin)
         self._read_ahead: dict[int, Future[LayerWeights]] = {}
         self._last = -1  # the position that was loaded last
-        self._copies = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        self._copies = torch.cuda.Stream(model.device) if on_gpu else None
 
     @contextmanager
     def weights_loaded(self, position: int) -> Iterator[None]:
@@ -83,10 +88,12 @@ class StreamedLayers:
             return
         ready = self._read_ahead.pop(position, None) or self._reader.submit(self._read, position)
         self._read_ahead.clear()
+        # When it happens, the GPU has done with the memory of the layers before.
+        before = torch.cuda.current_stream(self.model.device).record_event() if self._copies else None
         layers[position].load_state_dict(ready.result().on_current_stream(), strict=False, assign=True)
         following = self._following(position)
         self._last = position
-        self._read_ahead[following] = self._reader.submit(self._read, following)
+        self._read_ahead[following] = self._reader.submit(self._read, following, before)
         try:
             yield
         finally:
@@ -104,13 +111,16 @@ class StreamedLayers:
         prefix = f"{self._architecture.layer_prefix()}.{position}."
         return {name: prefix + name for name in self._architecture.layers[position].state_dict()}
 
-    def _read(self, position: int) -> LayerWeights:
+    def _read(self, position: int, before: torch.cuda.Event | None = None) -> LayerWeights:
+        """Reads a layer, for a GPU into pinned memory, and copies it there once `before` has happened."""
         names = self._names(position)
         files = {stored: self._files[stored] for stored in names.values()}
         if self._copies is None:
             tensors = _read_tensors(files, self.model.device, self._dtypes)
             return LayerWeights({name: tensors[stored] for name, stored in names.items()})
         pinned = _read_tensors(files, CPU, self._dtypes, pinned=True)
+        if before is not None:
+            before.synchronize()  # or memory would be taken beside that of layers that have yet to run
         with torch.cuda.stream(self._copies):
             on_gpu = {name: pinned[stored].to(self.model.device, non_blocking=True) for name, stored in names.items()}
             return LayerWeights(on_gpu, self._copies.record_event())
