@@ -112,6 +112,16 @@ def test_no_more_than_two_layers_are_ever_in_memory(tmp_path: Path, monkeypatch:
     assert all(p.device.type == "meta" for layer in layers for p in layer.parameters())
 
 
+def test_what_was_read_ahead_is_dropped(tmp_path: Path) -> None:
+    files, _ = load_streamed(save_tiny(tmp_path), device="cpu")
+    layerwise = LayerwiseModel(files.model, files.weights_loaded, files.drop_read_ahead)
+    expected = layerwise.forward_with_skips(tiny_ids())
+    assert list(files._read_ahead) == [0]
+    layerwise.drop_read_ahead()
+    assert not files._read_ahead
+    assert torch.equal(layerwise.forward_with_skips(tiny_ids()), expected)
+
+
 class Event:
     """An event on a GPU that is not there: it happens when the test says so."""
 

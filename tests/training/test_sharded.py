@@ -110,7 +110,7 @@ def run_case(name: str, folder: Path, *, several: bool) -> tuple[Student, dict[s
         options["cache"] = TeacherCache(folder / f"{several}-{RANK}", "teacher", 0 if RANK else 2**20)
     if name == "streamed" and several:
         files, _ = load_streamed(folder / "teacher", device="cpu", dtype="float32")
-        options["teacher"] = LayerwiseModel(files.model, files.weights_loaded)
+        options["teacher"] = LayerwiseModel(files.model, files.weights_loaded, files.drop_read_ahead)
     student, result = train(folder / "text.jsonl", **options)
     return student, {"curve": result.curve, "cached": result.cached}
 
@@ -331,6 +331,14 @@ def test_a_split_model_is_that_in_memory(alone: None, family: str, dtype: torch.
     tolerance = 0.05 if family in RECURRENT and dtype is torch.bfloat16 else 0.0
     for one, other in zip(split, whole, strict=True):
         assert one.dtype is other.dtype and (one - other).norm() <= tolerance * other.norm()
+
+
+def test_no_layer_of_a_streamed_teacher_stays_where_it_was_read(alone: None, tmp_path: Path) -> None:
+    files, _ = load_streamed(save_tiny(tmp_path), device="cpu")
+    student = Student(LayerwiseModel(files.model, files.weights_loaded, files.drop_read_ahead))
+    student.remove([3])
+    with sharded(student, {}):
+        assert not files._read_ahead
 
 
 if __name__ == "__main__":

@@ -163,4 +163,4 @@ def load_layerwise(settings: RunConfig, *, stream: bool) -> tuple[LayerwiseModel
         revision=settings.revision,
         attn_implementation=settings.attn_implementation,
     )
-    return LayerwiseModel(streamed.model, streamed.weights_loaded), tokenizer
+    return LayerwiseModel(streamed.model, streamed.weights_loaded, streamed.drop_read_ahead), tokenizer

@@ -63,6 +63,7 @@ class LayerwiseModel:
         model: a causal language model; kept as `model`.
         weights_loaded: a context in which the layer at a position has its weights, for a model whose layers are not
             kept in memory (`model.streaming.StreamedLayers`).
+        drop_read_ahead: frees the layer that was read before it was asked for, where no more will be.
 
     Attributes:
         layer_inputs: records what the model's own forward hands to its layers.
@@ -76,13 +77,17 @@ class LayerwiseModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, weights_loaded: Callable[[int], AbstractContextManager[Any]] | None = None
+        self,
+        model: PreTrainedModel,
+        weights_loaded: Callable[[int], AbstractContextManager[Any]] | None = None,
+        drop_read_ahead: Callable[[], None] | None = None,
     ) -> None:
         self.model = model
         self.architecture = find_architecture(model)
         self.layer_inputs = LayerInputRecorder(self.architecture)
         self.streamed = weights_loaded is not None
         self.weights_loaded = weights_loaded or (lambda _: nullcontext())
+        self.drop_read_ahead = drop_read_ahead or (lambda: None)
         self.stand_ins: Mapping[int, nn.Module] = {}
         self.tokens_per_call = tokens_per_call(self.width, self.device.type)
         self.logit_rows_at_a_time = logit_rows_at_a_time(self.vocab_size, self.device.type)

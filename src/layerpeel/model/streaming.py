@@ -101,6 +101,10 @@ class StreamedLayers:
             meta = {name: value.to("meta") for name, value in layer.state_dict().items()}
             layer.load_state_dict(meta, strict=False, assign=True)
 
+    def drop_read_ahead(self) -> None:
+        """Frees the layer that was read ahead, if nobody will ask for it."""
+        self._read_ahead.clear()
+
     def _following(self, position: int) -> int:
         """Which layer is likely to be asked for after this one: in a backward pass, the one below."""
         upward = position > self._last or not position

@@ -145,6 +145,7 @@ class SplitLayers:
         self._mesh = mesh
         for index in range(len(student.teacher.layers)):
             self._split_layer(index)
+        student.teacher.drop_read_ahead()  # each was read once, and the first would stay for all of the training
         stand_ins = [*self.of_teacher.values(), *self.of_student.values()]
         if hasattr(fsdp, "share_comm_ctx"):  # or each keeps its gradients to the end, and buffers on streams of its own
             fsdp.share_comm_ctx(list(dict.fromkeys(stand_ins)))  # type: ignore[arg-type]
