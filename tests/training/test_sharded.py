@@ -341,6 +341,23 @@ def test_no_layer_of_a_streamed_teacher_stays_where_it_was_read(alone: None, tmp
         assert not files._read_ahead
 
 
+def test_what_one_process_has_no_gradient_of_is_summed_as_zeros(alone: None) -> None:
+    """Or processes would add up different parameters, where an expert gets tokens in some of them alone."""
+    student = Student(tiny_model("llama"))
+    student.remove([3])
+    trained = names_of(student, [2])
+    student.add_trained(trained)
+    with sharded(student, student.trained_state()):
+        stand_in = student.layerwise.stand_ins[2]
+        expert = stand_in.get_parameter("mlp.up_proj.weight")
+        stand_in.mlp.forward = lambda hidden: hidden
+        with student.embeddings_loaded():
+            hidden, arguments = student.layerwise.begin(tiny_ids())
+        student.layerwise.layer(2, hidden, arguments[2]).sum().backward()
+        assert isinstance(expert.grad, DTensor) and not expert.grad.to_local().any()
+        assert stand_in.get_parameter("self_attn.q_proj.weight").grad.to_local().any()
+
+
 if __name__ == "__main__":
     if sys.argv[2:] == ["resume"]:
         resume(Path(sys.argv[1]), 2)

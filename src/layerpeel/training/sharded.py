@@ -185,6 +185,8 @@ class SplitLayers:
         split = fsdp.fully_shard(stand_in, mesh=self._mesh, reshard_after_forward=True, **options)
         split.set_gradient_divide_factor(1.0)  # gradients add up: losses are shares of the step's
         split.set_force_sum_reduction_for_comms(True)
+        if hasattr(split, "set_reduce_scatter_unused_params"):  # such as an expert that no token of a process went to
+            split.set_reduce_scatter_unused_params(True)
         return stand_in
 
     def _set_prefetched(self) -> None:
