@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,18 +17,21 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from layerpeel.cli.process import main
-from layerpeel.config.distill import LossConfig
+from layerpeel.config.distill import DistillConfig, LossConfig
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.losses.base import StepOutputs
 from layerpeel.losses.loss_sum import LossSum
 from layerpeel.model.streaming import load_streamed
 from layerpeel.processes.distributed import RANK, wait_for_all
 from layerpeel.training.forward import run_both
+from layerpeel.training.gradients import StepGradients
 from layerpeel.training.optimizers import ScheduledOptimizers
+from layerpeel.training.recipe import TrainingRecipe
 from layerpeel.training.result import TrainingResult
-from layerpeel.training.sharded import sharded
+from layerpeel.training.sharded import gather_without_waiting, sharded
 from layerpeel.training.state import TrainingState
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache
@@ -356,6 +360,40 @@ def test_what_one_process_has_no_gradient_of_is_summed_as_zeros(alone: None) -> 
         student.layerwise.layer(2, hidden, arguments[2]).sum().backward()
         assert isinstance(expert.grad, DTensor) and not expert.grad.to_local().any()
         assert stand_in.get_parameter("self_attn.q_proj.weight").grad.to_local().any()
+
+
+def test_a_gpu_gathers_layers_once_the_step_before_is_done(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is split is told so before each micro-batch; torch takes the events away where layers run."""
+    device, events, told = torch.device("cuda", 1), list[object](), list[list[object]]()
+    student = Student(tiny_model("llama"))
+    student.remove([3])
+    student.add_trained(names_of(student, [2]))
+
+    def record_event() -> object:
+        events.append(object())
+        return events[-1]
+
+    def on_gpu(student: Student) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(PreTrainedModel, "device", device)
+            patch.setattr(torch.cuda, "current_stream", {device: SimpleNamespace(record_event=record_event)}.get)
+            gather_without_waiting(student)
+
+    def noting(*arguments: Any, **options: Any) -> StepOutputs:
+        told.append([layer._get_fsdp_state()._state_ctx.post_optim_event for layer in stand_ins])
+        for layer in stand_ins:
+            layer.set_post_optim_event(None)  # which on a CPU nothing can wait for
+        return run_both(*arguments, **options)
+
+    monkeypatch.setattr("layerpeel.training.gradients.run_both", noting)
+    gradients = StepGradients(student, TrainingRecipe(DistillConfig()), LossSum({"kl": LossConfig()}), [2], None)
+    with sharded(student, student.trained_state()):
+        stand_ins: list[Any] = [*student.teacher.stand_ins.values(), student.layerwise.stand_ins[2]]
+        gradients.compute([padded_batch()], {"tokens": 44, "labels": 38}, 0)
+        monkeypatch.setattr("layerpeel.training.gradients.gather_without_waiting", on_gpu)
+        gradients.compute([padded_batch()] * 2, {"tokens": 44, "labels": 38}, 0)
+    assert len(events) == 2 and len(stand_ins) == 7
+    assert told == [[None] * 7, events[:1] * 7, events[1:] * 7]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from layerpeel.processes.distributed import sum_numbers
 from layerpeel.processes.progress import console
 from layerpeel.training.forward import FINAL, next_tokens, run_both
 from layerpeel.training.recipe import TrainingRecipe, autocast
+from layerpeel.training.sharded import gather_without_waiting
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache
 
@@ -111,6 +112,7 @@ class StepGradients:
         states = cached = self.cache.find(batch, layers, self.student.model) if self.cache else None
         if self.cache and self.student.layerwise.stand_ins and self._lacked_by_any(cached):
             states = None
+        gather_without_waiting(self.student)
         with self.autocast():
             outputs = run_both(
                 self.student,

@@ -69,6 +69,19 @@ def sharded(student: Student, weights: Mapping[str, Tensor]) -> Iterator[None]:
         ends.give_weights()
 
 
+def gather_without_waiting(student: Student) -> None:
+    """Lets a GPU gather each split layer while the one before computes; to be called before a micro-batch.
+
+    Each is a root to FSDP2, which would gather it after all that the GPU was asked for before, lest that change its
+    weights. In a micro-batch nothing does, so it need wait only for what was asked for until now, such as the step.
+    """
+    stand_ins = {*student.teacher.stand_ins.values(), *student.layerwise.stand_ins.values()}
+    if stand_ins and student.model.device.type == "cuda":
+        event = torch.cuda.current_stream(student.model.device).record_event()
+        for layer in stand_ins:
+            layer.set_post_optim_event(event)  # type: ignore[operator]
+
+
 class SplitEnds:
     """Frozen embeddings and heads, which may be tied, split over the processes by their first dimension.
 
