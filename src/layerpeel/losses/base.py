@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -38,6 +39,11 @@ class StepOutputs:
     teacher_head: LayerwiseModel
     step_tokens: int
     step_labels: int
+
+    @cached_property
+    def token_index(self) -> tuple[Tensor, ...]:
+        """Rows and columns of the N real tokens, [N] each: an index like `mask`, for which a GPU is waited for once."""
+        return self.mask.nonzero(as_tuple=True)
 
 
 class Loss(BaseModel, ABC):

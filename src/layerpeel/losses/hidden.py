@@ -32,7 +32,7 @@ class HiddenLoss(Loss):
         pairs = [(outputs.student_hidden[layer], outputs.teacher_hidden[layer], 1 / len(layers)) for layer in layers]
         if self.final:
             pairs.append((outputs.student_final, outputs.teacher_final, 1.0))
-        mask, total = outputs.mask, torch.zeros((), device=outputs.mask.device)
+        token_index, total = outputs.token_index, torch.zeros((), device=outputs.mask.device)
         for student, teacher, weight in pairs:
-            total = total + weight * self.distance(student[mask].float(), teacher[mask].float()).sum()
+            total = total + weight * self.distance(student[token_index].float(), teacher[token_index].float()).sum()
         return total / max(outputs.step_tokens, 1)

@@ -121,15 +121,15 @@ def sweep(losses: Sequence[LogitLoss], weights: Sequence[float], outputs: StepOu
     """
     head = outputs.student_head.head_module
     trained = {name: parameter for name, parameter in head.named_parameters() if parameter.requires_grad}
-    mask = outputs.mask
+    token_index = outputs.token_index
     return _Sweep.apply(  # type: ignore[no-untyped-call, no-any-return]
         losses,
         weights,
         outputs,
-        outputs.labels[mask],
-        outputs.teacher_final[mask],
+        outputs.labels[token_index],
+        outputs.teacher_final[token_index],
         list(trained),
-        outputs.student_final[mask],
+        outputs.student_final[token_index],
         *trained.values(),
     )
 
@@ -147,9 +147,9 @@ class _Sweep(torch.autograd.Function):
         student: Tensor,
         *_: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        scales = torch.tensor([loss.scale(outputs) for loss in losses], device=student.device)
-        weighted = torch.tensor(weights, device=student.device)
+        scales, weighted = torch.tensor([loss.scale(outputs) for loss in losses]), torch.tensor(weights)
         factors = (scales * weighted).tolist()
+        scales, weighted = scales.to(student.device), weighted.to(student.device)
         values = torch.zeros(len(losses), dtype=torch.float32, device=student.device)
         grad_hidden = torch.zeros_like(student) if any(ctx.needs_input_grad) else None
         rows = min(outputs.student_head.logit_rows(branches=2), max(len(student), 1))
