@@ -83,20 +83,20 @@ class StepGradients:
         self, batches: Sequence[Mapping[str, Tensor]], counts: Mapping[str, float], rows: int
     ) -> dict[str, float]:
         """The losses of a step, `rows` at a time; none where memory ran out."""
+        totals: dict[str, float] = {}
         shares: list[dict[str, Tensor]] = []
         try:
             for batch in batches:
                 for start in range(0, len(batch["input_ids"]), rows):
                     part = {name: value[start : start + rows] for name, value in batch.items()}
                     shares.append(self._backward(part, counts))
+            for share in shares:  # read when all is asked for: on a GPU, the host waits for each number
+                for name, value in share.items():
+                    totals[name] = totals.get(name, 0.0) + float(value)
         except Exception as error:
             if not memory_is_full(error):
                 raise
             return {}
-        totals: dict[str, float] = {}
-        for share in shares:  # read when all is asked for: on a GPU, the host waits for each number
-            for name, value in share.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
         return totals
 
     def _check_can_halve(self, rows: int) -> None:
