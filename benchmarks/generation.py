@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from machine import machine
+from measuring import KIT, finish, timed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config.run import TaskConfig
@@ -30,7 +27,6 @@ from layerpeel.model.loading import load_model
 from layerpeel.model.surgery import remove_layers
 from layerpeel.tasks.registry import make_tasks
 
-KIT = Path(__file__).resolve().parents[1] / ".." / "shared" / "kit"
 TASKS = ("copy_en", "copy_ru")
 
 
@@ -82,16 +78,7 @@ def main() -> None:
         "texts": len(pairs),
         "different_texts": different,
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=1))
-
-
-def timed(times: list[float], call: Callable[[], Any]) -> Any:
-    """What a call gives; its seconds are added to `times`."""
-    started = time.monotonic()
-    result = call()
-    times.append(time.monotonic() - started)
-    return result
+    finish(options.out, record)
 
 
 @torch.no_grad()

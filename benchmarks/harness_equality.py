@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import machine
+from measuring import KIT, write_record
 from transformers import PreTrainedModel
 
 from layerpeel.config.run import TaskConfig
@@ -33,7 +34,6 @@ from layerpeel.tasks.base import Task
 from layerpeel.tasks.evaluation import answer_samples
 from layerpeel.tasks.registry import make_tasks
 
-KIT = Path(__file__).resolve().parents[1] / ".." / "shared" / "kit"
 TASKS = KIT / "eval" / "lm_eval"
 NAMES = ("zorro", "next_sentence_en", "next_sentence_ru")
 
@@ -69,7 +69,7 @@ def main() -> None:
     record["models"], record["scores"] = len(comparisons), sum(each["scores"] for each in comparisons)
     record["differ_as_printed"] = sum(len(each["differ_as_printed"]) for each in comparisons)
     record["differ_at_all"] = sum(len(each["differ_at_all"]) for each in comparisons)
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(options.out, record, indent=1)
     print(json.dumps({key: value for key, value in record.items() if key != "removals"}, indent=1))
 
 

@@ -26,7 +26,7 @@ import torch
 import yaml
 from distillation import peak_gib
 from machine import machine
-from measuring import measured_apart, write_record
+from measuring import KIT, ROOT, measured_apart, write_record
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,8 +40,6 @@ from layerpeel.training.result import RepairResult, TrainingResult
 from layerpeel.training.rounds import train_student
 from layerpeel.training.student import Student
 
-ROOT = Path(__file__).resolve().parents[1]
-KIT = ROOT.parent / "shared" / "kit"
 REAL = "~/.cache/layerpeel-kit/smollm2-135m"
 LONGEST = 512  # tokens of a held-out text that are read
 

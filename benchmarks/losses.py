@@ -8,10 +8,10 @@ a plain MSE). Runs that are finished are read from their journals. Prints a Mark
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from machine import machine
+from measuring import write_record
 from methods import by_depth, markdown, read_options, row
 
 from layerpeel.config.distill import LossConfig
@@ -50,7 +50,7 @@ def main() -> None:
         "machine": machine(),
         "results": results,
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(options.out, record, indent=1)
     print(markdown(results))
 
 

@@ -7,13 +7,17 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from layerpeel.processes.distributed import RANK
+
+ROOT = Path(__file__).resolve().parents[1]
+KIT = ROOT.parent / "shared" / "kit"  # models, text and tasks, beside the repository
 
 
 def measured_apart(script: str, *arguments: object) -> Any:
@@ -52,6 +56,21 @@ def hand_in(folder: Path, measured: Any) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def timed(times: list[float], call: Callable[[], Any]) -> Any:
+    """What a call gives; its seconds are added to `times`."""
+    started = time.monotonic()
+    result = call()
+    times.append(time.monotonic() - started)
+    return result
+
+
+def finish(out: Path | None, record: Mapping[str, Any]) -> None:
+    """Writes what was measured, if a file is named, and prints it."""
+    if out:
+        write_record(out, record, indent=1)
+    print(json.dumps(record, indent=1))
 
 
 def write_record(out: Path, record: Mapping[str, Any], indent: int | None = None) -> None:

@@ -11,12 +11,12 @@ with the machine and the time.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from machine import machine
+from measuring import write_record
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config.reading import load_config
@@ -52,7 +52,7 @@ def main() -> None:
         "minutes_of_the_loop": round((full.events[-1].time - full.events[0].time) / 60, 1),
         "results": results,
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(options.out, record, indent=1)
     print(markdown(results))
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from machine import machine
+from measuring import finish
 
 from layerpeel.model.removal import remove_from_files
 
@@ -53,8 +54,7 @@ def main() -> None:
     old = make_environment(options.environment)
     record: dict[str, Any] = {"command": "python benchmarks/old_transformers.py MODELS", "machine": machine()}
     record["models"] = {name: compare(options.models / name, layers, old) for name, layers in REMOVED.items()}
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=1))
+    finish(options.out, record)
 
 
 def make_environment(folder: Path) -> Path:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import yaml
 from machine import machine
-from measuring import hand_in, measured_by_each
+from measuring import hand_in, measured_by_each, write_record
 from streamed_training import write_text
 from streaming import peak_bytes, write_model
 from transformers import Qwen2Config
@@ -144,7 +144,7 @@ def main() -> None:
         run_here(options.config, options.set, options.peaks)
     elif options.config and options.out:
         record = compare_each(options.config, options.set, _ways(options.processes, split=options.fsdp))
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(options.out, record, indent=1)
     else:
         parser.error("a config and --out are needed, or --table")
 

@@ -24,10 +24,10 @@ from typing import Any
 import real_peers
 import torch
 from distillation import peak_gib
-from healing import KIT, REAL, ROOT, heal, mean_kl, names_among, read, without_places
+from healing import REAL, heal, mean_kl, names_among, read, without_places
 from machine import machine
 from matplotlib.figure import Figure
-from measuring import measured_apart, write_record
+from measuring import KIT, ROOT, measured_apart, write_record
 from methods import least_influence
 from transformers import PreTrainedModel
 

@@ -9,7 +9,6 @@ weights on the same disk.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 
 from machine import machine
+from measuring import finish
 
 
 def main() -> None:
@@ -53,8 +53,7 @@ def main() -> None:
         "copy_seconds": min(copying),
         "peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=1))
+    finish(options.out, record)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from machine import machine
+from measuring import KIT, timed, write_record
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config.fields import TextConfig
@@ -49,7 +50,6 @@ from layerpeel.tasks.evaluation import score_tasks
 from layerpeel.tasks.registry import make_tasks
 from layerpeel.tasks.scores import Evaluation, TaskScore
 
-KIT = Path(__file__).resolve().parents[1] / ".." / "shared" / "kit"
 TOKENS_PER_BATCH = 4096  # of the padded loop; more is slower on two cores
 STORIES = ("zorro", "next_sentence_en", "next_sentence_ru")
 BENCHMARKS = {"piqa": "piqa", "arc_easy": "arc_easy_val", "hellaswag": "hellaswag"}  # and their files in the kit
@@ -142,7 +142,7 @@ def compare(bench: Bench, options: argparse.Namespace) -> None:
     if options.only != "times":
         rounds = compare_choices(model, one_pass, full, raced, options.depth)
         record |= {"agreement": sum(choice["same"] for choice in rounds) / len(rounds), "rounds": rounds}
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(options.out, record, indent=1)
     print(json.dumps({k: record[k] for k in ("ratios", "same_scores", "agreement") if k in record}, indent=1))
 
 
@@ -196,14 +196,6 @@ def compare_times(
             for name, rival in (("loop", by_loop), ("loop_same_rows", same_rows), ("harness", by_harness))
         },
     }
-
-
-def timed(times: list[float], call: Callable[[], Any]) -> Any:
-    """What a call gives; its seconds are added to `times`."""
-    started = time.monotonic()
-    result = call()
-    times.append(time.monotonic() - started)
-    return result
 
 
 def shortened(model: PreTrainedModel, candidate: int | None) -> PreTrainedModel:

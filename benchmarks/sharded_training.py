@@ -11,7 +11,6 @@ memory of each process (VmHWM), interpreter and libraries with it, and how far t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import warnings
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 from machine import machine
-from measuring import hand_in, measured_by_each, write_record
+from measuring import finish, hand_in, measured_by_each
 from streamed_training import train, write_text
 from streaming import write_model
 
@@ -60,8 +59,7 @@ def main() -> None:
         "bar": BAR,
         "largest_difference_of_losses": max(differences),
     }
-    write_record(options.out, record, indent=1)
-    print(json.dumps(record, indent=1))
+    finish(options.out, record)
 
 
 def train_here(options: argparse.Namespace) -> None:

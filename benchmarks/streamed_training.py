@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import machine
-from measuring import measured_apart, write_record
+from measuring import finish, measured_apart, write_record
 from streaming import peak_bytes, write_model
 
 from layerpeel.config.distill import DistillConfig
@@ -64,8 +64,7 @@ def main() -> None:
         "time_ratio": results["stream"]["seconds"] / results["memory"]["seconds"],
         "largest_difference_of_losses": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
     }
-    write_record(options.out, record, indent=1)
-    print(json.dumps(record, indent=1))
+    finish(options.out, record)
 
 
 def write_text(folder: Path, documents: int) -> None:

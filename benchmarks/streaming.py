@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from machine import machine
-from measuring import measured_apart, write_record
+from measuring import finish, measured_apart, write_record
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -84,8 +84,7 @@ def main() -> None:
         "same_scores": streamed == loaded,
         "largest_difference": max(abs(streamed[layer] - loaded[layer]) for layer in loaded),
     }
-    write_record(options.out, record, indent=1)
-    print(json.dumps(record, indent=1))
+    finish(options.out, record)
 
 
 def write_model(folder: Path, layers: int, hidden: int) -> int:

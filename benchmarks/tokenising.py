@@ -13,7 +13,6 @@ Four ways, of which the fastest of some times counts, each with a tokenizer that
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 from machine import machine
+from measuring import finish
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -91,10 +91,7 @@ def main() -> None:
         "tokens_per_second": {name: round(tokens / time) for name, time in fastest.items()},
         "faster": {name: round(fastest["anew, one thread"] / time, 2) for name, time in fastest.items()},
     }
-    text = json.dumps(record, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    finish(options.out, record)
 
 
 if __name__ == "__main__":

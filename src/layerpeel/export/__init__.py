@@ -1,1 +1,1 @@
-"""Writes students as checkpoints, to a folder or to the Hugging Face hub."""
+"""Students on the hub and in the formats of other runtimes, and checks that what runs there is the same model."""

@@ -1,1 +1,1 @@
-"""Running a model layer by layer: all candidates in one pass, prefix trees, caches, decoding."""
+"""Running a model layer by layer: all candidates in one pass, prefix trees, caches, decoding, sampling, refitting."""

@@ -7,11 +7,6 @@ from transformers import PreTrainedTokenizerBase
 from layerpeel.data.tokenizing import encode_text
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text after the tokenizer's start tokens, set once; without those that it sets after a text."""
-    return encode_text(tokenizer, text)
-
-
 def encode_pair(
     tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -27,8 +22,8 @@ def encode_pair(
         ids = tuple(tokenizer.encode(context + continuation, add_special_tokens=False))
         return (start,), ids[1:] if ids[:1] == (start,) else ids
     context, continuation = stripped, context[len(stripped) :] + continuation
-    context_ids = encode(tokenizer, context)
-    return tuple(context_ids), tuple(encode(tokenizer, context + continuation)[len(context_ids) :])
+    context_ids = encode_text(tokenizer, context)
+    return tuple(context_ids), tuple(encode_text(tokenizer, context + continuation)[len(context_ids) :])
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,1 +1,1 @@
-"""Files on disk: written whole, chained by checksums, and locked."""
+"""Files on disk: written whole, chained by checksums, locked, checked beforehand; and the hub."""

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from layerpeel.config.fields import AS_COUNT
 from layerpeel.data.cells import TableRow, located
+from layerpeel.data.tokenizing import encode_text
 from layerpeel.errors import InputError
-from layerpeel.inference.encoding import encode, start_token
+from layerpeel.inference.encoding import start_token
 from layerpeel.inference.requests import Generation
 from layerpeel.processes.progress import print_once
 from layerpeel.tasks.base import FewShot, Sample
@@ -54,7 +55,7 @@ class Generate(FewShot):
         samples = []
         for row, (prompt, target), length in zip(self.rows, pairs, lengths, strict=True):
             needed = None if self.max_new_tokens else MARGIN + length
-            ids = encode(tokenizer, prefix + prompt) or [start_token(tokenizer)]
+            ids = encode_text(tokenizer, prefix + prompt) or [start_token(tokenizer)]
             request = Generation(tuple(ids), limit, tuple(self.stop), needed)
             samples.append(Sample([request], self._reference(target, tokenizer, row), located(row, self.data)))
         return samples
