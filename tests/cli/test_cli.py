@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from layerpeel.cli.process import main
@@ -167,6 +167,28 @@ def test_a_streamed_repair_is_that_in_memory(
     assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
     assert "Repaired in closed form" in Path("streamed/README.md").read_text(encoding="utf-8")
     assert not [path.name for path in folder.iterdir() if "solved" in path.name]
+
+
+@pytest.mark.parametrize("weights", ["memory", "stream"])
+def test_what_a_repair_solved_for_another_teacher_is_not_taken(
+    weights: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stops(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ["repair", "run.yaml", "--layers", "2", "--set", f"distill.weights={weights}", "-o"]
+    with monkeypatch.context() as patch:
+        patch.setattr("layerpeel.training.repair.RepairWalk._move_student", stops)  # once the first layer is solved
+        assert call(patch, capsys, *arguments, "repaired")[0] != 0
+    assert list(Path("repaired-solved").glob("*.safetensors"))
+    tensors = load_file("teacher/model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.5
+    save_file(tensors, "teacher/model.safetensors", {"format": "pt"})
+    for place in ("repaired", "at-once"):
+        code, _, err = call(monkeypatch, capsys, *arguments, place)
+        assert code == 0, err
+    one, other = (load_file(Path(name) / "model.safetensors") for name in ("repaired", "at-once"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_a_repair_of_nothing_says_so(

@@ -41,6 +41,22 @@ def read_back(rows: Rows) -> list[list[list[int]]]:
     return documents
 
 
+def test_the_digest_of_rows_tells_tokens_padding_documents_and_order() -> None:
+    def rows(*documents: list[list[int]], length: int = 3) -> Rows:
+        return Rows.of([[torch.tensor(ids) for ids in row] for row in documents], length, padding=0)
+
+    first = rows([[1], [2]], [[3, 4, 5]])
+    assert first.digest() == rows([[1], [2]], [[3, 4, 5]]).digest()
+    others = [
+        rows([[1, 2]], [[3, 4, 5]]),  # documents joined
+        rows([[3, 4, 5]], [[1], [2]]),
+        rows([[1], [2, 0]], [[3, 4, 5]]),  # a real token in place of padding
+        rows([[1], [2]], [[3, 4, 6]]),
+        rows([[1], [2]], [[3, 4, 5]], length=4),
+    ]
+    assert len({each.digest() for each in (first, *others)}) == 6
+
+
 def test_packed_rows_hold_whole_documents(make_source: MakeSource, tokenizer: PreTrainedTokenizerFast) -> None:
     texts = ["hello", "a much longer document", "x", "ab", "end"]
     rows = load_rows([make_source(texts)], tokenizer, sequence_length=8)

@@ -21,6 +21,7 @@ from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
 from layerpeel.run.places import find_places, load_run_config, load_run_teacher
 from layerpeel.storage.files import sha256_of
+from layerpeel.training.state import TrainingState
 from layerpeel.training.text import TrainingText
 from layerpeel.training.trainer import Trainer
 from tests.families import save_texts, save_tiny, tiny_texts
@@ -203,6 +204,21 @@ def test_state_of_training_is_not_taken_by_a_training_of_another_config(tmp_path
     other.distill.last_pass.train, other.distill.last_pass.tokens = "everything", 128
     run = peel(other, accept_changes=True)
     assert run.last_pass and run.last_pass.training.steps == 2
+
+
+def test_a_last_pass_on_other_text_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of two texts has more weight is changed and accepted."""
+    sources = [{"path": "text.jsonl", "weight": 3}, "held.jsonl"]
+    config = load_config(project(tmp_path, text=sources, last_pass={"tokens": 256}))
+    stop_in_training(config, 2)
+    states: list[Any] = []
+    load = TrainingState.load
+    monkeypatch.setattr(TrainingState, "load", lambda state: states.append(load(state)) or states[-1])
+    other = config.model_copy(deep=True)
+    first, second = other.distill.text
+    first.path, second.path = second.path, first.path  # type: ignore[union-attr]
+    assert peel(other, accept_changes=True).last_pass
+    assert states == [None]
 
 
 def test_a_training_goes_on_in_a_moved_project(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,6 +254,29 @@ def test_another_repair_does_not_go_on(text: Path, tmp_path: Path) -> None:
     same_weights(other, fresh)
 
 
+@pytest.mark.parametrize("change", ["teacher", "text", "tokenizer", "layers", "storage"])
+def test_what_was_solved_for_one_student_is_not_used_for_another(text: Path, tmp_path: Path, change: str) -> None:
+    teacher, tokenizer, removed, options = tiny_model("llama"), tiny_tokenizer(), REMOVED, dict[str, Any]()
+    repair(teacher, tokenizer, removed, config_of(text), folder=tmp_path / "solved")
+    if change == "teacher":
+        with torch.no_grad():
+            teacher.model.layers[3].mlp.up_proj.weight.mul_(1.5)
+    elif change == "text":
+        save_texts(text, tiny_texts(5 + 7 * line % 23 for line in range(30)))
+    elif change == "tokenizer":
+        tokenizer.eos_token = "w5"  # which ends the documents
+    elif change == "layers":
+        removed = [2]
+    else:
+        options["storage"] = torch.bfloat16
+    (fresh, _), (again, _) = (
+        repair(teacher, tokenizer, removed, config_of(text), folder=folder, **options)
+        for folder in (None, tmp_path / "solved")
+    )
+    values = again.state_dict()
+    assert all(torch.equal(value, values[name]) for name, value in fresh.state_dict().items())
+
+
 def test_a_damaged_file_is_solved_anew(text: Path, tmp_path: Path) -> None:
     state = RepairState(tmp_path / "state", "this repair")
     expected, _ = repaired(text, state=state)

@@ -286,6 +286,17 @@ def test_training_goes_on_where_it_was_to_the_last_bit(
     assert TrainingState(tmp_path / "state", "another", 0.0).load() is None
 
 
+def test_a_training_on_other_text_does_not_go_on(text: Path, tmp_path: Path) -> None:
+    state = TrainingState(tmp_path / "state", "this", 0.0)
+    with pytest.raises(Killed):
+        train(text, state=state, log=kill_at(4))
+    save_texts(text, tiny_texts(5 + 7 * line % 23 for line in range(40)))
+    other, result = train(text, state=state)
+    fresh, expected = train(text)
+    same(other, fresh, 0.0)
+    assert result.curve == expected.curve
+
+
 def test_a_damaged_state_is_not_used(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     uninterrupted, _ = train(text)
     state = TrainingState(tmp_path / "state", "this", 0.0)

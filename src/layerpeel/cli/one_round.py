@@ -28,7 +28,6 @@ from layerpeel.model.surgery import KeptLayers
 from layerpeel.processes.distributed import from_main
 from layerpeel.processes.interrupts import interruptible
 from layerpeel.processes.progress import shown
-from layerpeel.run.places import data_digests
 from layerpeel.run.preflight import check_streamed_text
 from layerpeel.run.removal_card import HealingFacts, write_removal_card
 from layerpeel.storage.files import remove_paths
@@ -75,8 +74,12 @@ def distill_once(settings: RunConfig, layers: Sequence[int], folder: Path) -> No
 
 def _training_state(settings: RunConfig, layers: Sequence[int], folder: Path) -> TrainingState:
     """Where the training of a teacher without these layers saves how far it is."""
-    of = [sorted(layers), digests(settings.teacher, settings.revision), data_digests(settings, []).text]
-    return TrainingState(_state_path(folder), json.dumps(of, sort_keys=True), settings.distill.save_every)
+    return TrainingState(_state_path(folder), _identity(settings, layers), settings.distill.save_every)
+
+
+def _identity(settings: RunConfig, layers: Sequence[int]) -> str:
+    """Says whose weights are healed: a saved state of others is not used. Of the text, the states say it themselves."""
+    return json.dumps([sorted(layers), digests(settings.teacher, settings.revision), settings.dtype], sort_keys=True)
 
 
 def _state_path(folder: Path) -> Path:
@@ -120,7 +123,7 @@ def _heal_streamed(settings: RunConfig, layers: Sequence[int], folder: Path, *, 
     Args:
         train: whether to; else repair is all there is, and has to be possible.
     """
-    config, solved = settings.distill, RepairState(beside(folder, "-solved"), "repair")
+    config, solved = settings.distill, RepairState(beside(folder, "-solved"), _identity(settings, layers))
     check_new_folder(folder, settings.teacher)
     check_room(folder, settings.teacher, len(layers), **teacher_options(settings))
     if not train:

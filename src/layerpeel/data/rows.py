@@ -5,6 +5,7 @@ Shapes: N rows, B batch, T tokens.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -55,6 +56,13 @@ class Rows:
     def tokens(self) -> int:
         """Real tokens of all rows."""
         return int(self.mask.sum())
+
+    def digest(self) -> str:
+        """A hash of all of them, in their order."""
+        digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
+        for value in (self.input_ids, self.mask, self.document.expand_as(self.input_ids)):
+            digest.update(value.contiguous().numpy().data)
+        return digest.hexdigest()[:16]
 
     def select(self, indices: Tensor) -> Rows:
         """Some of the rows."""

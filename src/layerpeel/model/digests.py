@@ -6,10 +6,13 @@ import hashlib
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from layerpeel.model.adapters import find_adapter
 from layerpeel.model.commits import commit_of
 from layerpeel.storage.files import sampled_digest
+
+NUMBERS = 4096  # of a tensor in memory, about so many are hashed for its digest
 
 
 def fingerprint(path: str | Path, dtype: torch.dtype, revision: str | None = None) -> str:
@@ -47,6 +50,20 @@ def digests(path: str | Path, revision: str | None = None) -> dict[str, str]:
         base = _digests(adapter.base, adapter.base_revision)
         return _digests(path, revision) | {f"base {name}": digest for name, digest in base.items()}
     return _digests(path, revision)
+
+
+def digest_of_weights(model: PreTrainedModel) -> str:
+    """A hash of a model in memory: its config, and of each tensor the dtype, the shape and evenly spaced numbers.
+
+    As training changes nearly every number, a sample tells models apart.
+    """
+    digest = hashlib.sha256(repr([type(model).__name__, model.config.to_json_string()]).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(repr([name, value.dtype, tuple(value.shape)]).encode())
+        numbers = value.reshape(-1)
+        sample = numbers[:: max(1, len(numbers) // NUMBERS)].contiguous()
+        digest.update(sample.view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _digests(path: str | Path, revision: str | None) -> dict[str, str]:

@@ -138,9 +138,8 @@ class OpenRun(Run):
 
     @property
     def _before_training(self) -> str:
-        """What is on record before the student changes, and the text."""
-        since = next((event.checksum for event in reversed(self.live) if hasattr(event, "round")), "")
-        return since + "".join(sorted(self.data.text.values()))  # a changed text is accepted as a changed config is
+        """What is on record before the student changes; of the text, the states say it themselves."""
+        return next((event.checksum for event in reversed(self.live) if hasattr(event, "round")), "")
 
     def _write_round(self, folder: Path, student: Student, training: TrainingResult) -> None:
         """Writes what an event has no room for."""

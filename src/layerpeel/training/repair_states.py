@@ -21,14 +21,14 @@ class RepairState:
     """A folder for the projections that a repair has solved, a file a layer; a repair that was stopped goes on there.
 
     Args:
-        of: says which repair: what the folder holds of another is not used.
+        of: says which weights are repaired: what the folder holds of others, or of another repair, is not used.
     """
 
     def __init__(self, folder: Path, of: str) -> None:
         self.folder, self.of = folder, of
 
     def for_repair(self, settings: str) -> RepairState:
-        """The same place, for a repair whose settings have this hash."""
+        """The same place, for a repair whose settings and text have this hash."""
         return RepairState(self.folder, f"{self.of} {settings}")
 
     def save(self, layer: int, weights: Mapping[str, Tensor], projections: list[RepairedProjection]) -> None:

@@ -46,7 +46,7 @@ def repair_student(
         removed: the teacher layers that went since the last repair: it begins with the layer before the first.
         seed: of the text.
         storage: what repaired weights are rounded to, so that what is measured is what will be saved.
-        state: where solved projections are kept; a repair that was stopped gives the same to the last bit.
+        state: where this teacher's are kept, once solved; a repair that was stopped gives the same to the last bit.
         required: whether to refuse a model that cannot be repaired, instead of leaving it as it is.
         texts: as for `load_rows`.
 
@@ -63,9 +63,9 @@ def repair_student(
     started = time.monotonic()
     rows = _load_rows(student, tokenizer, config, repairs.tokens, seed, texts)
     start = start_of(student, removed)
-    state = state and state.for_repair(_settings(config, seed, student, start))
     stored = storage if isinstance(storage, StoredDtypes) else StoredDtypes(storage)
     ridge = None if repairs.ridge == "auto" else repairs.ridge
+    state = state and state.for_repair(settings_hash(rows.digest(), student.kept_layers.kept, start, ridge, stored))
     with _front(student, rows, state, passes(student, start)) as front:
         walk = RepairWalk(student, front, start, ridge, stored.of, state)
         walk.walk()
@@ -112,12 +112,6 @@ def can_repair(student: Student, *, required: bool = False) -> bool:
         raise InputError(f"{reason}, so they cannot be repaired", hint="use `distill`, or `remove`")
     print_once(f"no repair in closed form: {reason}")
     return False
-
-
-def _settings(config: DistillConfig, seed: int, student: Student, start: int) -> str:
-    """A hash of what a repair depends on, but for the weights and the content of the text."""
-    fields = config.model_dump(mode="json", include={"repair", "sequence_length", "packing", "text"})
-    return settings_hash(fields, seed, student.kept_layers.kept, start)
 
 
 def _load_rows(

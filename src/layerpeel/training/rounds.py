@@ -17,6 +17,7 @@ from layerpeel.config.run import RunConfig
 from layerpeel.data.token_store import TokenStore
 from layerpeel.errors import InputError
 from layerpeel.inference.teacher_text import TeacherWriter
+from layerpeel.model.digests import digest_of_weights
 from layerpeel.model.origin import StoredDtypes
 from layerpeel.processes.distributed import processes_of
 from layerpeel.training.recipe import TrainingRecipe
@@ -47,8 +48,7 @@ def train_student(
 ) -> TrainingResult:
     """Trains what `config` names, and leaves the weights in the student.
 
-    Trained parameters are fp32 while they train; afterwards they hold what `storage` can, so that what is measured is
-    what will be saved. Dropout stays off.
+    Parameters train in fp32 and then hold what `storage` can: what is measured is what is saved. Dropout stays off.
 
     Args:
         seed: of the text and its order.
@@ -68,9 +68,10 @@ def train_student(
         raise InputError("dtype: float16 gradients would underflow", hint="train with dtype: bfloat16 or float32")
     started = time.monotonic()
     names, text = recipe.parameters(student), TrainingText.after(before, recipe, student)
-    state = state and state.for_training(text.settings(seed, round_number))
+    rows = text.load(tokenizer, seed, texts)
+    state = state and state.for_training(text.settings(rows, seed, round_number))
     trainer = Trainer(student, names, recipe, cache=cache, state=state, log=log, description=description)
-    result = trainer.train(text.load(tokenizer, seed, texts), seed + round_number)
+    result = trainer.train(rows, seed + round_number)
     stored = storage if isinstance(storage, StoredDtypes) else StoredDtypes(storage)
     student.load_trained({n: value.to(stored.of(n)) for n, value in student.trained_state().items() if n in names})
     result.seconds += time.monotonic() - started
@@ -132,7 +133,7 @@ def distill(
         teacher: stays as it is; the student shares all its weights but those that train.
         removed: teacher layers to remove, counted from 0.
         storage: the dtype that the student will be saved in; the teacher's if not given.
-        state: where training saves how far it is, and goes on from; of these layers, this teacher and this text.
+        state: where training saves how far it is, and goes on from; of these layers and this teacher.
 
     Returns:
         the student, a model of the teacher's class, and what training did.
@@ -167,8 +168,8 @@ def repair(
         removed: teacher layers to remove, counted from 0.
         config: with `repair` and the text.
         storage: the dtype that the student will be saved in; the teacher's if not given.
-        folder: where solved projections are kept, so that a repair that was stopped goes on there; it may be removed
-            afterwards.
+        folder: where solved projections are kept, so that a repair that was stopped goes on there, if teacher, layers,
+            text and options are the same; it may be removed afterwards.
 
     Returns:
         the student, a model of the teacher's class, and what repair did.
@@ -180,7 +181,7 @@ def repair(
     check_repair(config)
     student, removed = Student(teacher), list(removed)
     student.remove(removed)
-    state = RepairState(Path(folder), "repair") if folder else None
+    state = RepairState(Path(folder), digest_of_weights(teacher)) if folder else None
     stored = storage or teacher.dtype
     with _teacher_text_written(student, tokenizer, config, seed) as config:
         options: dict[str, Any] = {"seed": seed, "storage": stored, "state": state, "required": True}

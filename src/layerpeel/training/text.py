@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,14 +14,14 @@ from layerpeel.config.distill import Packing
 from layerpeel.config.run import RunConfig
 from layerpeel.data.batches import ROWS_AHEAD, load_rows
 from layerpeel.data.rows import Rows
-from layerpeel.data.token_documents import token_text_digest
 from layerpeel.data.token_store import TokenStore
 from layerpeel.processes.progress import console, print_once
 from layerpeel.training.recipe import TrainingRecipe
 from layerpeel.training.result import TrainingSummary
 from layerpeel.training.student import Student
 
-WITHOUT_EFFECT = {"save_every", "teacher_cache_size", "when", "last_pass"}  # on the steps of a training
+# What has no effect on the steps of a training, or none but on the rows that it reads.
+WITHOUT_EFFECT = {"save_every", "teacher_cache_size", "when", "last_pass", "text"}
 
 
 @dataclass(frozen=True)
@@ -73,13 +72,16 @@ class TrainingText:
         print_once(f"{steps}: rows {rows.tokens / rows.mask.numel():.0%} full".replace("%", " %"))
         return rows
 
-    def settings(self, seed: int, round_number: int) -> str:
-        """A hash of what the steps of the training depend on, but for the weights and the content of the text.
+    def settings(self, rows: Rows, seed: int, round_number: int) -> str:
+        """A hash of what the steps of the training depend on, but for the weights.
 
         They are the same steps in any number of processes, which share the rows of each.
+
+        Args:
+            rows: what `load` gave.
         """
         fields = self.recipe.config.model_dump(mode="json", exclude=WITHOUT_EFFECT)
-        return settings_hash(fields, seed, round_number, self.skip)
+        return settings_hash(fields, rows.digest(), seed, round_number)
 
 
 def tokenize_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase, texts: TokenStore, removals: int) -> None:
@@ -94,14 +96,6 @@ def tokenize_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase, texts: 
         texts.reader(distill.text, tokenizer, config.seed, tokens + rows * distill.sequence_length)
 
 
-def settings_hash(fields: dict[str, Any], *others: Any) -> str:
-    """A hash of fields of `distill`, their text among them, and of whatever else work depends on.
-
-    Args:
-        fields: as JSON; the place of a text is replaced by the digest of one that the teacher wrote. What other files
-            hold is told by the digests in a run's record.
-    """
-    for source in fields["text"]:
-        source["path"] = token_text_digest(Path(source["path"]))
-    values = [fields, *others]
+def settings_hash(*values: Any) -> str:
+    """A hash of whatever work depends on; rows of text by their digest, as the same path may lead to others later."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
