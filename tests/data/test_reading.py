@@ -17,7 +17,7 @@ from datasets.arrow_writer import ArrowWriter
 from layerpeel.config.fields import TextConfig
 from layerpeel.data.digests import digest_of_text
 from layerpeel.data.documents import read_documents
-from layerpeel.data.reading import read_rows
+from layerpeel.data.reading import is_hub_text, read_rows
 from layerpeel.errors import InputError
 
 
@@ -237,6 +237,10 @@ def test_what_is_said_of_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty" / "README.md").write_text("a")
     assert input_error(tmp_path / "a.txt")[0] == f"no such file: {tmp_path / 'a.txt'}"
     assert input_error(tmp_path / "*.txt")[0] == f"no file matches {tmp_path / '*.txt'}"
+    assert input_error("data/deeper/set") == (
+        "no such file: data/deeper/set",
+        "check the path; it is taken from the config's folder first; a hub dataset is named owner/name",
+    )
     assert input_error(tmp_path / "empty")[0] == f"{tmp_path / 'empty'}: nothing to read in this folder"
 
 
@@ -244,3 +248,30 @@ def test_what_is_said_of_a_hub_dataset_out_of_reach() -> None:
     text, hint = input_error("nobody/nothing-of-this-name")  # conftest keeps the hub offline
     assert text.startswith("nobody/nothing-of-this-name: neither a file here nor a dataset that can be loaded")
     assert hint is not None and "network" in hint
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("mlfoundations/dclm-baseline-1.0", True),
+        ("squad", True),
+        ("owner/set", True),
+        ("owner/set.jsonl", False),
+        ("set.JSONL.gz", False),
+        ("data/*.parquet", False),
+        ("data/deeper/set", False),
+        ("./set", False),
+        ("/data/set", False),
+        ("~/set", False),
+        ("C:\\data\\set", False),
+        ("here/folder", False),
+        ("here/file", False),
+    ],
+)
+def test_which_paths_are_names_of_hub_datasets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, expected: bool
+) -> None:
+    (tmp_path / "here/folder").mkdir(parents=True)
+    (tmp_path / "here/file").touch()
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_text(path) == expected
