@@ -15,6 +15,7 @@ import pytest
 from datasets.arrow_writer import ArrowWriter
 
 from layerpeel.config.fields import TextConfig
+from layerpeel.data import reading
 from layerpeel.data.digests import digest_of_text
 from layerpeel.data.documents import read_documents
 from layerpeel.data.reading import is_hub_text, read_rows
@@ -92,25 +93,46 @@ def test_tables_are_read_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
         list(read_rows(str(path)))
 
 
-def test_hub_datasets_are_streamed_or_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is taken to answer; nothing is asked of it."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(reading, "use_cache_without_hub", lambda: None)
+
+
+def test_hub_datasets_are_streamed_or_from_the_cache(online: None, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
     def load(path: str, name: str | None, *, split: str, streaming: bool = False) -> Iterator[dict[str, str]]:
         calls.append((path, name, split, streaming))
-        if path == "owner/cached" and streaming:
-            raise ConnectionError("no route to the hub")
         return iter([{"text": "a"}, {"text": "b"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert documents("owner/set", name="en", split="dev") == ["a", "b"]
-    assert documents("owner/cached") == ["a", "b"]
     assert list(read_rows("owner/whole")) == [{"text": "a"}, {"text": "b"}]
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert documents("owner/cached") == ["a", "b"]
     assert calls == [
         ("owner/set", "en", "dev", True),
-        ("owner/cached", None, "train", True),
-        ("owner/cached", None, "train", False),
         ("owner/whole", None, "train", False),  # tasks read all of their rows, and again in the next run
+        ("owner/cached", None, "train", False),
     ]
+
+
+def test_a_hub_that_fails_is_said_and_nothing_more_is_fetched(online: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load(path: str, name: str | None, *, split: str, streaming: bool = False) -> Iterator[dict[str, str]]:
+        calls.append(streaming)
+        raise OSError("503 Server Error:\nService Unavailable")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    text, hint = input_error("owner/set")
+    assert text == (
+        "owner/set: neither a file here nor a dataset that can be loaded from the hub "
+        "(503 Server Error: Service Unavailable)"
+    )
+    assert hint and "the network" in hint and calls == [True]
 
 
 def cache_commit(root: Path, commit: str, texts: list[str], subset: str = "default") -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from layerpeel.data.cells import PlacedRow, TableRow, shortest
 from layerpeel.data.tables import read_arrow, read_csv, read_json, read_parquet
 from layerpeel.data.text_files import read_documents_of, read_json_lines
-from layerpeel.errors import InputError
+from layerpeel.errors import InputError, reason_of
 from layerpeel.storage.hub import is_hub_name, use_cache_without_hub
 from layerpeel.storage.outputs import windows_hint
 
@@ -181,8 +181,7 @@ def _read_dataset(load: Callable[[], Iterable[TableRow]], wrong: str, hint: str)
         raise
     except Exception as error:
         cause = error.__cause__ or error  # datasets hides the reason behind "an error occurred"
-        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-        raise InputError(f"{wrong} ({reason})", hint=hint) from None
+        raise InputError(f"{wrong} ({reason_of(cause)})", hint=hint) from None
 
 
 def _read_hub(path: str, split: str, name: str | None, stream: bool) -> Iterator[TableRow]:
@@ -197,14 +196,10 @@ def _load_hub(path: str, split: str, name: str | None, stream: bool) -> Iterable
     import datasets
 
     use_cache_without_hub()
-    try:
-        if stream:
-            _wait_for_readers_at_exit()
-        return datasets.load_dataset(path, name, split=split, streaming=stream)
-    except Exception:
-        if not stream:
-            raise
-    return datasets.load_dataset(path, name, split=split)  # without a network: from an earlier download
+    stream = stream and not datasets.config.HF_HUB_OFFLINE  # an earlier download can only be read as a whole
+    if stream:
+        _wait_for_readers_at_exit()
+    return datasets.load_dataset(path, name, split=split, streaming=stream)
 
 
 @cache
