@@ -15,9 +15,10 @@ import pytest
 from datasets.arrow_writer import ArrowWriter
 
 from layerpeel.config.fields import TextConfig
+from layerpeel.data import reading
 from layerpeel.data.digests import digest_of_text
 from layerpeel.data.documents import read_documents
-from layerpeel.data.reading import read_rows
+from layerpeel.data.reading import is_hub_text, read_rows
 from layerpeel.errors import InputError
 
 
@@ -92,25 +93,46 @@ def test_tables_are_read_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
         list(read_rows(str(path)))
 
 
-def test_hub_datasets_are_streamed_or_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is taken to answer; nothing is asked of it."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(reading, "use_cache_without_hub", lambda: None)
+
+
+def test_hub_datasets_are_streamed_or_from_the_cache(online: None, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
     def load(path: str, name: str | None, *, split: str, streaming: bool = False) -> Iterator[dict[str, str]]:
         calls.append((path, name, split, streaming))
-        if path == "owner/cached" and streaming:
-            raise ConnectionError("no route to the hub")
         return iter([{"text": "a"}, {"text": "b"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert documents("owner/set", name="en", split="dev") == ["a", "b"]
-    assert documents("owner/cached") == ["a", "b"]
     assert list(read_rows("owner/whole")) == [{"text": "a"}, {"text": "b"}]
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert documents("owner/cached") == ["a", "b"]
     assert calls == [
         ("owner/set", "en", "dev", True),
-        ("owner/cached", None, "train", True),
-        ("owner/cached", None, "train", False),
         ("owner/whole", None, "train", False),  # tasks read all of their rows, and again in the next run
+        ("owner/cached", None, "train", False),
     ]
+
+
+def test_a_hub_that_fails_is_said_and_nothing_more_is_fetched(online: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load(path: str, name: str | None, *, split: str, streaming: bool = False) -> Iterator[dict[str, str]]:
+        calls.append(streaming)
+        raise OSError("503 Server Error:\nService Unavailable")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    text, hint = input_error("owner/set")
+    assert text == (
+        "owner/set: neither a file here nor a dataset that can be loaded from the hub "
+        "(503 Server Error: Service Unavailable)"
+    )
+    assert hint and "the network" in hint and calls == [True]
 
 
 def cache_commit(root: Path, commit: str, texts: list[str], subset: str = "default") -> None:
@@ -237,6 +259,10 @@ def test_what_is_said_of_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty" / "README.md").write_text("a")
     assert input_error(tmp_path / "a.txt")[0] == f"no such file: {tmp_path / 'a.txt'}"
     assert input_error(tmp_path / "*.txt")[0] == f"no file matches {tmp_path / '*.txt'}"
+    assert input_error("data/deeper/set") == (
+        "no such file: data/deeper/set",
+        "check the path; it is taken from the config's folder first; a hub dataset is named owner/name",
+    )
     assert input_error(tmp_path / "empty")[0] == f"{tmp_path / 'empty'}: nothing to read in this folder"
 
 
@@ -244,3 +270,30 @@ def test_what_is_said_of_a_hub_dataset_out_of_reach() -> None:
     text, hint = input_error("nobody/nothing-of-this-name")  # conftest keeps the hub offline
     assert text.startswith("nobody/nothing-of-this-name: neither a file here nor a dataset that can be loaded")
     assert hint is not None and "network" in hint
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("mlfoundations/dclm-baseline-1.0", True),
+        ("squad", True),
+        ("owner/set", True),
+        ("owner/set.jsonl", False),
+        ("set.JSONL.gz", False),
+        ("data/*.parquet", False),
+        ("data/deeper/set", False),
+        ("./set", False),
+        ("/data/set", False),
+        ("~/set", False),
+        ("C:\\data\\set", False),
+        ("here/folder", False),
+        ("here/file", False),
+    ],
+)
+def test_which_paths_are_names_of_hub_datasets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, expected: bool
+) -> None:
+    (tmp_path / "here/folder").mkdir(parents=True)
+    (tmp_path / "here/file").touch()
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_text(path) == expected

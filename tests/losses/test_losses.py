@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,7 +17,7 @@ from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.losses.base import NO_LABEL, StepOutputs
 from layerpeel.losses.logits import Divergence, LogitLoss
 from layerpeel.losses.loss_sum import LossSum
-from layerpeel.losses.registry import LOSSES
+from layerpeel.losses.registry import LOSSES, make_loss
 from tests.families import tiny_model
 
 ON_LOGITS = [name for name, loss in LOSSES.items() if issubclass(loss, LogitLoss)]
@@ -272,3 +273,39 @@ def test_unknown_losses_and_options_are_named() -> None:
         LossSum({"hiden_mse": LossConfig()})
     with pytest.raises(InputError, match=r"distill.losses.kl.reduction: input should be 'token_mean' or 'sum/100'"):
         LossSum({"kl": LossConfig(reduction="mean")})
+    with pytest.raises(InputError) as caught:
+        LossSum({"kl": LossConfig(tempratur=2.0)})
+    assert str(caught.value) == (
+        "distill.losses.kl.tempratur: unknown key; did you mean 'temperature'? available: reduction, temperature"
+    )
+    assert caught.value.hint == "options of kl: weight, reduction, temperature"
+
+
+class Norm(LogitLoss):
+    """A user's loss, whose options have capitals in them and depend on each other."""
+
+    order: Literal["L1", "L2"] = "L2"
+    factor: float = 1.0
+
+    @model_validator(mode="after")
+    def check_factor(self) -> Norm:
+        if self.order == "L1" and self.factor != 1:
+            raise ValueError("norm L1 takes no factor")
+        return self
+
+    def value(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        return (student_logits - teacher_logits).norm(dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": "l2"}, ".order: input should be 'L1' or 'L2', found 'l2'"),
+        ({"order": "L1", "factor": 2.0}, ": norm L1 takes no factor"),
+    ],
+)
+def test_options_of_a_users_loss_are_quoted_as_they_are(options: dict[str, Any], message: str) -> None:
+    name = f"{__name__}:Norm"
+    with pytest.raises(InputError) as caught:
+        make_loss(name, LossConfig(**options))
+    assert str(caught.value) == f"distill.losses.{name}{message}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from layerpeel.errors import InputError
+from layerpeel.errors import InputError, RunError
 from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.model import removal
 from layerpeel.model.loading import load_model
 from layerpeel.model.removal import remove_from_files
 from layerpeel.model.streaming import load_streamed
 from layerpeel.model.surgery import remove_layers
+from layerpeel.model.tensor_files import NewTensor
 from tests.families import save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
 Tensors = dict[str, Tensor]
@@ -163,6 +166,28 @@ def test_names_with_a_prefix_of_a_wrapper_are_explained(folder: Path, prefix: st
 def test_other_tensors_without_a_place_are_named(folder: Path) -> None:
     edit(folder, lambda tensors: tensors.update({"v_head.summary.weight": torch.ones(1, 32)}))
     assert "has no place for: v_head.summary.weight / " in every_refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda plan: [*plan, replace(plan[0], name="v_head.weight")], "holds tensors that its model has no place for"),
+        (lambda plan: plan[1:], "lacks weights of its model"),
+    ],
+)
+def test_a_removal_that_writes_other_tensors_than_its_model_has_is_not_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[list[NewTensor]], list[NewTensor]], reason: str
+) -> None:
+    plan, student = removal._plan, folder.with_name("student")
+
+    def changed_plan(*args: Any) -> tuple[list[NewTensor], dict[str, int]]:
+        tensors, dropped = plan(*args)
+        return change(tensors), dropped
+
+    monkeypatch.setattr(removal, "_plan", changed_plan)
+    with pytest.raises(RunError, match=rf"would load with an error \(.*{reason}: .*\); nothing was written"):
+        remove_from_files(folder, [2], student)
+    assert [path.name for path in folder.parent.iterdir()] == ["teacher"]
 
 
 @pytest.mark.parametrize(

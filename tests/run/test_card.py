@@ -10,11 +10,12 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from layerpeel.config.fields import TextConfig
 from layerpeel.errors import InputError, RunError
 from layerpeel.export.hub import push
 from layerpeel.export.student import export_student
 from layerpeel.model.loading import load_model
-from layerpeel.run.card import markdown, write_card
+from layerpeel.run.card import markdown, source_name, write_card
 from layerpeel.run.folder import Run
 
 
@@ -63,6 +64,15 @@ def test_without_a_licence_the_card_says_so(run: Run, tmp_path: Path, readme: st
     card = ModelCard.load(write_card(run, tmp_path, 1))
     assert card.data.license is None and "look it up before you pass this model on" in card.text
     assert "1 of its 6 layers removed" in card.text
+
+
+def test_datasets_of_the_hub_are_named(run: Run, tmp_path: Path) -> None:
+    names = ["mlfoundations/dclm-baseline-1.0", "squad"]
+    files = [str(tmp_path / "secret/mine.jsonl"), "gone/mine.jsonl"]
+    run.config.distill.text = [TextConfig(path=path) for path in [*names, *files]]
+    card = ModelCard.load(write_card(run, tmp_path, 1))
+    assert card.data.datasets == names
+    assert [source_name(text) for text in run.config.distill.text] == [*names, "mine.jsonl", "mine.jsonl"]
 
 
 def test_an_export_is_the_rounds_student(run: Run, tmp_path: Path) -> None:

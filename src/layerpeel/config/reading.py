@@ -77,10 +77,14 @@ def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
         raise InputError(f"{where}: {describe(error, RunConfig)}", hint="see configs/ for examples") from None
 
 
-def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first of pydantic's errors, unknown keys last, as a message that names the field."""
+def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """The first of pydantic's errors, unknown keys last, as a message that names the field.
+
+    Args:
+        prefix: the section of the config that the model's fields are in; empty for the config itself.
+    """
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    field = ".".join(str(part) for part in first["loc"] if part not in SOURCES)
+    field = ".".join(filter(None, [prefix, *(str(part) for part in first["loc"] if part not in SOURCES)]))
     if first["type"] == "extra_forbidden":
         section = _section(model, first["loc"][:-1])
         return f"{field}: unknown key{nearest(str(first['loc'][-1]), section.model_fields)}"

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from layerpeel.config.fields import TextConfig
-from layerpeel.data.reading import expand
+from layerpeel.data.reading import files_of, is_hub_text
 from layerpeel.storage.files import sampled_digest
 
 COMMIT = re.compile("[0-9a-f]{40}")
-HIDDEN = (".", "_")  # first characters of names of files that hold no data
 
 
 def digest_of_rows(rows: Iterable[Any]) -> str:
@@ -34,17 +33,20 @@ def _plain(value: Any) -> str:
 
 
 def digest_of_text(source: TextConfig) -> str | None:
-    """A hash of a source's files, in their order, whatever they are called; the commit of a hub dataset.
+    """A hash of the files that a source is read from, in their order, without their names; the commit of a hub dataset.
 
     Of a large file only a sample of blocks is read.
 
     Returns:
-        None for a hub dataset whose commit is not known, as of one without a network that was never here.
+        None where there is no such file; and for a hub dataset whose commit is not known, as of one without a network
+        that was never here.
     """
-    if _is_on_hub(source):
+    if is_hub_text(source.path):
         return _commit_of(source.path) or _cached_commit(source.path, source.name)
-    digest = hashlib.sha256()
-    for file in _files_of(source):
+    digest, files = hashlib.sha256(), files_of(source.path)
+    if not all(map(os.path.exists, files)):
+        return None
+    for file in files:
         digest.update(sampled_digest(file).encode())
     return digest.hexdigest()[:16]
 
@@ -58,25 +60,8 @@ def version_of_text(source: TextConfig) -> list[Any] | None:
     digest = digest_of_text(source)
     if digest is None:
         return None
-    files = [] if _is_on_hub(source) else _files_of(source)
+    files = [] if is_hub_text(source.path) else files_of(source.path)
     return [digest, *([file.name, file.stat().st_mtime_ns] for file in files)]
-
-
-def _is_on_hub(source: TextConfig) -> bool:
-    return not os.path.exists(source.path) and not glob.has_magic(source.path)
-
-
-def _files_of(source: TextConfig) -> list[Path]:
-    """The files of a source that is not on the hub, in their order."""
-    paths = map(Path, expand(source.path))
-    return [file for path in paths for file in (_files_in(path) if path.is_dir() else [path])]
-
-
-def _files_in(folder: Path) -> list[Path]:
-    """A folder's files; of a saved dataset, those of all its splits."""
-    saved = (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
-    files = folder.rglob("*.arrow") if saved else folder.iterdir()
-    return sorted(file for file in files if file.is_file() and not file.name.startswith(HIDDEN))
 
 
 def _commit_of(name: str) -> str | None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from layerpeel.data.cells import PlacedRow, TableRow, shortest
 from layerpeel.data.tables import read_arrow, read_csv, read_json, read_parquet
 from layerpeel.data.text_files import read_documents_of, read_json_lines
-from layerpeel.errors import InputError
-from layerpeel.storage.hub import use_cache_without_hub
+from layerpeel.errors import InputError, reason_of
+from layerpeel.storage.hub import is_hub_name, use_cache_without_hub
 from layerpeel.storage.outputs import windows_hint
 
 READERS: dict[str, Callable[[Path], Iterator[TableRow]]] = {
@@ -54,11 +54,39 @@ def read_rows(path: str, *, split: str = "train", name: str | None = None, strea
         yield from _read_folder(Path(path), split)
     elif os.path.isfile(path):
         yield from _read_file(Path(path))
-    elif windows_hint(path) or _kind(Path(path)) in READERS or path.startswith((".", "/", "~")):
-        hint = windows_hint(path) or "check the path; it is taken from the config's folder first"
-        raise InputError(f"no such file: {path}", hint=hint)
-    else:
+    elif is_hub_text(path):
         yield from _read_hub(path, split, name, stream)
+    else:
+        where = "check the path; it is taken from the config's folder first; a hub dataset is named owner/name"
+        hint = windows_hint(path) or where
+        raise InputError(f"no such file: {path}", hint=hint)
+
+
+def is_hub_text(path: str) -> bool:
+    """Whether a path is read as the name of a hub dataset: it may be one, and is not here, nor called like a file."""
+    return is_hub_name(path) and not os.path.exists(path) and _kind(Path(path)) not in READERS
+
+
+def files_of(path: str) -> list[Path]:
+    """The files that the rows of a path come from, in their order; a path that leads nowhere, as it is.
+
+    Of a folder they are those right in it that can be read; of a saved dataset, those of all its splits.
+
+    Raises:
+        InputError: it is a glob, and no file matches.
+    """
+    places = expand(path)
+    return [file for place in places for file in (_files_in(Path(place)) if os.path.isdir(place) else [Path(place)])]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    files = folder.rglob("*.arrow") if is_saved_dataset(folder) else folder.iterdir()
+    return sorted(f for f in files if _kind(f) in READERS and not f.name.startswith(".") and f.is_file())
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote a folder."""
+    return (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def expand(path: str) -> list[str]:
@@ -76,14 +104,14 @@ def expand(path: str) -> list[str]:
 
 
 def _read_folder(folder: Path, split: str) -> Iterator[TableRow]:
-    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+    if is_saved_dataset(folder):
         yield from _read_dataset(
             lambda: _numbered(_load_saved(folder, split), str(folder)),
             f"{folder}: this saved dataset cannot be read",
             "save it again with save_to_disk",
         )
         return
-    files = sorted(path for path in folder.iterdir() if _kind(path) in READERS and not path.name.startswith("."))
+    files = files_of(str(folder))
     if not files:
         raise InputError(
             f"{folder}: nothing to read in this folder",
@@ -153,8 +181,7 @@ def _read_dataset(load: Callable[[], Iterable[TableRow]], wrong: str, hint: str)
         raise
     except Exception as error:
         cause = error.__cause__ or error  # datasets hides the reason behind "an error occurred"
-        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-        raise InputError(f"{wrong} ({reason})", hint=hint) from None
+        raise InputError(f"{wrong} ({reason_of(cause)})", hint=hint) from None
 
 
 def _read_hub(path: str, split: str, name: str | None, stream: bool) -> Iterator[TableRow]:
@@ -169,14 +196,10 @@ def _load_hub(path: str, split: str, name: str | None, stream: bool) -> Iterable
     import datasets
 
     use_cache_without_hub()
-    try:
-        if stream:
-            _wait_for_readers_at_exit()
-        return datasets.load_dataset(path, name, split=split, streaming=stream)
-    except Exception:
-        if not stream:
-            raise
-    return datasets.load_dataset(path, name, split=split)  # without a network: from an earlier download
+    stream = stream and not datasets.config.HF_HUB_OFFLINE  # an earlier download can only be read as a whole
+    if stream:
+        _wait_for_readers_at_exit()
+    return datasets.load_dataset(path, name, split=split, streaming=stream)
 
 
 @cache

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from layerpeel.errors import RunError
-from layerpeel.processes.text import one_line
+from layerpeel.errors import RunError, reason_of
 
 
 def push(folder: Path, repository: str, api: HfApi | None = None) -> str:
@@ -29,7 +28,7 @@ def push(folder: Path, repository: str, api: HfApi | None = None) -> str:
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="A student made by layerpeel")
     except Exception as error:  # HTTP errors, and whatever the client's transport raises without a network
         raise RunError(
-            f"--push {repository}: nothing was uploaded ({one_line(error, 300)})",
+            f"--push {repository}: nothing was uploaded ({reason_of(error)})",
             hint=f"the checkpoint is in {folder}; log in with `hf auth login`, check the name and the network",
         ) from None
     return str(address)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from layerpeel.config.distill import LossConfig
+from layerpeel.config.reading import describe
 from layerpeel.errors import InputError, resolve_class
 from layerpeel.losses.base import Loss
 from layerpeel.losses.cross_entropy import CrossEntropy
@@ -34,9 +35,7 @@ def make_loss(name: str, config: LossConfig) -> Loss:
     try:
         return loss.model_validate(config.model_extra or {})
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
         raise InputError(
-            f"distill.losses.{name}.{field}: {first['msg'].lower()}",
+            describe(error, loss, f"distill.losses.{name}"),
             hint=f"options of {name}: weight, {', '.join(loss.model_fields)}",
         ) from None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from layerpeel.errors import InputError
+from layerpeel.errors import InputError, reason_of
 from layerpeel.model.architecture import INDEX_ATTRIBUTES, LIST_ATTRIBUTES, find_architecture
 from layerpeel.model.config_fields import (
     ATTENTION_REACHES,
@@ -137,7 +137,7 @@ class _ConfigCheck:
         try:
             built = self.build(kept)
         except Exception as error:  # families reject configs with many types
-            return f"there would be no such model ({' '.join(str(error).split())})"
+            return f"there would be no such model ({reason_of(error)})"
         built_layers = find_architecture(built.model).layers
         if len(built_layers) != len(kept):
             return f"{len(built_layers)} layers would be loaded instead of {len(kept)}"

@@ -35,8 +35,6 @@ from layerpeel.model.tensor_files import SHARD_SIZE, NewTensor, StoredTensor, ch
 from layerpeel.processes.progress import progress
 from layerpeel.storage.files import partial_of, replace_folder, sync_folder
 
-MIB = 2**20
-
 
 @dataclass(frozen=True)
 class Removal:
@@ -127,21 +125,6 @@ def outline(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTra
     return model
 
 
-def _loaded_on_meta(folder: Path, origin: Origin) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """What transformers makes of a folder, without its bytes."""
-    config = load_config_of(folder, trust_remote_code=origin.code)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        config=runnable_config(config),
-        device_map="meta",
-        use_safetensors=True,
-        trust_remote_code=origin.code,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    return model, info
-
-
 def _plan(
     origin: Origin,
     names: LayerNames,
@@ -218,15 +201,15 @@ def _write(
 
 
 def _check_loads(folder: Path, origin: Origin, student: PreTrainedModel) -> None:
-    """Checks that transformers makes the meant model of a folder, with a place for each tensor.
+    """Checks that transformers makes the meant model of a folder, of all of its tensors and of no others.
 
     Raises:
         RunError: it does not.
     """
     try:
-        loaded, info = _loaded_on_meta(folder, origin)
-        odd = sorted([*info["missing_keys"], *(str(each[0]) for each in info["mismatched_keys"])])
-        difference = f"other tensors ({', '.join(odd[:3])})" if odd else first_difference(loaded, student)
+        config = load_config_of(folder, trust_remote_code=origin.code)
+        loaded = load_without_bytes(folder, config, folder, trust_remote_code=origin.code)
+        difference = first_difference(loaded, student)
     except Exception as error:  # whatever transformers, or the family's code, finds wrong with it
         difference = f"an error ({reason_of(error)})"
     if difference:

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from layerpeel.errors import RunError
+from layerpeel.errors import RunError, reason_of
 from layerpeel.model.architecture import find_architecture
 from layerpeel.model.config_check import first_difference
 from layerpeel.model.forward_switches import runnable_config
@@ -178,7 +178,7 @@ def check_saved(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Non
         difference = f"other tensors ({', '.join(unmatched[:3])})" if unmatched else first_difference(loaded, model)
         difference = difference or _first_unequal_tensor(loaded, model)
     except Exception as error:  # transformers and remote code raise many types
-        difference = f"an error ({' '.join(str(error).split())})"
+        difference = f"an error ({reason_of(error)})"
     if difference:
         raise RunError(
             f"{folder}: the checkpoint that was just written loads with {difference}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from layerpeel.errors import InputError, LayerpeelError
+from layerpeel.errors import InputError, LayerpeelError, reason_of
 from layerpeel.report.gather import state_of
 from layerpeel.run.folder import Run
 
@@ -57,7 +57,7 @@ def _status(folder: Path) -> RunStatus:
         state, note = state_of(run)
         return _with_progress(replace(damaged, state=state, note=note), run)
     except (LayerpeelError, ValueError, LookupError, OSError) as error:  # one bad run must not hide the others
-        return replace(damaged, note=str(error).splitlines()[0] if str(error) else type(error).__name__)
+        return replace(damaged, note=reason_of(error))
 
 
 def _with_progress(status: RunStatus, run: Run) -> RunStatus:

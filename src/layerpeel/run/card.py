@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from jinja2 import Environment, StrictUndefined
 
 from layerpeel.config.fields import TeacherTextConfig, TextConfig, TextSource
+from layerpeel.data.reading import is_hub_text
 from layerpeel.model.layer_cycles import out_of_cycle
 from layerpeel.model.loading import load_config_of
 from layerpeel.processes.text import count, number, one_line, percent
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from layerpeel.run.folder import Run
 
 CARRIED = ("license", "license_name", "license_link", "language")  # from the teacher's own card
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
@@ -56,7 +56,7 @@ def card_metadata(config: RunConfig) -> ModelCardData:
     """The card's head: what the hub files the model under."""
     carried = {key: value for key, value in teacher_metadata(config.teacher).items() if key in CARRIED and value}
     files = [text for text in config.distill.text if isinstance(text, TextConfig)]
-    datasets = sorted({text.path for text in files if _is_hub_name(text.path)})
+    datasets = sorted({text.path for text in files if is_hub_text(text.path)})
     return ModelCardData(
         base_model=teacher_name(config.teacher),
         library_name="transformers",
@@ -119,11 +119,7 @@ def source_name(text: TextSource) -> str:
     """What a card calls a source of text."""
     if isinstance(text, TeacherTextConfig):
         return "text that the teacher wrote"
-    return text.path if _is_hub_name(text.path) else Path(text.path).name
-
-
-def _is_hub_name(path: str) -> bool:
-    return bool(HUB_NAME.fullmatch(path)) and not Path(path).exists() and not Path(path).suffix
+    return text.path if is_hub_text(text.path) else Path(text.path).name
 
 
 def markdown(value: Any) -> str:

@@ -55,9 +55,8 @@ def load_harness(name: str, include_path: str | None, num_fewshot: int | None, w
                 if num_fewshot is not None and leaf.get_config("num_fewshot") != 0:  # as the harness does
                     leaf.set_config(key="num_fewshot", value=num_fewshot)
         except Exception as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(
-                f"{where}: its data or definition cannot be loaded ({reason})",
+                f"{where}: its data or definition cannot be loaded ({reason_of(error)})",
                 hint="check the task's files, the network and your access; datasets that are scripts are no longer "
                 "loaded by `datasets`",
             ) from None
