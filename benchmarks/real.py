@@ -374,6 +374,22 @@ def brief(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def differences(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How far our trained loops are ahead of each way at the lowest depth, in % of the teacher, paired row by row."""
+    shown, share = at_lowest_depth(rows), 100 / above_chance(teacher_of(rows))
+    ours = [row for row in shown if row["way"] in ("default", "trained-each-round")]
+    lines = [f"| {' | '.join(['ahead of', *map(title_of, ours)])} |", "|---|" + "---:|" * len(ours)]
+    for other in shown:
+        cells = [
+            f"{(above_chance(one) - above_chance(other)) * share:+.1f} ± {difference_stderr(one, other) * share:.1f}"
+            if one is not other
+            else ""
+            for one in ours
+        ]
+        lines.append(f"| {' | '.join([title_of(other), *cells])} |")
+    return "\n".join(lines)
+
+
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """The same as bars: what is kept, with its standard error, and KL; best at the top."""
     teacher = teacher_of(rows)

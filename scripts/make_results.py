@@ -209,8 +209,9 @@ def published() -> str:
         f"Rows that are judged, none of which layers are chosen by: {judged}. Kept above chance: the mean of the "
         "benchmarks less that of guessing, as a share of the teacher's, with the standard error of the difference, "
         f"paired row by row. KL: to the teacher, mean over the tokens of held-out texts.\n\n"
-        f"{real.markdown(result['rows'])}\n\nMinutes are of making the student, {beside(result['rows'])} "
-        f"{source(result)}"
+        f"{real.markdown(result['rows'])}\n\nHow far ahead at the lowest depth, in points of what is kept above "
+        f"chance, paired row by row:\n\n{real.differences(result['rows'])}\n\nMinutes are of making the student of "
+        f"the lowest depth, {beside(result['rows'])} {source(result)}"
     )
 
 

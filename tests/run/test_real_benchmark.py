@@ -62,6 +62,15 @@ def test_what_is_kept_above_chance_and_its_paired_error(real: Any) -> None:
     assert "| 30 | teacher | 0.750 | 0.750 | 100.0 | 0.000 | 0.000 | 0.000 |" in table
 
 
+def test_differences_are_paired_row_by_row(real: Any) -> None:
+    teacher, peer = row("teacher", 30, [100, 100, 100, 0], 0.0), row("trl-gkd", 24, [100, 0, 100, 0], 0.4)
+    ours = row("default", 24, [100, 100, 100, 0], 0.2)
+    lines = real.differences([teacher, ours, peer]).splitlines()
+    assert lines[0] == "| ahead of | layerpeel |"
+    # 0.75 - 0.5 over 0.5; the error is that of the test above
+    assert lines[2:] == ["| layerpeel |  |", f"| {real.WAYS['trl-gkd'].title} | +50.0 ± 35.4 |"]
+
+
 def test_the_closest_to_the_teacher_at_each_depth_comes_first(real: Any) -> None:
     rows = [row("teacher", 30, [100, 0], 0.0), row("paper", 24, [0, 100], 0.4), row("default", 24, [100, 0], 0.2)]
     rows += [row("loop-untrained", 27, [100, 100], 0.5), row("default", 24, [100, 0], 0.1, 1_000_000)]
