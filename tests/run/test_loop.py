@@ -183,6 +183,99 @@ def test_a_floor_gives_the_last_student_above_it(settings: dict[str, Any], monke
     assert all(torch.equal(student.state_dict()[name], value) for name, value in zip(names, own.values(), strict=True))
 
 
+def judged(monkeypatch: pytest.MonkeyPatch, *qualities: float) -> None:
+    """Lets the teacher and then each student that is evaluated keep these shares of the teacher's quality."""
+    left = iter(qualities)
+
+    def evaluate_next(*_: Any) -> Evaluation:
+        return Evaluation({"perplexity": TaskScore(10.0 / next(left), 0.0, 5, lower_is_better=True)})
+
+    monkeypatch.setattr("layerpeel.run.peeling.evaluate", evaluate_next)
+
+
+def saved_is_round(run: Run, number: int) -> bool:
+    """Whether the checkpoint's layers are those of a round, 0 for the teacher, to the last bit."""
+    layers = run.rounds[number - 1].kept if number else range(6)
+    saved, teacher = load_model(run.student_folder)[0].state_dict(), load_model(run.config.teacher)[0].state_dict()
+    trained = load_file(run.round_folder(number) / "trained.safetensors") if number else {}
+    expected = teacher | trained
+
+    def of_teacher(name: str) -> str:
+        parts = name.split(".")
+        return ".".join([*parts[:2], str(layers[int(parts[2])]), *parts[3:]]) if ".layers." in name else name
+
+    count = load_model(run.student_folder)[0].config.num_hidden_layers
+    return count == len(layers) and all(torch.equal(saved[name], expected[of_teacher(name)]) for name in saved)
+
+
+@pytest.mark.parametrize("train", ["all", "neighbours"])
+def test_no_last_pass_where_nothing_was_removed(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, train: str
+) -> None:
+    judged(monkeypatch, 1.0, 0.8)
+    distill = settings["distill"] | {"train": train, "last_pass": {"tokens": 64}}
+    run = peel(config_of(settings, distill=distill, stop={"target_layers": 4, "min_quality": 0.9}))
+    assert run.finish is not None
+    assert (run.finish.reason, run.finish.round, run.finish.last_pass) == ("min_quality", 0, None)
+    assert saved_is_round(run, 0)
+
+
+@pytest.mark.parametrize("changes", [{"when": "end"}, {"last_pass": {"tokens": 64, "train": "everything"}}])
+def test_a_last_pass_that_ends_below_the_floor_is_not_the_result(
+    settings: dict[str, Any],
+    changes: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    judged(monkeypatch, 1.0, 0.95, 0.85)
+    stop = {"target_layers": 5, "min_quality": 0.9}
+    run = peel(config_of(settings, distill=settings["distill"] | changes, stop=stop))
+    assert run.finish is not None
+    assert (run.finish.reason, run.finish.round, run.finish.last_pass) == ("target_layers", 1, None)
+    assert saved_is_round(run, 1)
+    said = "the last pass went below the quality floor (85.0 % of the teacher's); the student is that of round 1, as it"
+
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("qualities", "floor", "result"),
+    [((0.95, 0.9, 0.8), 0.97, 0), ((0.95, 0.9, 0.8), 0.95, 1), ((0.9, 0.95, 0.8), 0.92, 2)],
+)
+def test_a_floor_that_is_raised_later_holds(
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    qualities: tuple[float, ...],
+    floor: float,
+    result: int,
+) -> None:
+    settings["distill"]["tokens_per_round"] = 64
+    judged(monkeypatch, 1.0, *qualities)
+    peel(config_of(settings, stop={"target_layers": 3}))
+    run = peel(config_of(settings, stop={"target_layers": 3, "min_quality": floor}), accept_changes=True)
+    assert run.finish is not None
+    assert (run.finish.reason, run.finish.round, run.finish.layers) == ("min_quality", result, 6 - result)
+    assert saved_is_round(run, result)
+
+
+@pytest.mark.parametrize("stop", ["target_layers", "max_params"])
+def test_a_target_that_is_raised_later_is_where_the_result_is(
+    settings: dict[str, Any], stop: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings["distill"]["tokens_per_round"] = 64
+    judged(monkeypatch, 1.0, 0.9, 0.8, 0.7)
+    first = peel(config_of(settings, stop={"target_layers": 4}))
+    assert "later rounds" not in capsys.readouterr().err
+    raised = {"target_layers": 5, "max_params": first.rounds[0].parameters}[stop]
+    run = peel(config_of(settings, stop={stop: raised}), accept_changes=True)
+    assert run.finish is not None
+    assert (run.finish.reason, run.finish.round, run.finish.layers) == (stop, 1, 5)
+    assert saved_is_round(run, 1) and len(run.rounds) == 2
+    assert f"stop.{stop}: the student is that of round 1; later rounds went beyond it" in capsys.readouterr().err
+    run = peel(config_of(settings, stop={"target_layers": 3}), accept_changes=True)  # on from the last round
+    assert run.finish is not None and (run.finish.round, run.finish.layers) == (3, 3)
+
+
 def test_a_run_in_bfloat16_trains_and_keeps_what_was_measured(settings: dict[str, Any]) -> None:
     run = peel(config_of(settings, dtype="bfloat16", stop={"target_layers": 5}))
     assert run.rounds[0].training.last_loss < run.rounds[0].training.first_loss

@@ -10,16 +10,17 @@ from layerpeel.data.token_store import TokenStore
 from layerpeel.importance.base import ScoringInputs
 from layerpeel.importance.scores import LayerScores, last_ranking
 from layerpeel.importance.scoring import score_candidates, scoring_text, unremovable_teacher_layers
-from layerpeel.model.architecture import count_parameters
 from layerpeel.model.loading import load_teacher
 from layerpeel.model.origin import stored_dtypes, teacher_origin
 from layerpeel.model.saving import save_model
 from layerpeel.processes.progress import console
+from layerpeel.processes.text import percent
 from layerpeel.run.card import write_card
-from layerpeel.run.events import StudentRecord
+from layerpeel.run.events import StudentRecord, TeacherRecord
 from layerpeel.run.heal import heal_candidates
 from layerpeel.run.health import note_findings
 from layerpeel.run.preflight import check_trained, leaving_nothing, removable
+from layerpeel.run.record import Round
 from layerpeel.run.writing import OpenRun
 from layerpeel.tasks.base import Task
 from layerpeel.tasks.evaluation import evaluate
@@ -47,6 +48,7 @@ class Peeling:
         storage: the dtypes that the student's tensors will be saved in.
         cache: the teacher's hidden states on disk; None if they are computed each time.
         free: the teacher layers that may go next, as of the last `stop_reason`.
+        result: the round whose student would be the result, as of the last `stop_reason`.
         texts: the token ids of all text that is read.
     """
 
@@ -59,6 +61,7 @@ class Peeling:
         self.run, self.config, self.tasks = run, config, tasks
         self.cache: TeacherCache | None = None
         self.free: tuple[int, ...] = ()
+        self.result = 0
         self.texts = TokenStore(run.text_folder)
         with leaving_nothing(run):
             pinned = config.model_copy(update={"revision": run.pinned_config.revision})
@@ -109,19 +112,38 @@ class Peeling:
 
     def stop_reason(self) -> str | None:
         """Why the run is over: the name of the stop that holds, or `no_candidates`; None to go on."""
-        student, stop = self.student, self.run.config.stop
+        student = self.student
         fixed = unremovable_teacher_layers(
             student.model, student.kept_layers, pattern=self.config.score.protect.pattern
         )
         self.free = removable(student.kept_layers, self.config, fixed)
-        rounds = self.run.rounds
-        if rounds and stop.min_quality is not None and rounds[-1].kept_quality < stop.min_quality:
-            return "min_quality"
-        if stop.target_layers is not None and len(student.kept_layers) <= stop.target_layers:
-            return "target_layers"
-        if stop.max_params is not None and count_parameters(student.model) <= stop.max_params:
-            return "max_params"
-        return None if self.free else "no_candidates"
+        self.result, reason = self._reached()
+        return reason or (None if self.free else "no_candidates")
+
+    def _reached(self) -> tuple[int, str | None]:
+        """The round that the stops lead to, and which of them holds, if one does.
+
+        That is the last round, unless stops were raised after it: then earlier ones may be where the run would have
+        ended.
+        """
+        stop, teacher, rounds = self.run.config.stop, self.run.teacher, self.run.rounds
+        assert teacher
+        stages: list[TeacherRecord | Round] = [teacher, *rounds]
+        stops = (
+            ("target_layers", stop.target_layers, [each.layers for each in stages]),
+            ("max_params", stop.max_params, [each.parameters for each in stages]),
+        )
+        reached = (
+            (number, name)
+            for number in range(len(stages))
+            for name, limit, sizes in stops
+            if limit is not None and sizes[number] <= limit
+        )
+        result, reason = next(reached, (len(rounds), None))
+        floor = stop.min_quality
+        if not result or floor is None or rounds[result - 1].kept_quality >= floor:
+            return result, reason
+        return max((each.number for each in rounds[:result] if each.kept_quality >= floor), default=0), "min_quality"
 
     def score(self) -> int:
         """Scores the layers that may go, unless that was done in this round; gives the teacher layer that goes."""
@@ -183,8 +205,13 @@ class Peeling:
         Args:
             reason: from `stop_reason`.
         """
-        if reason == "min_quality":  # the last student above the floor is the result
-            self.student = self.run.student_of(self.teacher, len(self.run.rounds) - 1)
+        if self.result < len(self.run.rounds):
+            self.student = self.run.student_of(self.teacher, self.result)
+            if reason != "min_quality":  # of which the command itself says whose student is the result
+                console.print(
+                    f"stop.{reason}: the student is that of round {self.result}; later rounds went beyond it",
+                    soft_wrap=True,
+                )
         last_pass = self._last_pass()
         origin = self.origin.with_layers(self.student.kept_layers.kept)
         save_model(self.student.model, self.tokenizer, self.run.student_folder, self.storage.main, origin)
@@ -211,18 +238,34 @@ class Peeling:
         return last_ranking(rounds[-1].scores, len(rounds), self.config.score.every, self.free) if rounds else None
 
     def _last_pass(self) -> StudentRecord | None:
-        """Trains after the last removal, and says what came of it; None if the config has no such training."""
-        if not self.config.distill.at_end(len(self.student.kept_layers.removed)):
+        """Trains after the last removal, and says what came of it.
+
+        None if there is no such training, or if it took the student below the quality floor: then the student is again
+        what it was before.
+        """
+        removed = len(self.student.kept_layers.removed)
+        if not removed or not self.config.distill.at_end(removed):
             return None
         training = train_last(
             self.student,
             self.tokenizer,
             self.config,
-            [each.training for each in self.run.rounds[: len(self.student.kept_layers.removed)]],
+            [each.training for each in self.run.rounds[:removed]],
             storage=self.storage,
             cache=self.cache,
             state=self.run.training_state(),
             log=self.run.track,
             texts=self.texts,
         )
-        return self.run.student_record(self.student, None, training, self.evaluate())
+        last_pass = self.run.student_record(self.student, None, training, self.evaluate())
+        floor = self.run.config.stop.min_quality
+        if floor is None or last_pass.kept_quality >= floor:
+            return last_pass
+        console.print(
+            f"the last pass went below the quality floor ({percent(last_pass.kept_quality)} % of the teacher's); "
+            f"the student is that of round {removed}, as it was before",
+            style="yellow",
+            soft_wrap=True,
+        )
+        self.student = self.run.student_of(self.teacher, removed)
+        return None
