@@ -276,6 +276,15 @@ def test_a_target_that_is_raised_later_is_where_the_result_is(
     assert run.finish is not None and (run.finish.round, run.finish.layers) == (3, 3)
 
 
+def test_the_table_has_the_depth_of_the_last_pass(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch, 1.0, 0.95, 0.8, 0.96)
+    distill = settings["distill"] | {"tokens_per_round": 64, "last_pass": {"tokens": 64}}
+    run = peel(config_of(settings, distill=distill, stop={"target_layers": 3, "min_quality": 0.9}))
+    assert run.finish is not None and run.finish.last_pass and run.finish.reason == "min_quality"
+    cells = [list(column.cells) for column in run_table(run).columns][:3]
+    assert [each[-2:] for each in cells] == [["2", "last pass"], [str(run.rounds[1].removed), "-"], ["4", "5"]]
+
+
 def test_a_run_in_bfloat16_trains_and_keeps_what_was_measured(settings: dict[str, Any]) -> None:
     run = peel(config_of(settings, dtype="bfloat16", stop={"target_layers": 5}))
     assert run.rounds[0].training.last_loss < run.rounds[0].training.first_loss

@@ -39,8 +39,8 @@ def run_table(run: Run) -> Table:
     add("-", "-", teacher.layers, teacher)
     for each in run.rounds:
         add(str(each.number), str(each.removed), each.layers, each.end)
-    if run.last_pass:
-        add("last pass", "-", run.rounds[-1].layers, run.last_pass)
+    if run.finish and run.finish.last_pass:
+        add("last pass", "-", run.finish.layers, run.finish.last_pass)
     return table
 
 
