@@ -11,4 +11,5 @@ def machine() -> str:
     """The GPU, if there is one, or the processor; threads, and the version of PyTorch."""
     described = describe_machine()
     device = ", ".join(described.gpus) or f"{described.cores} CPU cores ({described.processor})"
-    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{device}, {threads} thread{'s' * (threads != 1)}, torch {torch.__version__}"

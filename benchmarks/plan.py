@@ -120,6 +120,7 @@ HEADS = (
     "GPUs",
     "weights",
     "memory of each, training",
+    "memory of each, repair",
     "memory of each, scoring",
     "tokens × layers, scoring",
     "scoring",
@@ -250,6 +251,7 @@ def table() -> str:
                         str(gpus) + (" (FSDP2)" if gpus > 1 else ""),
                         size(planned.shape.parameters * planned.shape.itemsize),
                         size(max(sum(planned.training_memory.values()), sum(planned.end_memory.values()))),
+                        size(sum(planned.repair_memory.values())),
                         size(sum(planned.scoring_memory.values())),
                         count(planned.layer_tokens["scoring"]),
                         hours(planned.seconds["scoring"]),
@@ -267,7 +269,8 @@ def table() -> str:
         bandwidth=BANDWIDTH,
         choices=CHOICES,
         written=sum(samples for samples, _, _ in WRITTEN),
-        share="`neighbours` trains the layers beside the gap (the paper), `all` every layer that is left.",
+        share="`neighbours` trains the layers beside the gap (the paper), `all` every layer that is left, with "
+        "activation checkpointing. After each removal the gap is repaired.",
     )
 
 

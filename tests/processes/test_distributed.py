@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 from datetime import timedelta
 
@@ -20,6 +21,12 @@ def test_a_process_without_a_launcher_is_alone() -> None:
     with pytest.raises(ZeroDivisionError):
         from_main(lambda: 1 // 0)
     assert sum_numbers({"loss": 0.1, "tokens": 3.0}, cpu) == {"loss": 0.1, "tokens": 3.0}
+
+
+def test_each_process_loads_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # as `accelerate launch --use_fsdp` does
+    processes_of(torch.device("cpu"))
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def launch(*command: str, fsdp: bool = False, dies: bool = False, processes: int
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "ACCELERATE_USE_FSDP": str(fsdp).lower(),
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": str(fsdp).lower(),  # as `accelerate launch --use_fsdp` sets it
         },
     )
     assert bool(done.returncode) == dies, done.stderr[-9000:]

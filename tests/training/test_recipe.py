@@ -193,4 +193,4 @@ def test_a_model_in_fp32_runs_as_it_is() -> None:
     with autocast("cpu", torch.float32):
         assert not torch.is_autocast_enabled("cpu")
     with autocast("cpu", torch.bfloat16):
-        assert torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_enabled("cpu") and not torch.is_autocast_cache_enabled()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from layerpeel.errors import RunError
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.processes.progress import print_once
 from layerpeel.training.forward import FINAL, run_both
+from layerpeel.training.gradients import StepGradients
 from layerpeel.training.optimizers import ScheduledOptimizers
 from layerpeel.training.result import Log, TrainingResult
 from layerpeel.training.rounds import train_student
@@ -320,6 +322,20 @@ def test_out_of_memory_makes_smaller_micro_batches_of_the_same_step(
     assert result.halved == 2 and result.summary().halved == 2
     for a, b in zip(expected.curve, result.curve, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.parametrize(("split", "rows"), [(False, 2), (True, 4)])
+def test_where_layers_are_split_micro_batches_stay_whole_after_a_resume(split: bool, rows: int) -> None:
+    cut: list[int] = []
+
+    def accumulate(batches: Any, counts: Any, rows: int) -> dict[str, float]:
+        cut.append(rows)
+        return {"loss": 1.0}
+
+    layerwise = SimpleNamespace(stand_ins={0: object()} if split else {})
+    gradients: Any = SimpleNamespace(student=SimpleNamespace(layerwise=layerwise), _accumulate=accumulate)
+    StepGradients.compute(gradients, [{"input_ids": torch.zeros(4, 8)}], {}, halved=1)
+    assert cut == [rows]
 
 
 def test_out_of_memory_with_one_row_says_what_to_do(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

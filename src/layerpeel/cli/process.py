@@ -20,6 +20,7 @@ from rich.console import Console
 from layerpeel.cli.verbs import app
 from layerpeel.errors import InputError, LayerpeelError, reason_of
 from layerpeel.processes.distributed import RANK, check_launcher, is_main_process, is_of_another_process
+from layerpeel.processes.memory import memory_is_full
 from layerpeel.processes.progress import console, shown, write_any_text
 from layerpeel.storage.outputs import disk_is_full
 
@@ -73,24 +74,15 @@ def _explain(error: Exception) -> tuple[str, str | None]:
     match error:
         case LayerpeelError():
             return str(error), error.hint
-        case RuntimeError() if _is_of_the_gpu(error):
-            return "out of memory on the GPU", LESS_MEMORY
         case RuntimeError() if is_of_another_process(error):
             return f"another process is gone: {reason_of(error)}", OTHERS
-        case MemoryError():
-            return "out of memory", LESS_MEMORY
+        case _ if memory_is_full(error):
+            return f"out of memory ({reason_of(error)})", LESS_MEMORY
         case OSError():
             full = disk_is_full(error)
             return str(error), "free some space, then run the same command again" if full else None
         case _:
             return f"a bug in layerpeel: {reason_of(error)}", f"please report it, with {_keep_traceback()}"
-
-
-def _is_of_the_gpu(error: RuntimeError) -> bool:
-    """Whether it says that the memory of a GPU is full."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError)
 
 
 def _keep_traceback() -> str:

@@ -72,7 +72,7 @@ class RunConfig(Section):
     score: ScoreConfig = ScoreConfig()
     """How layers are scored."""
     tasks: list[TaskConfig] = []
-    """What quality is: measured on the teacher, and on the student after each round."""
+    """What quality is, at least one: measured on the teacher, and on the student after each round."""
     aggregate: Literal["mean", "relative"] = "mean"
     """Of the tasks' scores: their mean, or the mean of score / teacher's score."""
     distill: DistillConfig = DistillConfig(tokens_per_round=0)

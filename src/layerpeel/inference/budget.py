@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 from layerpeel.errors import RunError
 from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.processes.memory import memory_is_full
 
 # Memory for a token while a layer runs, in hidden states: inputs, projections, the wide middle of the MLP.
 LAYER_WIDTH = 24
@@ -41,7 +41,7 @@ def explaining_full_memory(what: str, hint: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not should_reduce_batch_size(error):
+        if not memory_is_full(error):
             raise
         raise RunError(f"out of memory {what}", hint=hint) from None
 
@@ -87,7 +87,7 @@ class Budget:
             RunError: not even one row fits.
             Exception: `error` itself, if it is about something else.
         """
-        if not should_reduce_batch_size(error):
+        if not memory_is_full(error):
             raise error
         tokens = self.tokens(layerwise, branches)
         at_a_time = min(self.tokens_per_call or layerwise.tokens_per_call, branches * max(row, tokens))

@@ -33,7 +33,7 @@ from layerpeel.inference.budget import Budget
 from layerpeel.inference.degeneration import TextSigns, signs_of
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.sampling import Sampler
-from layerpeel.processes.distributed import gather, processes_of
+from layerpeel.processes.distributed import gather, processes_of, wait_for_all
 from layerpeel.processes.progress import Advance, console, progress
 from layerpeel.processes.text import count, duration
 from layerpeel.storage.files import remove_paths
@@ -172,10 +172,10 @@ class _Text:
             check_space(self.folder, 4 * self.tokens, "the text that the teacher writes")
             remove_paths(self.folder / MARKER)
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.processes.wait_for_everyone()
+            wait_for_all()
             text, rate = self._write()
             text.write(self.folder)
-            self.processes.wait_for_everyone()
+            wait_for_all()
         return WrittenText(self.folder, text, rate, self.beginnings, self.sampler.ends, self.writer.tokenizer)
 
     def _is_whole(self, text: TokenText) -> bool:

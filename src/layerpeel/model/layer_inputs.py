@@ -13,11 +13,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from layerpeel.errors import InputError
 from layerpeel.model.architecture import Architecture
+from layerpeel.processes.memory import memory_is_full
 
 CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")  # names of the KV cache among a layer's arguments
 LayerInputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -41,7 +41,7 @@ def refuses_input(error: Exception) -> bool:
     An error of the device, such as one of memory, of another device's tensors or of a kernel, says nothing about that.
     """
     if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
-        return not should_reduce_batch_size(error) and bool(re.search("size|shape|dimension|expand", str(error)))
+        return not memory_is_full(error) and bool(re.search("size|shape|dimension|expand", str(error)))
     return isinstance(error, TypeError | ValueError | IndexError | AttributeError | NotImplementedError)
 
 

@@ -14,6 +14,7 @@ from layerpeel.model.checkpoint import check_weights, hint_for_weights
 from layerpeel.model.checkpoint_keys import check_keys, check_not_quantised
 from layerpeel.model.commits import cached_folder
 from layerpeel.model.forward_switches import kernel_of, runnable_config
+from layerpeel.processes.memory import memory_is_full
 from layerpeel.processes.progress import console, shown
 
 
@@ -50,9 +51,11 @@ def load_weights(
                 ignore_mismatched_sizes=True,
                 **kernel,
             )
-    except (torch.OutOfMemoryError, MemoryError, InputError):
+    except InputError:
         raise
     except Exception as error:  # transformers and remote code raise many types
+        if memory_is_full(error):
+            raise
         raise InputError(
             f"{path}: the weights cannot be loaded ({reason_of(error)})", hint=hint_for_weights(config, path)
         ) from None

@@ -88,7 +88,7 @@ class Choices:
             (f"output: {_value(self.output)}", "of the run, which goes on there if it is started again"),
             (
                 f"stop: {{target_layers: {self.target_layers}}}",
-                "min_quality: 0.9 beside it ends at that share of quality",
+                "min_quality: 0.9 beside it ends at that share (with when: end compared before training)",
             ),
             *self._scoring_lines(),
             *self._task_lines(),

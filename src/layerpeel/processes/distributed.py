@@ -52,6 +52,9 @@ def processes_of(device: torch.device) -> PartialState:
     """
     from accelerate import PartialState
 
+    # Else transformers before 5.23 would leave the weights of all but the first process of a machine empty, for FSDP to
+    # fill; here each process loads its own. `accelerate launch --use_fsdp` sets it.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
 
 

@@ -13,7 +13,7 @@ from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError
 from layerpeel.model.devices import pick_device
 from layerpeel.model.digests import digests
-from layerpeel.processes.distributed import processes_of
+from layerpeel.processes.distributed import processes_of, wait_for_all
 from layerpeel.processes.interrupts import interruptible
 from layerpeel.processes.progress import console
 from layerpeel.run.events import Back, Changed, DataDigests, Moved, Resume, Start
@@ -47,10 +47,11 @@ def open_run(
             process works on; or it cannot be written to.
         RunError: files are damaged, or, in the context, the disk is full.
     """
-    folder, processes = config.output, processes_of(pick_device(config.device))
+    folder = config.output
+    processes_of(pick_device(config.device))
     with full_disk_named(folder), interruptible():
         make_folder(folder, "journal.jsonl")
-        processes.wait_for_everyone()
+        wait_for_all()
         with claim(folder / "journal.jsonl") as granted:
             if not granted:
                 raise InputError(
@@ -59,7 +60,7 @@ def open_run(
                 )
             cut_torn_line(folder / "journal.jsonl")
             sweep(folder)
-            processes.wait_for_everyone()
+            wait_for_all()
             run = OpenRun(folder)
             _begin(run, config, make_tasks(config.tasks) if tasks is None else tasks, accept_changes)
             yield run

@@ -7,12 +7,12 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from layerpeel.errors import InputError, RunError
 from layerpeel.losses.loss_sum import LossSum
 from layerpeel.processes.distributed import sum_numbers
+from layerpeel.processes.memory import memory_is_full
 from layerpeel.processes.progress import console
 from layerpeel.training.forward import FINAL, next_tokens, run_both
 from layerpeel.training.recipe import TrainingRecipe, autocast
@@ -65,6 +65,8 @@ class StepGradients:
             RunError: memory does not suffice for one row; or for the rows, where layers are split between processes,
                 which then are not at the same place.
         """
+        if self.student.layerwise.stand_ins:  # processes have to cut alike, and their longest micro-batches differ
+            halved = 0
         most = max(len(batch["input_ids"]) for batch in batches)
         while not (totals := self._accumulate(batches, counts, rows := max(1, most >> halved))):
             self._check_can_halve(rows)
@@ -88,7 +90,7 @@ class StepGradients:
                     for name, value in self._backward(part, counts).items():
                         totals[name] = totals.get(name, 0.0) + float(value)
         except Exception as error:
-            if not should_reduce_batch_size(error):
+            if not memory_is_full(error):
                 raise
             return {}
         return totals

@@ -43,8 +43,11 @@ MASTER_DTYPE = torch.float32  # of parameters while they train, of their gradien
 
 
 def autocast(device_type: str, dtype: torch.dtype) -> torch.autocast:
-    """The context in which a model of that dtype runs while its trained parameters have `MASTER_DTYPE`."""
-    return torch.autocast(device_type, dtype, enabled=dtype is not MASTER_DTYPE)
+    """The context in which a model of that dtype runs while its trained parameters have `MASTER_DTYPE`.
+
+    Without the cache of cast parameters, which would hold all of them until the losses are known; none is cast twice.
+    """
+    return torch.autocast(device_type, dtype, enabled=dtype is not MASTER_DTYPE, cache_enabled=False)
 
 
 def _schedule(config: DistillConfig, optimizer: Optimizer, warmup: int, steps: int, done: int) -> LambdaLR:

@@ -23,6 +23,7 @@ from layerpeel.config.run import RunConfig
 from layerpeel.losses.loss_sum import LossSum
 from layerpeel.model.config_fields import text_config
 from layerpeel.model.digests import fingerprint
+from layerpeel.processes.distributed import WORLD_SIZE
 from layerpeel.storage.files import write_whole
 
 
@@ -32,7 +33,7 @@ class TeacherCache:
     Args:
         folder: is made; those of other teachers beside it stay.
         teacher: says which weights and which tokenizer the states are of.
-        limit: bytes that may be written; what comes after is computed each time.
+        limit: bytes that all processes may write; what comes after is computed each time.
 
     Attributes:
         hits, misses: rows found and not found so far.
@@ -41,7 +42,7 @@ class TeacherCache:
     def __init__(self, folder: Path, teacher: str, limit: int) -> None:
         self.folder = folder / hashlib.sha256(teacher.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.left = limit - sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+        self.left = (limit - sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))) // WORLD_SIZE
         self.hits = self.misses = 0
 
     def find(
