@@ -120,7 +120,7 @@ def test_processes_of_a_cpu_share_its_cores(
 ) -> None:
     had: list[int] = []
 
-    def measure(cls: type[Speed], *given: Any) -> Speed:
+    def measure(cls: type[Speed], *given: Any, **_options: Any) -> Speed:
         had.append(torch.get_num_threads())
         return replace(UNIT, head=2.0)
 

@@ -110,9 +110,9 @@ def _inner_sizes(layer: nn.Module, width: int) -> list[int]:
     return [width, *(max(shape) for shape in shapes if width in shape)]
 
 
-def _kept_bytes(whole: PreTrainedModel, rows: int, length: int, *, split: bool) -> int:
+def _kept_bytes(model: PreTrainedModel, rows: int, length: int, *, split: bool) -> int:
     """Bytes that one layer saves for its backward pass, counted on fake tensors; the layer trains as in `Trainer`."""
-    config, dtype = copy.deepcopy(whole.config), whole.dtype
+    config, dtype = copy.deepcopy(model.config), model.dtype
     rewrite_config(text_config(config), [text_config(config).num_hidden_layers // 2])
     kept: dict[int, torch.UntypedStorage] = {}
     shared: set[int] = set()  # by all layers: masks, rotary embeddings
@@ -122,8 +122,8 @@ def _kept_bytes(whole: PreTrainedModel, rows: int, length: int, *, split: bool) 
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build_model(config, dtype, trust_remote_code=has_own_code(whole)).requires_grad_(False)
-        architecture = find_architecture(model)
+        one_layer = build_model(config, dtype, trust_remote_code=has_own_code(model)).requires_grad_(False)
+        architecture = find_architecture(one_layer)
         layer = architecture.layers[0]
         for parameter in layer.parameters():
             parameter.data = parameter.data.to(dtype if split and parameter.dim() > 1 else MASTER_DTYPE)
@@ -137,7 +137,7 @@ def _kept_bytes(whole: PreTrainedModel, rows: int, length: int, *, split: bool) 
 
         with replaced_forward(layer, recorded), autocast("cpu", dtype):
             architecture.base(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
-        not_counted = shared | {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+        not_counted = shared | {_storage(tensor) for tensor in [*one_layer.parameters(), *one_layer.buffers()]}
     return sum(storage.nbytes() for key, storage in kept.items() if key not in not_counted)
 
 
