@@ -486,7 +486,7 @@ def test_init_writes_a_config_and_says_what_comes_next(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     speed = Speed(1e-3, 1e-3, 0.0, 0.0, 0.0, 1e-3, 0.0, 0.0)
-    monkeypatch.setattr(Speed, "measure", classmethod(lambda cls, *given: speed))
+    monkeypatch.setattr(Speed, "measure", classmethod(lambda cls, *given, **options: speed))
     arguments = ["init", "teacher", "-o", "my.yaml", "--text", "text.txt", "--minutes", "20", "--no-harness"]
     code, out, err = call(monkeypatch, capsys, *arguments)
     assert code == 0, err
