@@ -15,7 +15,7 @@ from typing import Any, Unpack
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from layerpeel.errors import RunError, reason_of
 from layerpeel.model.architecture import count_parameters, find_architecture
@@ -23,7 +23,6 @@ from layerpeel.model.building import build_model
 from layerpeel.model.checkpoint import check_weights, stored_dtype
 from layerpeel.model.checkpoint_keys import predicts_further
 from layerpeel.model.config_check import check_config, first_difference
-from layerpeel.model.forward_switches import runnable_config
 from layerpeel.model.layer_cycles import broken_cycle
 from layerpeel.model.layer_names import LayerNames
 from layerpeel.model.loading import TeacherOptions, load_config_of, load_model, load_without_bytes
