@@ -415,7 +415,7 @@ def test_a_torch_that_averages_gradients_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.delattr(fsdp.FSDPModule, "set_force_sum_reduction_for_comms")
     monkeypatch.setattr("layerpeel.training.sharded.splits_layers", lambda: True)
     with (
-        pytest.raises(InputError, match="--use_fsdp: torch .* is too old to split layers"),
+        pytest.raises(InputError, match=r"--use_fsdp: torch .* is too old to split layers"),
         sharded(Student(tiny_model("llama")), {}),
     ):
         pass
