@@ -19,6 +19,8 @@ from transformers import BertConfig, BertForMaskedLM
 
 from layerpeel.cli.process import main
 from layerpeel.config.reading import load_config
+from layerpeel.config.run import RunConfig
+from layerpeel.errors import RunError
 from layerpeel.inference.ridge import Regression
 from layerpeel.model.loading import load_model
 from layerpeel.plan.speed import Speed
@@ -486,7 +488,7 @@ def test_init_writes_a_config_and_says_what_comes_next(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     speed = Speed(1e-3, 1e-3, 0.0, 0.0, 0.0, 1e-3, 0.0, 0.0)
-    monkeypatch.setattr(Speed, "measure", classmethod(lambda cls, *given: speed))
+    monkeypatch.setattr(Speed, "measure", classmethod(lambda cls, *given, **options: speed))
     arguments = ["init", "teacher", "-o", "my.yaml", "--text", "text.txt", "--minutes", "20", "--no-harness"]
     code, out, err = call(monkeypatch, capsys, *arguments)
     assert code == 0, err
@@ -501,3 +503,31 @@ def test_init_writes_a_config_and_says_what_comes_next(
     assert (code, out) == (2, "") and "error: --gpu-memory much: expected a size" in err and "--gpu-memory 24GB" in err
     code, out, err = call(monkeypatch, capsys, "init", "teacher", "-o", "b.yaml", "--gpu-memory", "1MB", "--no-harness")
     assert (code, out) == (2, "") and "the smallest run of it takes" in err and not Path("b.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--flops", "-1"), ("--flops", "0"), ("--flops", "nan"), ("--bandwidth", "0")]
+)
+def test_speeds_that_cannot_be_are_refused(
+    option: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(monkeypatch, capsys, "plan", "run.yaml", option, value)
+    assert code == 2 and "expected a finite number above 0" in " ".join(err.replace("│", " ").split())
+
+
+def test_minutes_without_end_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(monkeypatch, capsys, "init", "teacher", "-o", "new.yaml", "--minutes", "inf")
+    assert code == 2 and "expected a finite number above 0" in " ".join(err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("name", ["d #1", "x: y", "@x", "ü🤖"])
+def test_the_demo_runs_in_the_folder_that_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_run(config: RunConfig) -> None:
+        raise RunError(f"in {config.output}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("layerpeel.run.loop.peel", no_run)
+    code, _, err = call(monkeypatch, capsys, "demo", "-o", name)
+    assert code == 1 and f"error: in {name}/run" in " ".join(err.split())

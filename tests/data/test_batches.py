@@ -23,7 +23,7 @@ from layerpeel.config.distill import Packing
 from layerpeel.config.fields import TextConfig
 from layerpeel.data.batches import load_rows, micro_batches, step_rows
 from layerpeel.data.rows import Rows, labels_within, positions_of
-from layerpeel.data.tokenizing import encode_text
+from layerpeel.data.tokenizing import encode_text, start_tokens
 from layerpeel.errors import InputError
 from layerpeel.processes.progress import print_once
 from tests.families import tiny_tokenizer
@@ -320,3 +320,10 @@ def test_micro_batches_hold_each_row_once_in_as_many_calls(lengths: list[int], m
 def test_storage_is_small(make_source: MakeSource, tokenizer: PreTrainedTokenizerFast) -> None:
     rows = load_rows([make_source(["abc"] * 50)], tokenizer, sequence_length=8)
     assert sum(t.element_size() for t in (rows.input_ids, rows.mask, rows.document)) <= 9  # bytes a token
+
+
+def test_a_tokenizer_without_an_unknown_token_need_not_know_a_letter() -> None:
+    words = Tokenizer(WordLevel({"hello": 0, "world": 1, "<s>": 2}))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
+    assert encode_text(tokenizer, "hello world") == [0, 1] and start_tokens(tokenizer) == []

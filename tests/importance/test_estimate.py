@@ -27,3 +27,8 @@ def test_a_layer_is_timed_until_the_device_has_run_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     per_layer, per_logit = estimate._seconds_per_token(LayerwiseModel(tiny_model("llama", max_position_embeddings=256)))
     assert (per_layer, per_logit) == (1.0, 0.0)
+
+
+def test_a_model_of_a_short_context_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    per_layer, per_logit = estimate._seconds_per_token(LayerwiseModel(tiny_model("gpt2", n_positions=32)))
+    assert per_layer > 0 and per_logit > 0

@@ -220,3 +220,11 @@ if __name__ == "__main__":
     write(Path(sys.argv[1]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def test_documents_beside_it_that_are_short_lend_what_they_have(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = None
+    beside = TextConfig(path=str(save_texts(tmp_path / "a.jsonl", ["w5 w6", "w7 w8 w9"])))
+    written = write(tmp_path / "text", beside, tokenizer=tokenizer, tokens=300)
+    assert {tuple(document[:2]) for document in documents(written)} == {(5, 6), (7, 8)}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from layerpeel.errors import InputError
 from layerpeel.model import devices
-from layerpeel.model.devices import pick_device
+from layerpeel.model.devices import pick_device, wanted_dtype
 
 
 @pytest.fixture
@@ -63,3 +64,9 @@ def test_more_processes_than_gpus_are_refused(machine) -> None:
         "device: process 3 of this machine has no GPU: 2 are visible, and each process needs one of its own"
     )
     assert caught.value.hint == "start 2 processes on this machine (--nproc-per-node 2), or fewer"
+
+
+def test_an_unknown_dtype_is_named() -> None:
+    with pytest.raises(InputError, match="dtype: unknown 'bfloat'; did you mean 'bfloat16'"):
+        wanted_dtype(LlamaConfig(), torch.device("cpu"), "bfloat")
+    assert wanted_dtype(LlamaConfig(), torch.device("cpu"), "auto") == torch.float32

@@ -54,6 +54,13 @@ def test_streamed_scores_are_those_in_memory(family: str, tmp_path: Path) -> Non
     assert streamed.importance == whole.importance
 
 
+def test_layers_that_have_run_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr("layerpeel.model.streaming.give_back_large_blocks", lambda: calls.append(1))
+    load_streamed(saved(tmp_path, "llama", tied=True), device="cpu")
+    assert calls == [1]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shards", [True, False])

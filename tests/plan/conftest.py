@@ -29,7 +29,9 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sets the speed that is measured, by dtype; it is `SPEED` at first."""
 
     def measured(changes: dict[torch.dtype, float] | None = None) -> None:
-        def measure(_: type[Speed], config: Any, distill: Any, dtype: torch.dtype, device: str) -> Speed:
+        def measure(
+            _: type[Speed], config: Any, distill: Any, dtype: torch.dtype, device: str, **_options: Any
+        ) -> Speed:
             factor = (changes or {}).get(dtype, 1.0)
             return replace(SPEED, layer=factor * SPEED.layer, trained_layer=factor * SPEED.trained_layer)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from layerpeel.config.distill import DistillConfig, RepairConfig
 from layerpeel.config.fields import TeacherTextConfig, TextConfig
@@ -119,7 +120,7 @@ def test_processes_of_a_cpu_share_its_cores(
 ) -> None:
     had: list[int] = []
 
-    def measure(cls: type[Speed], *given: Any) -> Speed:
+    def measure(cls: type[Speed], *given: Any, **_options: Any) -> Speed:
         had.append(torch.get_num_threads())
         return replace(UNIT, head=2.0)
 
@@ -307,6 +308,41 @@ def test_a_draw_is_timed_as_the_text_is_drawn_from_the_real_vocabulary(monkeypat
         speed = Speed.measure(teacher, DistillConfig(text=text, sequence_length=16), torch.float32, "cpu")
         assert speed.draw == 0.5  # of 64 rows at once
     assert draws == [((64, 5000), 64, 1.0), ((64, 5000), 64, 0.9)]
+
+
+WIDER = """
+from torch import nn
+from transformers import LlamaForCausalLM
+
+class Wider(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            sizes = config.hidden_size, 500, config.intermediate_size
+            layer.mlp.up_proj = nn.Sequential(nn.Linear(*sizes[:2]), nn.Linear(*sizes[1:]))
+        self.post_init()
+"""
+
+
+def test_a_model_of_its_own_code_is_the_one_that_is_planned(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    teacher = Path(config.teacher)
+    fields = json.loads((teacher / "config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "wider.Wider"}}
+    (teacher / "config.json").write_text(json.dumps(fields))
+    (teacher / "wider.py").write_text(WIDER)
+    own = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(teacher), trust_remote_code=True)
+    own.save_pretrained(teacher)
+    timed: list[PreTrainedModel] = []
+    monkeypatch.setattr("layerpeel.plan.speed._decode_times", lambda *models: timed.extend(models[:2]) or (0.0, 0.0))
+    monkeypatch.setattr("layerpeel.plan.speed._seconds", lambda work, device: 1.0)
+    config = config.model_copy(update={"trust_remote_code": True, "device": "cpu", "dtype": "float32"})
+    made = Planner(config).plan(config, ASKED)
+    assert made.shape.parameters == count_parameters(own) > 6 * 500 * own.config.hidden_size
+    assert made.shape.kept > 4 * 500  # the inner activations among it
+    assert [type(model).__name__ for model in timed] == ["Wider"] * 2
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="glibc is on Linux")
 # back; where it keeps them; and of those when what is unused has been released.
 PROGRAM = """
 import psutil, torch
-from layerpeel.processes.malloc import large_blocks_given_back, release_unused
+from layerpeel.processes.malloc import give_back_large_blocks, large_blocks_given_back, release_unused
 
 def resident():
     return psutil.Process().memory_info().rss / 2**20
@@ -43,6 +43,13 @@ def test_malloc_keeps_what_is_freed_unless_it_is_told_not_to() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     given_back, after_that, kept, released = map(float, done.stdout.split())
     assert max(given_back, after_that, released) < 20 and kept > 100
+
+
+@linux
+def test_what_is_given_back_for_good_is_so_after_a_context() -> None:
+    program = PROGRAM.replace("\nwith ", "\ngive_back_large_blocks()\nwith ")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert max(map(float, done.stdout.split())) < 20
 
 
 def test_what_refers_to_itself_is_collected() -> None:

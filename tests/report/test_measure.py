@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from layerpeel.report import measure
 from layerpeel.report.measure import measurements, most_allocated, sample_prompts
 from layerpeel.report.measurements import Measurements
 from layerpeel.report.page import write_report
 from layerpeel.run.folder import Run
-from tests.families import tiny_tokenizer
+from tests.families import tiny_model, tiny_tokenizer
 from tests.report.conftest import HOSTILE
 
 
@@ -62,3 +63,7 @@ def test_without_generation_tasks_prompts_are_beginnings_of_the_text(run: Run) -
     assert len(request.prompt) == 24
     config.distill.text[0].path = "gone"
     assert sample_prompts(config, tiny_tokenizer()) == []
+
+
+def test_a_model_whose_text_has_a_config_of_its_own_is_timed() -> None:
+    measure._generate(tiny_model("gemma3"), rows=1, new=2)

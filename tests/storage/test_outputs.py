@@ -82,3 +82,11 @@ def test_windows_paths_are_told() -> None:
     for path in (r"C:\models\x", "D:/x", r"\\server\x", "C:\new"):  # the last as YAML's double quotes make it
         assert windows_hint(path)
     assert not windows_hint("org/model") and not windows_hint("a:b")
+
+
+def test_what_a_killed_process_left_is_not_in_the_way(tmp_path: Path) -> None:
+    partial = partial_of(tmp_path / "student")
+    partial.mkdir()
+    (partial / "half").touch()
+    write_folder(tmp_path / "student", lambda folder: (folder / "config.json").touch())
+    assert [path.name for path in (tmp_path / "student").iterdir()] == ["config.json"] and not partial.exists()

@@ -110,6 +110,15 @@ def test_runs_that_score_alike_score_once(study: Path, tmp_path: Path, monkeypat
         assert getattr(alone.rounds[0], name) == getattr(runs["other-losses"].rounds[0], name)
 
 
+def test_variants_over_kernels_of_attention_share_no_measurement(study: Path) -> None:
+    variants = {name: {"attn_implementation": name} for name in ("sdpa", "eager")}
+    raw = yaml.safe_load(study.read_text()) | {"variants": variants, "seeds": [0]}
+    run_study(write(study.parent, raw))
+    for name in variants:
+        teacher = Run(study.parent / "out/runs" / name / "seed-0").teacher
+        assert teacher and teacher.attention == name
+
+
 @pytest.mark.slow
 def test_processes_give_the_numbers_of_one(study: Path, tmp_path: Path) -> None:
     alone = run_study(study)

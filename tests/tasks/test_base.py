@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,18 @@ def test_aggregates() -> None:
     assert student.aggregate(teacher) == pytest.approx((0.4 + 0.75) / 2)
     assert student.aggregate(teacher, "relative") == pytest.approx((0.5 + 0.75) / 2)
     assert teacher.aggregate(teacher) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("how", ["mean", "relative"])
+@pytest.mark.parametrize(
+    ("reference", "value", "quality"),
+    [(2.0, 0.0, 1000.0), (0.0, 0.0, 1.0), (0.0, 2.0, 0.0), (3.0, 1e200, 3e-200), (2.0, 1e-9, 1000.0)],
+)
+def test_an_error_of_zero_or_a_huge_one_has_a_quality(reference: float, value: float, quality: float, how: str) -> None:
+    def evaluation(value: float) -> Evaluation:
+        return Evaluation({"p": TaskScore(value, 0.1, 2, lower_is_better=True, influences=(0.5, -0.5))})
+
+    teacher, student = evaluation(reference), evaluation(value)
+    assert student.qualities(teacher) == {"p": pytest.approx(quality)}
+    assert student.aggregate(teacher, how) == pytest.approx(quality)
+    assert math.isfinite(student.aggregate_stderr(teacher, how))

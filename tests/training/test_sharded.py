@@ -16,11 +16,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from layerpeel.cli.process import main
 from layerpeel.config.distill import DistillConfig, LossConfig
+from layerpeel.errors import InputError
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.losses.base import StepOutputs
 from layerpeel.losses.loss_sum import LossSum
@@ -407,3 +409,13 @@ if __name__ == "__main__":
         _worker(Path(sys.argv[1]))
     torch.distributed.barrier()  # or one leaves while another still writes, and may be aborted in gloo's threads
     torch.distributed.destroy_process_group()
+
+
+def test_a_torch_that_averages_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(fsdp.FSDPModule, "set_force_sum_reduction_for_comms")
+    monkeypatch.setattr("layerpeel.training.sharded.splits_layers", lambda: True)
+    with (
+        pytest.raises(InputError, match=r"--use_fsdp: torch .* is too old to split layers"),
+        sharded(Student(tiny_model("llama")), {}),
+    ):
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
     from layerpeel.config.run import RunConfig
     from layerpeel.inference.layerwise import LayerwiseModel
     from layerpeel.model.loading import TeacherOptions
+
+
+def positive(value: float | None) -> float | None:
+    """Refuses numbers that are not above 0, and not finite."""
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter(f"expected a finite number above 0, found {value}")
+    return value
 
 
 def expand_home(text: str) -> Path:

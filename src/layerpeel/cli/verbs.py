@@ -32,6 +32,7 @@ from layerpeel.cli.inputs import (
     load_layerwise,
     parse_layers,
     parse_size,
+    positive,
 )
 from layerpeel.cli.output import finish_run, print_estimates, stdout, write_scores
 from layerpeel.cli.removal import removal_lines
@@ -53,7 +54,9 @@ def init(
             "--text", metavar="PATH", help="Text to heal on: a file, a folder; the teacher writes it if not given."
         ),
     ] = None,
-    minutes: Annotated[float, typer.Option("--minutes", min=1, help="How long the run may take on this machine.")] = 60,
+    minutes: Annotated[
+        float, typer.Option("--minutes", min=1, callback=positive, help="How long the run may take on this machine.")
+    ] = 60,
     gpu_memory: Annotated[
         str | None,
         typer.Option(
@@ -71,7 +74,17 @@ def init(
         from layerpeel.plan.starting import Wishes, start
 
     memory = parse_size("--gpu-memory", gpu_memory) if gpu_memory else None
-    started = start(Wishes(os.path.expanduser(model), output_, target_layers, text, minutes, memory, harness))
+    started = start(
+        Wishes(
+            os.path.expanduser(model),
+            output_,
+            target_layers,
+            text and os.path.expanduser(text),
+            minutes,
+            memory,
+            harness,
+        )
+    )
     stdout.print(*start_lines(started), sep="\n", soft_wrap=True)
 
 
@@ -221,7 +234,14 @@ def demo(
         from layerpeel.run.loop import peel
 
     check_output(output_, "")
-    finish_run(peel(load_config(prepare_demo(output_), [f"output={output_ / 'run'}", *set_])), as_json=False)
+    finish_run(
+        peel(
+            load_config(
+                prepare_demo(output_), [f"output={json.dumps(str(output_ / 'run'), ensure_ascii=False)}", *set_]
+            )
+        ),
+        as_json=False,
+    )
 
 
 @app.command()
@@ -231,9 +251,10 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="Processes that share the work, one on each GPU, or the cores.")] = 1,
     fsdp: Annotated[bool, typer.Option("--fsdp", help="Layers are split over them while they train (FSDP2).")] = False,
     flops: Annotated[
-        float | None, typer.Option(help="Of another machine: operations a second that are reached, as 4e14.")
+        float | None,
+        typer.Option(callback=positive, help="Of another machine: operations a second that are reached, as 4e14."),
     ] = None,
-    bandwidth: Annotated[float, typer.Option(help="With --flops: bytes of memory a second.")] = 2e12,
+    bandwidth: Annotated[float, typer.Option(callback=positive, help="With --flops: bytes of memory a second.")] = 2e12,
     as_json: AsJson = False,
 ) -> None:
     """Say what a run will take in memory, layer calls and time; reads no weights, and times a random layer."""

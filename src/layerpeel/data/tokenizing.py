@@ -25,8 +25,11 @@ _Encoded = tuple[PlacedDocument, str, list[int]]  # a document, its text, and th
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that the tokenizer sets before a text: usually beginning of text, or none; never those after it."""
-    plain = tokenizer.encode("a", add_special_tokens=False, verbose=False)
-    ids = tokenizer.encode("a", verbose=False)
+    try:
+        plain = tokenizer.encode("a", add_special_tokens=False, verbose=False)
+        ids = tokenizer.encode("a", verbose=False)
+    except Exception:  # of tokenizers' own, where a vocabulary has neither this letter nor an unknown token
+        plain = ids = []
     places = [at for at in range(len(ids)) if plain and ids[at : at + len(plain)] == plain]
     if places:
         return ids[: places[0]]

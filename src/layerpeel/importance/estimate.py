@@ -12,6 +12,7 @@ from layerpeel.importance.metrics import make_metric
 from layerpeel.importance.work import work_of
 from layerpeel.inference.budget import bytes_of_token
 from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.model.config_fields import context_length
 from layerpeel.model.devices import synchronize
 
 
@@ -57,7 +58,8 @@ def estimate(inputs: ScoringInputs) -> list[Estimate]:
 def _seconds_per_token(layerwise: LayerwiseModel) -> tuple[float, float]:
     """Seconds for one token in a layer, and in the head: the best of three."""
     rows = min(256, layerwise.logit_rows())
-    hidden, arguments = layerwise.begin(torch.zeros(4, 128, dtype=torch.long))
+    width = min(128, context_length(layerwise.model.config) or 128)
+    hidden, arguments = layerwise.begin(torch.zeros(4, width, dtype=torch.long))
     head_input = hidden.flatten(0, 1)[:rows]
     times: list[tuple[float, float]] = []
     with layerwise.weights_loaded(0):
@@ -70,4 +72,4 @@ def _seconds_per_token(layerwise: LayerwiseModel) -> tuple[float, float]:
             layerwise.logits(head_input).logsumexp(-1).sum().item()
             times.append((layer_ended - started, time.perf_counter() - layer_ended))
     layers, heads = zip(*times, strict=True)
-    return min(layers) / 512, min(heads) / rows
+    return min(layers) / (4 * width), min(heads) / len(head_input)

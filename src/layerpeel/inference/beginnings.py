@@ -71,7 +71,11 @@ class Beginnings:
         if self.files:
             documents = read_tokens(self.files, self.tokenizer, self.seed)
             opened = [tuple(ids[:OPENING].tolist()) for ids in islice(documents, MOST)]
-            return [ids for ids in opened if 0 < len(ids) < self.length and ids[-1] != self.tokenizer.eos_token_id]
+            fitting = [ids for ids in opened if 0 < len(ids) < self.length]
+            end = self.tokenizer.eos_token_id
+            unended = [ids for ids in fitting if ids[-1] != end] or [ids[:-1] for ids in fitting if len(ids) > 1]
+            if unended:
+                return unended
         if not self.fixed:
             raise InputError(
                 "text from the teacher: its tokenizer has neither a beginning-of-text nor an end-of-text token",

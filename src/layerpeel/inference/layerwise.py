@@ -135,9 +135,9 @@ class LayerwiseModel:
             inputs["position_ids"] = positions.to(self.device)
         if attention_mask is not None:
             dtype = self.model.dtype
-            additive = torch.zeros(attention_mask.shape, dtype=dtype)
-            additive.masked_fill_(~attention_mask, torch.finfo(dtype).min)
-            inputs["attention_mask"] = additive[:, None].to(self.device)
+            masked = ~attention_mask.to(self.device)
+            additive = torch.zeros(masked.shape, dtype=dtype, device=self.device)
+            inputs["attention_mask"] = additive.masked_fill_(masked, torch.finfo(dtype).min)[:, None]
         return self.layer_inputs.record(inputs)
 
     def layer(self, position: int, hidden: Tensor, arguments: LayerInputs) -> Tensor:

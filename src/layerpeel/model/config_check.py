@@ -156,7 +156,7 @@ class _ConfigCheck:
             config = type(rewritten).from_dict(copy.deepcopy(fields))  # as it would be read from disk
             config._attn_implementation = self.model.config._attn_implementation
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=_has_own_code(self.model))
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=has_own_code(self.model))
             self._built[key] = _BuiltModel(model, self._outer_difference(model, len(kept)))
         return self._built[key]
 
@@ -266,6 +266,6 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _has_own_code(model: PreTrainedModel) -> bool:
+def has_own_code(model: PreTrainedModel) -> bool:
     """Whether a model is of a class that came with its checkpoint: only then may code of the checkpoint run again."""
     return not type(model).__module__.startswith("transformers.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig
 
-from layerpeel.errors import InputError
+from layerpeel.errors import InputError, nearest
 from layerpeel.processes.distributed import LOCAL_RANK, WORLD_SIZE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,5 +61,11 @@ def synchronize(device: torch.device) -> None:
 
 
 def wanted_dtype(config: PretrainedConfig, device: torch.device, dtype: str) -> torch.dtype:
-    """The dtype of frozen weights: `dtype` if named; for `auto`, float32 on a CPU, else the checkpoint's."""
+    """The dtype of frozen weights: `dtype` if named; for `auto`, float32 on a CPU, else the checkpoint's.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise InputError(f"dtype: unknown '{dtype}'{nearest(dtype, ('auto', *DTYPES))}", hint="give one of these")
     return DTYPES.get(dtype) or (torch.float32 if device.type == "cpu" else config.dtype or torch.float32)

@@ -15,14 +15,14 @@ from typing import Any, Unpack
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from layerpeel.errors import RunError, reason_of
 from layerpeel.model.architecture import count_parameters, find_architecture
+from layerpeel.model.building import build_model
 from layerpeel.model.checkpoint import check_weights, stored_dtype
 from layerpeel.model.checkpoint_keys import predicts_further
 from layerpeel.model.config_check import check_config, first_difference
-from layerpeel.model.forward_switches import runnable_config
 from layerpeel.model.layer_cycles import broken_cycle
 from layerpeel.model.layer_names import LayerNames
 from layerpeel.model.loading import TeacherOptions, load_config_of, load_model, load_without_bytes
@@ -107,13 +107,13 @@ def remove_from_files(
     return Removal(kept, *sizes, copied, dropped, saved.changed, carried, left, cycle)
 
 
-def outline(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+def outline(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     """A model without weights, whose forward can be recorded: its layers are on the meta device.
 
     All other parameters are a single zero each, seen as a whole tensor, so that they take no memory.
     """
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(runnable_config(config), trust_remote_code=trust_remote_code).eval()
+        model = build_model(config, trust_remote_code=trust_remote_code)
     model.tie_weights()  # each parameter that goes to the meta device becomes one of its own
     in_layers = {id(parameter) for parameter in find_architecture(model).layers.parameters()}
     stand_ins: dict[int, nn.Parameter] = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,9 +25,9 @@ from layerpeel.model.loading import load_config_of, load_tokenizer, load_without
 from layerpeel.model.origin import local_folder
 from layerpeel.model.tensor_files import stored_tensors
 from layerpeel.model.vocabulary import check_vocabulary
+from layerpeel.processes.malloc import give_back_large_blocks
 
 CPU = torch.device("cpu")
-M_MMAP_THRESHOLD = -3  # parameter of glibc's mallopt: larger blocks are mapped, and unmapped when freed
 
 
 class StreamedLayers:
@@ -174,7 +172,7 @@ def load_streamed(
     """
     config = load_config_of(path, trust_remote_code=trust_remote_code, revision=revision)
     _check_not_quantised(config, path)
-    _return_freed_memory()
+    give_back_large_blocks()  # malloc would keep the layers that have run
     target, wanted = pick_device(device), wanted_dtype(config, pick_device(device), dtype)
     check_attention(attn_implementation, target, wanted)
     folder = local_folder(path, revision)
@@ -226,15 +224,6 @@ def _check_not_quantised(config: PretrainedConfig, path: str | Path) -> None:
             f"{path}: the weights are quantised ({method}), and layers that are read one at a time stay as they are",
             hint="keep the model in memory (weights: memory), which undoes it where transformers can",
         )
-
-
-def _return_freed_memory() -> None:
-    """Makes glibc return freed blocks of over 1 MB to the system at once.
-
-    By default it keeps blocks of up to 32 MB for reuse, and those of successive layers would accumulate.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def _read_tensors(

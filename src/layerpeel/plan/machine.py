@@ -81,7 +81,9 @@ class Planner:
             return Speed.of_processor(shape, self.flops, self.bandwidth, settings.distill)
         processes = self.gpus if self.device.type == "cpu" else 1
         with _cores_shared(processes) as waits:
-            speed = Speed.measure(self.teacher, settings.distill, dtype, settings.device).times(waits)
+            code = settings.trust_remote_code
+            speed = Speed.measure(self.teacher, settings.distill, dtype, settings.device, trust_remote_code=code)
+            speed = speed.times(waits)
         if processes == 1:
             return speed
         add_up, gather = exchange_times(processes)

@@ -95,7 +95,8 @@ def plan_run(
     Raises:
         InputError: the config selects nothing to train.
     """
-    recipe, model = TrainingRecipe(config.distill, gpus), empty_model(teacher, dtype)
+    recipe = TrainingRecipe(config.distill, gpus)
+    model = empty_model(teacher, dtype, trust_remote_code=config.trust_remote_code)
     shape = shape_of(model, recipe.micro_batch_rows, config.distill.sequence_length, split=fsdp)
     student = Outline(model, _gap(shape.layers, 1))
     training = _training(student, recipe)

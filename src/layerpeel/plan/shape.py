@@ -12,10 +12,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.model.architecture import count_parameters, find_architecture
+from layerpeel.model.building import build_model
+from layerpeel.model.config_check import has_own_code
 from layerpeel.model.config_fields import rewrite_config, text_config
 from layerpeel.model.layer_inputs import replaced_forward
 from layerpeel.model.surgery import KeptLayers
@@ -50,10 +52,10 @@ class Shape:
     cache: int
 
 
-def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that a config describes, on the meta device."""
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+        model = build_model(config, dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model
 
@@ -97,7 +99,7 @@ def shape_of(model: PreTrainedModel, rows: int, length: int, *, split: bool = Fa
         inner=max(size for layer in layers for size in _inner_sizes(layer, config.hidden_size)),
         head_parameters=sum(p.numel() for p in model.get_output_embeddings().parameters()),
         itemsize=model.dtype.itemsize,
-        kept=_kept_bytes(model.config, model.dtype, rows, length, split=split) / (rows * length),
+        kept=_kept_bytes(model, rows, length, split=split) / (rows * length),
         cache=2 * heads * size * model.dtype.itemsize,
     )
 
@@ -108,9 +110,9 @@ def _inner_sizes(layer: nn.Module, width: int) -> list[int]:
     return [width, *(max(shape) for shape in shapes if width in shape)]
 
 
-def _kept_bytes(config: PretrainedConfig, dtype: torch.dtype, rows: int, length: int, *, split: bool) -> int:
+def _kept_bytes(model: PreTrainedModel, rows: int, length: int, *, split: bool) -> int:
     """Bytes that one layer saves for its backward pass, counted on fake tensors; the layer trains as in `Trainer`."""
-    config = copy.deepcopy(config)
+    config, dtype = copy.deepcopy(model.config), model.dtype
     rewrite_config(text_config(config), [text_config(config).num_hidden_layers // 2])
     kept: dict[int, torch.UntypedStorage] = {}
     shared: set[int] = set()  # by all layers: masks, rotary embeddings
@@ -120,8 +122,8 @@ def _kept_bytes(config: PretrainedConfig, dtype: torch.dtype, rows: int, length:
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
-        architecture = find_architecture(model)
+        one_layer = build_model(config, dtype, trust_remote_code=has_own_code(model)).requires_grad_(False)
+        architecture = find_architecture(one_layer)
         layer = architecture.layers[0]
         for parameter in layer.parameters():
             parameter.data = parameter.data.to(dtype if split and parameter.dim() > 1 else MASTER_DTYPE)
@@ -135,7 +137,7 @@ def _kept_bytes(config: PretrainedConfig, dtype: torch.dtype, rows: int, length:
 
         with replaced_forward(layer, recorded), autocast("cpu", dtype):
             architecture.base(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
-        not_counted = shared | {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+        not_counted = shared | {_storage(tensor) for tensor in [*one_layer.parameters(), *one_layer.buffers()]}
     return sum(storage.nbytes() for key, storage in kept.items() if key not in not_counted)
 
 

@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass
 from statistics import median
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from layerpeel.config.distill import DistillConfig
 from layerpeel.config.fields import TeacherTextConfig
@@ -23,6 +23,7 @@ from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.sampling import drawn
 from layerpeel.losses.base import StepOutputs
 from layerpeel.losses.loss_sum import LossSum
+from layerpeel.model.building import build_model
 from layerpeel.model.config_fields import context_length, rewrite_config, text_config
 from layerpeel.model.devices import pick_device
 from layerpeel.plan.shape import Shape
@@ -93,15 +94,28 @@ class Speed:
         return Speed(*(factor * seconds for seconds in astuple(self)))
 
     @classmethod
-    def measure(cls, config: PretrainedConfig, distill: DistillConfig, dtype: torch.dtype, device: str) -> Speed:
+    def measure(
+        cls,
+        config: PretrainedConfig,
+        distill: DistillConfig,
+        dtype: torch.dtype,
+        device: str,
+        *,
+        trust_remote_code: bool = False,
+    ) -> Speed:
         """Times a random model of one layer, and one of two, of this shape."""
+
+        def built(layers: int, vocabulary: int | None = None) -> PreTrainedModel:
+            shortened = _shortened(config, layers, vocabulary)
+            return build_model(shortened, dtype, trust_remote_code=trust_remote_code).to(target)
+
         target = pick_device(device)
         # As in a run: until glibc has seen a large tensor go, it gives all back at once, and layers are slower by half.
         torch.empty(MOST_KEPT_BY_MALLOC, dtype=torch.uint8)
-        timed = _Timed(_random_model(config, 1, dtype).to(target), TrainingRecipe(distill))
+        timed = _Timed(built(1), TrainingRecipe(distill))
         layer, head, head_loss = timed.layer(), timed.head(), timed.head_loss()
         trained_layer, update = timed.training()
-        one, two = (_random_model(config, layers, dtype, WORDS).to(target) for layers in (1, 2))
+        one, two = (built(layers, WORDS) for layers in (1, 2))
         call, row = _decode_times(one, two, target)
         return cls(
             layer,
@@ -207,10 +221,8 @@ def _shares_drawn_from(config: DistillConfig) -> list[float]:
     return [source.top_p for source in config.text if isinstance(source, TeacherTextConfig)]
 
 
-def _random_model(
-    config: PretrainedConfig, layers: int, dtype: torch.dtype, vocabulary: int | None = None
-) -> PreTrainedModel:
-    """A model of the first layers of this shape, with random weights.
+def _shortened(config: PretrainedConfig, layers: int, vocabulary: int | None) -> PretrainedConfig:
+    """A config of the first layers.
 
     Args:
         vocabulary: as many entries, at most; as given if None.
@@ -219,8 +231,8 @@ def _random_model(
     text = text_config(config)
     if vocabulary and text.vocab_size > vocabulary:
         text.vocab_size, text.pad_token_id = vocabulary, None
-    rewrite_config(text_config(config), list(range(min(layers, text_config(config).num_hidden_layers))))
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    rewrite_config(text, list(range(min(layers, text.num_hidden_layers))))
+    return config
 
 
 def _decode_times(one: PreTrainedModel, two: PreTrainedModel, device: torch.device) -> tuple[float, float]:

@@ -14,6 +14,7 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of `mallopt`, as in malloc.h
 LARGE = 2**20  # bytes of a block that the system gives and takes back by itself
 # What glibc comes to by itself, once large blocks have been freed: pages that are used again need not be cleared.
 USUAL = {MMAP_THRESHOLD: 32 * 2**20, TRIM_THRESHOLD: 64 * 2**20}
+_afterwards = dict(USUAL)  # what is set when `large_blocks_given_back` ends
 
 
 @cache
@@ -30,6 +31,13 @@ def release_unused() -> None:
         library.malloc_trim(0)
 
 
+def give_back_large_blocks() -> None:
+    """As `large_blocks_given_back`, for as long as the process runs."""
+    _afterwards.clear()
+    if library := _glibc():
+        library.mallopt(MMAP_THRESHOLD, LARGE)
+
+
 @contextmanager
 def large_blocks_given_back() -> Iterator[None]:
     """While the context lasts, a large tensor on the CPU takes memory no longer than it lives.
@@ -44,5 +52,5 @@ def large_blocks_given_back() -> Iterator[None]:
     try:
         yield
     finally:
-        for option, value in USUAL.items() if library else ():
+        for option, value in _afterwards.items() if library else ():
             library.mallopt(option, value)

@@ -22,7 +22,7 @@ from layerpeel.inference.decoding import plain_generation
 from layerpeel.inference.engine import Engine
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.inference.requests import Generation, Request
-from layerpeel.model.config_fields import context_length
+from layerpeel.model.config_fields import context_length, text_config
 from layerpeel.model.devices import synchronize
 from layerpeel.processes.progress import console, plain, progress, shown
 from layerpeel.report.measurements import (
@@ -144,7 +144,7 @@ def _generate(model: PreTrainedModel, rows: int, new: int) -> None:
     """Generates exactly `new` tokens greedily after a prompt of `PROMPT` tokens (fewer, where the context is short)."""
     context = context_length(model.config) or PROMPT + NEW
     width = max(1, min(PROMPT, context - NEW))
-    ids = torch.arange(rows * width, device=model.device).view(rows, width) % model.config.vocab_size
+    ids = torch.arange(rows * width, device=model.device).view(rows, width) % text_config(model.config).vocab_size
     config = GenerationConfig(
         do_sample=False, max_new_tokens=new, min_new_tokens=new, use_cache=True, pad_token_id=0, eos_token_id=None
     )

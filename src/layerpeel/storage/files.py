@@ -93,6 +93,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """
     if is_main_process():
         partial = partial_of(folder)
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         partial.mkdir(parents=True)
         write(partial)
         replace_folder(partial, folder)

@@ -16,7 +16,7 @@ from layerpeel.processes.progress import console
 from layerpeel.run.events import Event, Scored, TeacherRecord
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
-from layerpeel.run.opening import open_run
+from layerpeel.run.opening import FIXED, open_run
 from layerpeel.run.preflight import check_run
 from layerpeel.run.writing import OpenRun
 from layerpeel.study.file import Job
@@ -24,16 +24,8 @@ from layerpeel.tasks.evaluation import evaluate
 from layerpeel.tasks.registry import make_tasks
 from layerpeel.training.student import Student
 
-SHARED = (
-    "teacher",
-    "tasks",
-    "aggregate",
-    "device",
-    "dtype",
-    "trust_remote_code",
-    "revision",
-    "merge_adapter",
-)  # fields that a teacher's scores depend on
+# Fields that a teacher's scores depend on.
+SHARED = (*FIXED, "device", "attn_implementation", "trust_remote_code")
 
 
 def run_jobs(jobs: Sequence[Job], processes: int) -> list[Run]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+MOST_TIMES = 1000  # as good as the reference, for an error that may be 0
+
 
 @dataclass(frozen=True)
 class TaskScore:
@@ -45,6 +47,16 @@ def _stderr_of(influences: Sequence[float]) -> float:
     return math.sqrt(math.fsum(value**2 for value in influences) / max(n - 1, 1) / n)
 
 
+def _times_as_good(value: float, reference: float) -> float:
+    """How good a score is of which lower ones are better: 1 where it is the reference's, if that is 0, too."""
+    return 1.0 if value == reference else reference / _floored(value, reference)
+
+
+def _floored(value: float, reference: float) -> float:
+    """A score of which lower ones are better, as if it were no better than `MOST_TIMES` the reference."""
+    return max(value, reference / MOST_TIMES)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The scores of one model on all tasks."""
@@ -54,7 +66,7 @@ class Evaluation:
     def qualities(self, reference: Evaluation) -> dict[str, float]:
         """Each task's score as higher-is-better: of perplexity, the reference's divided by this model's."""
         return {
-            name: reference.scores[name].value / score.value if score.lower_is_better else score.value
+            name: _times_as_good(score.value, reference.scores[name].value) if score.lower_is_better else score.value
             for name, score in self.scores.items()
         }
 
@@ -108,6 +120,9 @@ class Evaluation:
     def _quality_slope(self, name: str, reference: Evaluation, how: str) -> float:
         """Derivative of the task's part of the aggregate by the task's value."""
         score, reference_value = self.scores[name], reference.scores[name].value
-        slope = -reference_value / score.value**2 if score.lower_is_better else 1.0
+        slope = 1.0
+        if score.lower_is_better:
+            value = _floored(score.value, reference_value)
+            slope = -reference_value / value / value if value else 0.0  # in this order, as a square may overflow
         reference_quality = 1.0 if score.lower_is_better else reference_value
         return slope / reference_quality if how == "relative" and reference_quality else slope

@@ -19,10 +19,19 @@ from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from layerpeel.errors import InputError
 from layerpeel.processes.malloc import large_blocks_given_back
 from layerpeel.training.recipe import MASTER_DTYPE
 from layerpeel.training.split_tensors import split_tensor
 from layerpeel.training.student import Student
+
+
+def _check_torch() -> None:
+    """Refuses versions of torch, up to 2.7, that cannot add gradients up over processes instead of averaging them."""
+    if not hasattr(fsdp.FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise InputError(
+            f"--use_fsdp: torch {torch.__version__} is too old to split layers", hint="take torch 2.8 or newer"
+        )
 
 
 def splits_layers() -> bool:
@@ -45,10 +54,14 @@ def sharded(student: Student, weights: Mapping[str, Tensor]) -> Iterator[None]:
 
     Args:
         weights: the trained parameters by name, as they were before.
+
+    Raises:
+        InputError: this torch is too old.
     """
     if not splits_layers():
         yield
         return
+    _check_torch()
     with large_blocks_given_back() if student.model.device.type == "cpu" else nullcontext():
         mesh = init_device_mesh(student.model.device.type, (distributed.get_world_size(),))
         layers, ends = SplitLayers(student, weights, mesh), SplitEnds(student, weights, mesh)
