@@ -169,6 +169,15 @@ def test_a_grid_is_every_combination(base: Path, tmp_path: Path) -> None:
     assert jobs[0].variant == "kl.weight 0.1, score.tokens 16"
 
 
+@pytest.mark.parametrize("name", ["t\U0001f600.jsonl", "\u00e9 \u4e2d", 'a\u2028b\u0085c\x7fd\n\te"f\\g: #'])
+@pytest.mark.parametrize("where", ["set", "variants"])
+def test_any_text_may_be_a_value(study: Path, tmp_path: Path, name: str, where: str) -> None:
+    fields = {"distill.text": name}
+    raw = yaml.safe_load(study.read_text()) | {where: {"v": fields} if where == "variants" else fields}
+    _, jobs = load_study(write(tmp_path, raw))
+    assert {file.path for job in jobs for file in job.config.files_of_text().values()} == {name}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -154,7 +154,9 @@ def _target(config: RunConfig, remove: int | float) -> int:
 
 def _assignment(item: tuple[str, Any]) -> str:
     """A field and its value as `--set` takes them."""
-    return f"{item[0]}={json.dumps(item[1])}"
+    # YAML reads JSON's two escapes of a character beyond \uffff one by one, and folds the line breaks of Unicode.
+    value = json.dumps(item[1], ensure_ascii=False)
+    return f"{item[0]}=" + "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in value)
 
 
 def _short(field: str) -> str:
