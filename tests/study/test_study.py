@@ -186,6 +186,9 @@ def test_any_text_may_be_a_value(study: Path, tmp_path: Path, name: str, where: 
         ({"show": "sweep"}, "a sweep is over the one field of a grid"),
         ({"show": "curves"}, "show: input should be"),
         ({"varients": {}}, "unknown key; did you mean 'variants'"),
+        ({"seeds": [0, -1]}, "seeds.1: input should be greater than or equal to 0, found -1"),
+        ({"seeds": [2**32]}, "seeds.0: input should be less than 4294967296"),
+        ({"seeds": [7, 1, 7]}, "seeds: 7 is there twice, and would count one run as two"),
         ({"remove": 6}, "remove: 6 of the 6 layers"),
         ({"set": {"score.decide": "teacher_lk"}}, "did you mean 'teacher_kl'"),
         ({"base": "nowhere.yaml"}, "no such config: nowhere.yaml"),
@@ -197,3 +200,12 @@ def test_messages_before_any_run(study: Path, tmp_path: Path, changes: dict[str,
     with pytest.raises(InputError, match=message):
         run_study(write(tmp_path, raw | changes))
     assert not list(tmp_path.rglob("journal.jsonl"))
+
+
+@pytest.mark.parametrize("base", ["demo", "nowhere.yaml"])
+def test_a_file_in_place_of_the_output_is_named_before_anything_is_written(base: str, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    study = write(tmp_path, {"base": base, "output": str(tmp_path / "out")})
+    with pytest.raises(InputError, match=rf"output: {tmp_path / 'out'} cannot be a folder: .*out is a file"):
+        run_study(study)
+    assert (tmp_path / "out").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2

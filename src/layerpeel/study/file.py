@@ -20,6 +20,7 @@ from layerpeel.demo.preparing import prepare_demo
 from layerpeel.errors import InputError
 from layerpeel.model.config_fields import text_config
 from layerpeel.model.loading import load_teacher_config
+from layerpeel.storage.outputs import check_output
 
 
 class StudyConfig(Section):
@@ -37,7 +38,7 @@ class StudyConfig(Section):
     """Fields, each with its values: every combination is a variant."""
     variants: dict[str, dict[str, Any]] = {}
     """Names, each with the fields that are other there. A variant may have a `base` of its own."""
-    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0]
     """Each variant runs once with each."""
     show: Literal["depths", "results", "sweep", "costs", "rankings", "layers"] = "depths"
     """The figure: quality by depth; the results; results against the grid's one field; against what they cost;
@@ -49,6 +50,8 @@ class StudyConfig(Section):
             raise ValueError("expected a grid or variants, found both")
         if self.show == "sweep" and len(self.grid) != 1:
             raise ValueError("show: a sweep is over the one field of a grid")
+        if twice := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
+            raise ValueError(f"seeds: {twice[0]} is there twice, and would count one run as two")
         return self
 
     def named(self) -> dict[str, dict[str, Any]]:
@@ -82,7 +85,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> tuple[StudyConfig, 
         overrides: `field=value` of the study or of its base; `model=PATH` is the base's teacher.
 
     Raises:
-        InputError: the file cannot be read, or a field will not do.
+        InputError: the file cannot be read, a field will not do, or nothing can be written in its output.
     """
     raw = read_file(path, "study", "studies")
     of_study = [text for text in overrides if _section(text) in StudyConfig.model_fields]
@@ -93,6 +96,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> tuple[StudyConfig, 
         study = StudyConfig.model_validate(raw)
     except ValidationError as error:
         raise InputError(f"{path}: {describe(error, StudyConfig)}", hint="see studies/ for examples") from None
+    check_output(study.output, "")  # before the bundled teacher is written there
     of_base = [re.sub(r"^\s*model\s*=", "teacher=", text) for text in of_base]
     return study, list(_jobs(study, path.parent, [*map(_assignment, study.set.items()), *of_base]))
 

@@ -18,7 +18,6 @@ from layerpeel.report.tables import Table, write_tables
 from layerpeel.run.card import teacher_name
 from layerpeel.run.folder import Run
 from layerpeel.storage.files import write_whole
-from layerpeel.storage.outputs import check_output
 from layerpeel.study import charts, results, tables
 from layerpeel.study.file import Job, StudyConfig, load_study
 from layerpeel.study.rankings import Rankings
@@ -54,7 +53,6 @@ def run_study(path: Path, overrides: Sequence[str] = (), processes: int = 1) -> 
         RunError: a run failed; running again goes on.
     """
     config, jobs = load_study(path, overrides)
-    check_output(config.output, "")
     runs = run_jobs(jobs, processes)
     command = ["layerpeel", "study", str(path), *(part for text in overrides for part in ("--set", text))]
     return write_study(config, path.stem, jobs, runs, shlex.join(command))
