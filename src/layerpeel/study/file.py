@@ -18,6 +18,7 @@ from layerpeel.config.reading import describe, load_config, override, parse_conf
 from layerpeel.config.run import RunConfig, StopConfig
 from layerpeel.demo.preparing import prepare_demo
 from layerpeel.errors import InputError
+from layerpeel.importance.metrics import make_metric
 from layerpeel.model.config_fields import text_config
 from layerpeel.model.loading import load_teacher_config
 from layerpeel.storage.outputs import check_output
@@ -98,7 +99,18 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> tuple[StudyConfig, 
         raise InputError(f"{path}: {describe(error, StudyConfig)}", hint="see studies/ for examples") from None
     check_output(study.output, "")  # before the bundled teacher is written there
     of_base = [re.sub(r"^\s*model\s*=", "teacher=", text) for text in of_base]
-    return study, list(_jobs(study, path.parent, [*map(_assignment, study.set.items()), *of_base]))
+    jobs = list(_jobs(study, path.parent, [*map(_assignment, study.set.items()), *of_base]))
+    _check_figure(study, jobs[0].config)
+    return study, jobs
+
+
+def _check_figure(study: StudyConfig, first: RunConfig) -> None:
+    """Checks that the first run, of which rankings are compared, will score its candidates by tasks."""
+    if study.show == "rankings" and "tasks" not in make_metric(first.score.decide).needs:
+        raise InputError(
+            f"show: rankings by tasks are compared, and {first.score.decide} runs none",
+            hint="set score.decide: task_quality",
+        )
 
 
 def _section(assignment: str) -> str:

@@ -64,14 +64,16 @@ def write_study(config: StudyConfig, name: str, jobs: Sequence[Job], runs: Seque
     Args:
         runs: one a job.
         command: what made it.
+
+    Raises:
+        InputError: the figure cannot be drawn of these runs; the tables are written.
     """
     groups = results.by_variant(jobs, runs)
     rows = StudyRows(results.result_rows(jobs, groups), results.depth_rows(groups))
+    _write_tables(config.output, rows)  # a figure may have nothing to show
     figure = _figure(config, groups, rows)
-    shown = tables.tables_of(rows)
+    shown = _write_tables(config.output, rows)
     svg = style.save(figure, config.output / "figure")
-    write_tables(config.output, rows.tables())
-    write_whole(config.output / "tables.md", "\n\n".join(map(tables.markdown, shown.values())) + "\n")
     note = charts.NOTES[config.show]
     start = runs[0].start
     facts = {
@@ -99,6 +101,14 @@ def write_study(config: StudyConfig, name: str, jobs: Sequence[Job], runs: Seque
     )
     write_whole(config.output / "index.html", page)
     return Study(config.output, rows, shown)
+
+
+def _write_tables(folder: Path, rows: StudyRows) -> dict[str, Table]:
+    """Writes the rows to files, and returns the tables for people."""
+    write_tables(folder, rows.tables())
+    shown = tables.tables_of(rows)
+    write_whole(folder / "tables.md", "\n\n".join(map(tables.markdown, shown.values())) + "\n")
+    return shown
 
 
 def _figure(config: StudyConfig, groups: dict[str, list[Run]], rows: StudyRows) -> Figure:
