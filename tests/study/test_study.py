@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from layerpeel.run.events import Finish, RoundEnd, Scored
 from layerpeel.run.folder import Run
 from layerpeel.run.opening import open_run
 from layerpeel.run.results_json import evaluation_to_json
-from layerpeel.storage.files import sha256_of
+from layerpeel.storage.files import full_disk_named, sha256_of
 from layerpeel.study.file import load_study
 from layerpeel.study.writing import run_study
 from layerpeel.tasks.scores import Evaluation
@@ -142,6 +143,41 @@ def test_a_run_that_fails_apart_is_named_and_the_others_are_done(study: Path, tm
     assert Run(jobs[3].config.output).finish
 
 
+@pytest.mark.slow
+def test_a_run_that_diverges_is_named_and_the_others_are_done(study: Path, tmp_path: Path) -> None:
+    diverges = {"distill.learning_rate": 1e38, "distill.max_skipped_steps": 0, "distill.tokens_per_round": 320}
+    variants = {"diverges": diverges, "fine": {}}
+    path = write(tmp_path, yaml.safe_load(study.read_text()) | {"variants": variants})
+    words = (
+        "2 of 4 runs failed, the first of them diverges, seed 0: training diverged.* .the others: diverges, seed 1.$"
+    )
+    with pytest.raises(RunError, match=words) as caught:
+        run_study(path)
+    assert "a study without the variants that failed has its tables" in str(caught.value.hint)
+    assert all(Run(tmp_path / "out" / "runs" / "fine" / f"seed-{seed}").finish for seed in (0, 1))
+    before = journals(tmp_path / "out" / "runs" / "fine")
+    rows = run_study(write(tmp_path, yaml.safe_load(study.read_text()) | {"variants": {"fine": {}}})).rows.results
+    assert [(row.variant, row.runs) for row in rows] == [("fine", 2)]
+    assert journals(tmp_path / "out" / "runs" / "fine") == before
+
+
+def test_a_full_disk_stops_a_study_at_once(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from layerpeel.study import running
+
+    _, jobs = load_study(study)
+    started = []
+
+    def full(config: Any) -> Run:
+        started.append(config.output)
+        with full_disk_named(config.output):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(running, "peel", full)
+    with pytest.raises(RunError, match=r"^no space left on the disk of"):
+        running.run_jobs(jobs, 1)
+    assert started == [jobs[0].config.output]
+
+
 def test_overrides_go_to_the_study_or_to_its_base(study: Path, base: Path) -> None:
     overrides = ["model=elsewhere", "seeds=[3]", "score.tokens=48", "variants.third.score.tokens=16"]
     with pytest.raises(InputError, match="no such model: elsewhere"):
@@ -184,6 +220,7 @@ def test_any_text_may_be_a_value(study: Path, tmp_path: Path, name: str, where: 
         ({"variants": {"a b": {}, "a-b": {}}}, "variants: 'a-b' would share its folder with 'a b'"),
         ({"grid": {"seed": [1]}}, "expected a grid or variants, found both"),
         ({"show": "sweep"}, "a sweep is over the one field of a grid"),
+        ({"show": "rankings"}, "show: rankings by tasks are compared, and teacher_kl runs none"),
         ({"show": "curves"}, "show: input should be"),
         ({"varients": {}}, "unknown key; did you mean 'variants'"),
         ({"seeds": [0, -1]}, "seeds.1: input should be greater than or equal to 0, found -1"),
