@@ -13,7 +13,7 @@ from layerpeel.report.tables import Cell, Table
 from layerpeel.run.events import AnyEvent, Scored, TeacherRecord
 from layerpeel.run.folder import Run
 from layerpeel.study.rankings import Rankings, kendall_tau
-from layerpeel.study.results import interval
+from layerpeel.study.results import interval, layer_rows
 from layerpeel.study.tables import markdown
 from layerpeel.study.writing import run_study
 from layerpeel.tasks.scores import Evaluation, TaskScore
@@ -63,6 +63,31 @@ def test_rankings_by_hand(base: Path, tmp_path: Path) -> None:
     assert (choice.same_first, ppl.same_first) == (0, 1) and choice.first_picks == "2 1 3"
     with pytest.raises(InputError, match="its first scoring ran no tasks"):
         Rankings(with_scores(run, scores(0.8, 4.0), {}))
+
+
+@pytest.mark.parametrize("show", ["layers", "rankings"])
+def test_a_figure_without_scores_leaves_the_tables(show: str, base: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(f"{{base: '{base}', output: '{tmp_path / 'out'}', show: {show}}}\n")
+    with pytest.raises(InputError, match="seed-0: no layer was removed, so there are no scores to show"):
+        run_study(study, ["stop={max_params: 1B}"])
+    assert (tmp_path / "out" / "results.csv").read_text().splitlines()[1].startswith("base,1,0.0,6.0,")
+    assert (tmp_path / "out" / "tables.md").is_file()
+    assert run_study(study, ["stop={max_params: 1B}", "show=results"]).rows.results[0].layers == 6
+
+
+def test_layers_of_a_teacher_that_scores_0(base: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(f"{{base: '{base}', output: '{tmp_path / 'out'}', remove: 1}}\n")
+    run_study(study, ["score.shortlist=null", "distill.tokens_per_round=0"])
+    run = Run(tmp_path / "out" / "runs" / "base" / "seed-0")
+    assert run.teacher
+    run.events = [
+        event.model_copy(update={"aggregate": 0.0}) if isinstance(event, TeacherRecord) else event
+        for event in run.events
+    ]
+    with pytest.raises(InputError, match="variant v: its teacher scores 0, and a layer can lose no share of that"):
+        layer_rows({"v": [run]})
 
 
 def with_scores(run: Run, teacher: Evaluation, skipped: dict[int, Evaluation]) -> Run:

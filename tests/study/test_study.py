@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from layerpeel.run.events import Finish, RoundEnd, Scored
 from layerpeel.run.folder import Run
 from layerpeel.run.opening import open_run
 from layerpeel.run.results_json import evaluation_to_json
-from layerpeel.storage.files import sha256_of
+from layerpeel.storage.files import full_disk_named, sha256_of
 from layerpeel.study.file import load_study
 from layerpeel.study.writing import run_study
 from layerpeel.tasks.scores import Evaluation
@@ -151,6 +152,41 @@ def test_a_run_that_fails_apart_is_named_and_the_others_are_done(study: Path, tm
     assert Run(jobs[3].config.output).finish
 
 
+@pytest.mark.slow
+def test_a_run_that_diverges_is_named_and_the_others_are_done(study: Path, tmp_path: Path) -> None:
+    diverges = {"distill.learning_rate": 1e38, "distill.max_skipped_steps": 0, "distill.tokens_per_round": 320}
+    variants = {"diverges": diverges, "fine": {}}
+    path = write(tmp_path, yaml.safe_load(study.read_text()) | {"variants": variants})
+    words = (
+        "2 of 4 runs failed, the first of them diverges, seed 0: training diverged.* .the others: diverges, seed 1.$"
+    )
+    with pytest.raises(RunError, match=words) as caught:
+        run_study(path)
+    assert "a study without the variants that failed has its tables" in str(caught.value.hint)
+    assert all(Run(tmp_path / "out" / "runs" / "fine" / f"seed-{seed}").finish for seed in (0, 1))
+    before = journals(tmp_path / "out" / "runs" / "fine")
+    rows = run_study(write(tmp_path, yaml.safe_load(study.read_text()) | {"variants": {"fine": {}}})).rows.results
+    assert [(row.variant, row.runs) for row in rows] == [("fine", 2)]
+    assert journals(tmp_path / "out" / "runs" / "fine") == before
+
+
+def test_a_full_disk_stops_a_study_at_once(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from layerpeel.study import running
+
+    _, jobs = load_study(study)
+    started = []
+
+    def full(config: Any) -> Run:
+        started.append(config.output)
+        with full_disk_named(config.output):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(running, "peel", full)
+    with pytest.raises(RunError, match=r"^no space left on the disk of"):
+        running.run_jobs(jobs, 1)
+    assert started == [jobs[0].config.output]
+
+
 def test_overrides_go_to_the_study_or_to_its_base(study: Path, base: Path) -> None:
     overrides = ["model=elsewhere", "seeds=[3]", "score.tokens=48", "variants.third.score.tokens=16"]
     with pytest.raises(InputError, match="no such model: elsewhere"):
@@ -178,14 +214,27 @@ def test_a_grid_is_every_combination(base: Path, tmp_path: Path) -> None:
     assert jobs[0].variant == "kl.weight 0.1, score.tokens 16"
 
 
+@pytest.mark.parametrize("name", ["t\U0001f600.jsonl", "\u00e9 \u4e2d", 'a\u2028b\u0085c\x7fd\n\te"f\\g: #'])
+@pytest.mark.parametrize("where", ["set", "variants"])
+def test_any_text_may_be_a_value(study: Path, tmp_path: Path, name: str, where: str) -> None:
+    fields = {"distill.text": name}
+    raw = yaml.safe_load(study.read_text()) | {where: {"v": fields} if where == "variants" else fields}
+    _, jobs = load_study(write(tmp_path, raw))
+    assert {file.path for job in jobs for file in job.config.files_of_text().values()} == {name}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"variants": {"a b": {}, "a-b": {}}}, "variants: 'a-b' would share its folder with 'a b'"),
         ({"grid": {"seed": [1]}}, "expected a grid or variants, found both"),
         ({"show": "sweep"}, "a sweep is over the one field of a grid"),
+        ({"show": "rankings"}, "show: rankings by tasks are compared, and teacher_kl runs none"),
         ({"show": "curves"}, "show: input should be"),
         ({"varients": {}}, "unknown key; did you mean 'variants'"),
+        ({"seeds": [0, -1]}, "seeds.1: input should be greater than or equal to 0, found -1"),
+        ({"seeds": [2**32]}, "seeds.0: input should be less than 4294967296"),
+        ({"seeds": [7, 1, 7]}, "seeds: 7 is there twice, and would count one run as two"),
         ({"remove": 6}, "remove: 6 of the 6 layers"),
         ({"set": {"score.decide": "teacher_lk"}}, "did you mean 'teacher_kl'"),
         ({"base": "nowhere.yaml"}, "no such config: nowhere.yaml"),
@@ -197,3 +246,12 @@ def test_messages_before_any_run(study: Path, tmp_path: Path, changes: dict[str,
     with pytest.raises(InputError, match=message):
         run_study(write(tmp_path, raw | changes))
     assert not list(tmp_path.rglob("journal.jsonl"))
+
+
+@pytest.mark.parametrize("base", ["demo", "nowhere.yaml"])
+def test_a_file_in_place_of_the_output_is_named_before_anything_is_written(base: str, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    study = write(tmp_path, {"base": base, "output": str(tmp_path / "out")})
+    with pytest.raises(InputError, match=rf"output: {tmp_path / 'out'} cannot be a folder: .*out is a file"):
+        run_study(study)
+    assert (tmp_path / "out").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2

@@ -18,8 +18,10 @@ from layerpeel.config.reading import describe, load_config, override, parse_conf
 from layerpeel.config.run import RunConfig, StopConfig
 from layerpeel.demo.preparing import prepare_demo
 from layerpeel.errors import InputError
+from layerpeel.importance.metrics import make_metric
 from layerpeel.model.config_fields import text_config
 from layerpeel.model.loading import load_teacher_config
+from layerpeel.storage.outputs import check_output
 
 
 class StudyConfig(Section):
@@ -37,7 +39,7 @@ class StudyConfig(Section):
     """Fields, each with its values: every combination is a variant."""
     variants: dict[str, dict[str, Any]] = {}
     """Names, each with the fields that are other there. A variant may have a `base` of its own."""
-    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0]
     """Each variant runs once with each."""
     show: Literal["depths", "results", "sweep", "costs", "rankings", "layers"] = "depths"
     """The figure: quality by depth; the results; results against the grid's one field; against what they cost;
@@ -49,6 +51,8 @@ class StudyConfig(Section):
             raise ValueError("expected a grid or variants, found both")
         if self.show == "sweep" and len(self.grid) != 1:
             raise ValueError("show: a sweep is over the one field of a grid")
+        if twice := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
+            raise ValueError(f"seeds: {twice[0]} is there twice, and would count one run as two")
         return self
 
     def named(self) -> dict[str, dict[str, Any]]:
@@ -82,7 +86,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> tuple[StudyConfig, 
         overrides: `field=value` of the study or of its base; `model=PATH` is the base's teacher.
 
     Raises:
-        InputError: the file cannot be read, or a field will not do.
+        InputError: the file cannot be read, a field will not do, or nothing can be written in its output.
     """
     raw = read_file(path, "study", "studies")
     of_study = [text for text in overrides if _section(text) in StudyConfig.model_fields]
@@ -93,8 +97,20 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> tuple[StudyConfig, 
         study = StudyConfig.model_validate(raw)
     except ValidationError as error:
         raise InputError(f"{path}: {describe(error, StudyConfig)}", hint="see studies/ for examples") from None
+    check_output(study.output, "")  # before the bundled teacher is written there
     of_base = [re.sub(r"^\s*model\s*=", "teacher=", text) for text in of_base]
-    return study, list(_jobs(study, path.parent, [*map(_assignment, study.set.items()), *of_base]))
+    jobs = list(_jobs(study, path.parent, [*map(_assignment, study.set.items()), *of_base]))
+    _check_figure(study, jobs[0].config)
+    return study, jobs
+
+
+def _check_figure(study: StudyConfig, first: RunConfig) -> None:
+    """Checks that the first run, of which rankings are compared, will score its candidates by tasks."""
+    if study.show == "rankings" and "tasks" not in make_metric(first.score.decide).needs:
+        raise InputError(
+            f"show: rankings by tasks are compared, and {first.score.decide} runs none",
+            hint="set score.decide: task_quality",
+        )
 
 
 def _section(assignment: str) -> str:
@@ -154,7 +170,9 @@ def _target(config: RunConfig, remove: int | float) -> int:
 
 def _assignment(item: tuple[str, Any]) -> str:
     """A field and its value as `--set` takes them."""
-    return f"{item[0]}={json.dumps(item[1])}"
+    # YAML reads JSON's two escapes of a character beyond \uffff one by one, and folds the line breaks of Unicode.
+    value = json.dumps(item[1], ensure_ascii=False)
+    return f"{item[0]}=" + "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in value)
 
 
 def _short(field: str) -> str:

@@ -10,7 +10,7 @@ from statistics import fmean
 
 from layerpeel.errors import InputError
 from layerpeel.run.folder import Run
-from layerpeel.study.results import mean_or_none
+from layerpeel.study.results import first_scoring, mean_or_none
 from layerpeel.study.rows import RankingRow, TauRow
 from layerpeel.tasks.scores import Evaluation
 
@@ -36,12 +36,12 @@ class Rankings:
         tasks: names of the run's tasks.
 
     Raises:
-        InputError: the scoring ran no tasks on its candidates.
+        InputError: nothing was scored, or the scoring ran no tasks on its candidates.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.skipped = run.rounds[0].scores.evaluations if run.rounds else {}
+        self.skipped = first_scoring(run).evaluations
         if not self.skipped:
             raise InputError(
                 f"{run.folder}: its first scoring ran no tasks, so there are no rankings to compare",

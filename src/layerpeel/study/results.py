@@ -9,6 +9,7 @@ from typing import Any
 
 from scipy.special import stdtrit
 
+from layerpeel.errors import InputError
 from layerpeel.importance.scores import LayerScores
 from layerpeel.report import gather
 from layerpeel.report.rows import DepthRow
@@ -97,13 +98,22 @@ def seconds_in_all(runs: Sequence[Run]) -> float:
 
 
 def layer_rows(groups: dict[str, list[Run]]) -> list[LayerRow]:
-    """What the first scoring of each variant says of each layer that all its seeds scored."""
+    """What the first scoring of each variant says of each layer that all its seeds scored.
+
+    Raises:
+        InputError: a variant scored no layers, or its teacher scores 0.
+    """
     return [row for variant, runs in groups.items() for row in _layer_rows(variant, runs)]
 
 
 def _layer_rows(variant: str, runs: Sequence[Run]) -> Iterable[LayerRow]:
-    scorings, teacher = [run.rounds[0].scores for run in runs if run.rounds], runs[0].teacher
-    assert scorings and teacher
+    scorings, teacher = [first_scoring(run) for run in runs], runs[0].teacher
+    assert teacher
+    if not teacher.aggregate:
+        raise InputError(
+            f"variant {variant}: its teacher scores 0, and a layer can lose no share of that",
+            hint="name tasks that the teacher can do, or another `show`, which is drawn from the same runs",
+        )
     for layer in sorted(set.intersection(*(set(scores.importance) for scores in scorings))):
         lost = [scores.importance[layer] / teacher.aggregate for scores in scorings]
         rounds = [each.number for run in runs for each in run.rounds if each.removed == layer]
@@ -117,6 +127,20 @@ def _layer_rows(variant: str, runs: Sequence[Run]) -> Iterable[LayerRow]:
             removed_in=len(rounds) / len(runs),
             round=fmean(rounds) if rounds else None,
         )
+
+
+def first_scoring(run: Run) -> LayerScores:
+    """What a run's first removal was decided by.
+
+    Raises:
+        InputError: it removed nothing.
+    """
+    if not run.rounds:
+        raise InputError(
+            f"{run.folder}: no layer was removed, so there are no scores to show",
+            hint="set a `stop` that the teacher does not meet, and another output; `show: results` needs no scores",
+        )
+    return run.rounds[0].scores
 
 
 def mean_or_none(values: Iterable[float | None]) -> float | None:

@@ -8,9 +8,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from layerpeel.config.run import RunConfig
-from layerpeel.errors import RunError
+from layerpeel.errors import LayerpeelError, RunError
 from layerpeel.model.loading import load_teacher
 from layerpeel.processes.progress import console
 from layerpeel.run.events import Event, Scored, TeacherRecord
@@ -19,6 +20,7 @@ from layerpeel.run.loop import peel
 from layerpeel.run.opening import FIXED, open_run
 from layerpeel.run.preflight import check_run
 from layerpeel.run.writing import OpenRun
+from layerpeel.storage.outputs import disk_is_full
 from layerpeel.study.file import Job
 from layerpeel.tasks.evaluation import evaluate
 from layerpeel.tasks.registry import make_tasks
@@ -26,6 +28,21 @@ from layerpeel.training.student import Student
 
 # Fields that a teacher's scores depend on.
 SHARED = (*FIXED, "device", "attn_implementation", "trust_remote_code")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that failed, as its words: the exception would keep the run's models in memory.
+
+    Attributes:
+        job: the run's.
+        message: what was wrong.
+        hint: what the user can do about it.
+    """
+
+    job: Job
+    message: str
+    hint: str | None
 
 
 def run_jobs(jobs: Sequence[Job], processes: int) -> list[Run]:
@@ -48,20 +65,50 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> list[Run]:
     console.print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them finished before")
     scorers = {_scoring_key(job.config): job for job in reversed(jobs)}  # the first of those that score alike
     first = [job for job in left if scorers[_scoring_key(job.config)] is job]
+    failures: list[Failure] = []
     for wave in (first, [job for job in left if job not in first]):
         for job in wave:
             _share_scores(Run(scorers[_scoring_key(job.config)].config.output), job.config)
-        _run(wave, processes)
+        failures += _run(wave, processes)
+    if failures:
+        raise _error_of(failures, len(left))
     return [Run(job.config.output) for job in jobs]
 
 
-def _run(jobs: Sequence[Job], processes: int) -> None:
+def _error_of(failures: Sequence[Failure], count: int) -> RunError:
+    """The error that names the runs that failed.
+
+    Args:
+        count: of the runs that were made.
+    """
+    names = [f"{failure.job.variant}, seed {failure.job.config.seed}" for failure in failures]
+    first = failures[0]
+    others = f" (the others: {'; '.join(names[1:])})" if names[1:] else ""
+    return RunError(
+        f"{len(failures)} of {count} runs failed, the first of them {names[0]}: {first.message}{others}",
+        hint=f"{first.hint}; " * bool(first.hint)
+        + "the same command goes on with what is left, and a study without the variants that failed has its tables",
+    )
+
+
+def _run(jobs: Sequence[Job], processes: int) -> list[Failure]:
+    """Runs jobs, also after one that fails; returns those that did."""
     if processes > 1:
-        _run_apart(jobs, processes)
-        return
-    for job in jobs:
-        console.print(f"{job.variant}, seed {job.config.seed}", style="bold", markup=False)
+        return _run_apart(jobs, processes)
+    return [failure for job in jobs if (failure := _run_here(job))]
+
+
+def _run_here(job: Job) -> Failure | None:
+    """Runs a job in this process; a full disk, on which all others would fail, too, is raised."""
+    console.print(f"{job.variant}, seed {job.config.seed}", style="bold", markup=False)
+    try:
         peel(job.config)
+    except LayerpeelError as error:
+        if error.__context__ and disk_is_full(error.__context__):
+            raise
+        console.print(f"failed: {error}", markup=False, soft_wrap=True)
+        return Failure(job, str(error), error.hint)
+    return None
 
 
 def _scoring_key(config: RunConfig) -> str:
@@ -109,20 +156,17 @@ def _measure(run: OpenRun, config: RunConfig) -> None:
     run.record_teacher(Student(model), evaluate(model, tokenizer, make_tasks(config.tasks)))
 
 
-def _run_apart(jobs: Sequence[Job], processes: int) -> None:
+def _run_apart(jobs: Sequence[Job], processes: int) -> list[Failure]:
     with ThreadPoolExecutor(processes) as pool:
-        failed = [
-            job for job, code in zip(jobs, pool.map(lambda job: _spawn(job, processes), jobs), strict=True) if code
-        ]
-    if failed:
-        logs = [job.config.output / "log.txt" for job in failed]
-        lines = logs[0].read_text(encoding="utf-8").splitlines()
-        message = next((line for line in reversed(lines) if line.startswith("error:")), "it said nothing")
-        raise RunError(
-            f"{len(failed)} of {len(jobs)} runs failed, the first of them {failed[0].variant}, seed "
-            f"{failed[0].config.seed}: {message.removeprefix('error: ')}",
-            hint=f"see {logs[0]}; the same command goes on with what is left",
-        )
+        codes = pool.map(lambda job: _spawn(job, processes), jobs)
+        return [_failure_in_log(job) for job, code in zip(jobs, codes, strict=True) if code]
+
+
+def _failure_in_log(job: Job) -> Failure:
+    log = job.config.output / "log.txt"
+    lines = log.read_text(encoding="utf-8").splitlines()
+    message = next((line for line in reversed(lines) if line.startswith("error:")), "it said nothing")
+    return Failure(job, message.removeprefix("error: "), f"see {log}")
 
 
 def _spawn(job: Job, processes: int) -> int:

@@ -18,7 +18,6 @@ from layerpeel.report.tables import Table, write_tables
 from layerpeel.run.card import teacher_name
 from layerpeel.run.folder import Run
 from layerpeel.storage.files import write_whole
-from layerpeel.storage.outputs import check_output
 from layerpeel.study import charts, results, tables
 from layerpeel.study.file import Job, StudyConfig, load_study
 from layerpeel.study.rankings import Rankings
@@ -54,7 +53,6 @@ def run_study(path: Path, overrides: Sequence[str] = (), processes: int = 1) -> 
         RunError: a run failed; running again goes on.
     """
     config, jobs = load_study(path, overrides)
-    check_output(config.output, "")
     runs = run_jobs(jobs, processes)
     command = ["layerpeel", "study", str(path), *(part for text in overrides for part in ("--set", text))]
     return write_study(config, path.stem, jobs, runs, shlex.join(command))
@@ -66,14 +64,16 @@ def write_study(config: StudyConfig, name: str, jobs: Sequence[Job], runs: Seque
     Args:
         runs: one a job.
         command: what made it.
+
+    Raises:
+        InputError: the figure cannot be drawn of these runs; the tables are written.
     """
     groups = results.by_variant(jobs, runs)
     rows = StudyRows(results.result_rows(jobs, groups), results.depth_rows(groups))
+    _write_tables(config.output, rows)  # a figure may have nothing to show
     figure = _figure(config, groups, rows)
-    shown = tables.tables_of(rows)
+    shown = _write_tables(config.output, rows)
     svg = style.save(figure, config.output / "figure")
-    write_tables(config.output, rows.tables())
-    write_whole(config.output / "tables.md", "\n\n".join(map(tables.markdown, shown.values())) + "\n")
     note = charts.NOTES[config.show]
     start = runs[0].start
     facts = {
@@ -101,6 +101,14 @@ def write_study(config: StudyConfig, name: str, jobs: Sequence[Job], runs: Seque
     )
     write_whole(config.output / "index.html", page)
     return Study(config.output, rows, shown)
+
+
+def _write_tables(folder: Path, rows: StudyRows) -> dict[str, Table]:
+    """Writes the rows to files, and returns the tables for people."""
+    write_tables(folder, rows.tables())
+    shown = tables.tables_of(rows)
+    write_whole(folder / "tables.md", "\n\n".join(map(tables.markdown, shown.values())) + "\n")
+    return shown
 
 
 def _figure(config: StudyConfig, groups: dict[str, list[Run]], rows: StudyRows) -> Figure:
