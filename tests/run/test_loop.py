@@ -285,16 +285,6 @@ def test_the_table_has_the_depth_of_the_last_pass(settings: dict[str, Any], monk
     assert [each[-2:] for each in cells] == [["2", "last pass"], [str(run.rounds[1].removed), "-"], ["4", "5"]]
 
 
-def test_text_that_only_scores_is_not_longer_than_the_model(settings: dict[str, Any], tmp_path: Path) -> None:
-    settings["teacher"] = str(save_tiny(tmp_path / "gpt2", "gpt2"))
-    score = {"decide": "teacher_kl", "text": settings["distill"]["text"]}
-    distill = {"sequence_length": 65, "tokens_per_round": 0}
-    message = r"distill\.sequence_length: 65 is more than the 64 tokens that the teacher was made for"
-    with pytest.raises(InputError, match=message):
-        peel(config_of(settings, score=score, distill=distill))
-    assert not Path(settings["output"]).exists()
-
-
 def test_a_run_in_bfloat16_trains_and_keeps_what_was_measured(settings: dict[str, Any]) -> None:
     run = peel(config_of(settings, dtype="bfloat16", stop={"target_layers": 5}))
     assert run.rounds[0].training.last_loss < run.rounds[0].training.first_loss

@@ -242,7 +242,7 @@ def _check_sizes(config: RunConfig, teacher: PretrainedConfig, *, training: bool
                 hint="lower it, or set memory_limit to what there is, as in --set memory_limit=200GB",
             )
     longest = context_length(teacher)
-    if (distill.text or config.score.text) and longest and distill.sequence_length > longest:
+    if distill.text and longest and distill.sequence_length > longest:
         raise InputError(
             f"distill.sequence_length: {distill.sequence_length} is more than the {longest} tokens that the teacher "
             "was made for",
