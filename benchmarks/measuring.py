@@ -44,7 +44,7 @@ def measured_by_each(processes: int, threads: int, *, split: bool, folder: Path,
         command: a script and its arguments.
     """
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    environment = {"OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_FSDP": str(split).lower()}
+    environment = {"OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_FSDP": str(split and processes > 1).lower()}
     whole = [sys.executable, *(launcher if processes > 1 else []), *command]
     subprocess.run(whole, check=True, env=os.environ | environment, stdout=subprocess.DEVNULL)
     return [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]

@@ -79,7 +79,7 @@ def train(
     """Loads the model, and trains the neighbours of its middle layer, which goes, on the text beside it."""
     if stream:
         files, tokenizer = load_streamed(folder, device="cpu", dtype="bfloat16")
-        student = Student(LayerwiseModel(files.model, files.weights_loaded))
+        student = Student(LayerwiseModel(files.model, files.weights_loaded, files.drop_read_ahead))
     else:
         model, tokenizer = load_model(folder, device="cpu", dtype="bfloat16")
         student = Student(model)

@@ -74,17 +74,8 @@ def init(
         from layerpeel.plan.starting import Wishes, start
 
     memory = parse_size("--gpu-memory", gpu_memory) if gpu_memory else None
-    started = start(
-        Wishes(
-            os.path.expanduser(model),
-            output_,
-            target_layers,
-            text and os.path.expanduser(text),
-            minutes,
-            memory,
-            harness,
-        )
-    )
+    model, text = os.path.expanduser(model), text and os.path.expanduser(text)
+    started = start(Wishes(model, output_, target_layers, text, minutes, memory, harness))
     stdout.print(*start_lines(started), sep="\n", soft_wrap=True)
 
 
@@ -234,14 +225,8 @@ def demo(
         from layerpeel.run.loop import peel
 
     check_output(output_, "")
-    finish_run(
-        peel(
-            load_config(
-                prepare_demo(output_), [f"output={json.dumps(str(output_ / 'run'), ensure_ascii=False)}", *set_]
-            )
-        ),
-        as_json=False,
-    )
+    folder = json.dumps(str(output_ / "run"), ensure_ascii=False)  # quoted, for YAML
+    finish_run(peel(load_config(prepare_demo(output_), [f"output={folder}", *set_])), as_json=False)
 
 
 @app.command()

@@ -70,9 +70,10 @@ def write_study(config: StudyConfig, name: str, jobs: Sequence[Job], runs: Seque
     """
     groups = results.by_variant(jobs, runs)
     rows = StudyRows(results.result_rows(jobs, groups), results.depth_rows(groups))
-    _write_tables(config.output, rows)  # a figure may have nothing to show
-    figure = _figure(config, groups, rows)
-    shown = _write_tables(config.output, rows)
+    try:
+        figure = _figure(config, groups, rows)
+    finally:  # a figure may have nothing to show
+        shown = _write_tables(config.output, rows)
     svg = style.save(figure, config.output / "figure")
     note = charts.NOTES[config.show]
     start = runs[0].start
