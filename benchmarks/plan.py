@@ -205,11 +205,13 @@ def run_here(config: str, overrides: list[str], folder: Path) -> None:
 
 def prepare_random(folder: Path) -> Path:
     """Writes a random teacher, text, and a config that takes two layers out and trains all others."""
-    write_model(folder, layers=10, hidden=1024)
+    teacher = folder / "teacher"
+    teacher.mkdir()
+    write_model(teacher, layers=10, hidden=1024)
     write_text(folder, documents=64)
     text = str(folder / "text.jsonl")
     config = {
-        "teacher": str(folder),
+        "teacher": str(teacher),
         "output": str(folder / "run"),
         "dtype": "bfloat16",
         "stop": {"target_layers": 8},
@@ -217,7 +219,7 @@ def prepare_random(folder: Path) -> Path:
         "tasks": [{"kind": "perplexity", "data": text, "limit": 8}],
         "distill": {
             "text": text,
-            "tokens_per_round": 1024,
+            "tokens_per_round": 2048,
             "tokens_per_step": 256,
             "sequence_length": 64,
             "batch_size": 1,

@@ -6,7 +6,7 @@ Four ways, of which the fastest of some times counts, each with a tokenizer that
 
 - anew, one thread: chunk after chunk by one core, as every process did in every round;
 - anew, all threads: the same, with the threads that the tokenizer has of its own;
-- first: `TokenStore`, which reads and tokenises ahead by all cores, writes the files, and reads them;
+- first: `TokenStore`, which reads and tokenises ahead in threads of its own, writes the files, and reads them;
 - again: what a later round, a resume or another process does: it reads the files.
 """
 
@@ -29,9 +29,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from layerpeel.config.fields import TextConfig
 from layerpeel.data.documents import mix_documents
 from layerpeel.data.token_store import TokenStore
-from layerpeel.data.tokenizing import DOCUMENTS_PER_CALL, start_tokens
+from layerpeel.data.tokenizing import start_tokens
 
 THREADS = "TOKENIZERS_PARALLELISM"  # which the tokenizers library reads at each call
+CHUNK = 512  # documents of a call
 ALL = 2**62  # tokens: all that there are
 
 Way = Callable[[TextConfig, PreTrainedTokenizerBase, Path], Iterator[Tensor]]
@@ -41,7 +42,7 @@ def anew(source: TextConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -
     """Reads and tokenises one chunk after another."""
     documents = (str(text) for _, text in mix_documents([source], 0))
     start, end = start_tokens(tokenizer), [tokenizer.eos_token_id]
-    while chunk := list(islice(documents, DOCUMENTS_PER_CALL)):
+    while chunk := list(islice(documents, CHUNK)):
         for ids in tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
             yield torch.tensor([*start, *ids, *end], dtype=torch.int32)
 
@@ -68,8 +69,8 @@ def main() -> None:
             ways: list[tuple[str, Way, str]] = [
                 ("anew, one thread", anew, "false"),
                 ("anew, all threads", anew, "true"),
-                ("first", kept, "true"),
-                ("again", kept, "true"),
+                ("first", kept, "false"),
+                ("again", kept, "false"),
             ]
             results = []
             for name, way, threads in ways:

@@ -389,6 +389,18 @@ def test_a_streamed_distillation_is_that_in_memory(
     assert code == 2 and "distill.weights: stream reads every layer from disk for every token" in err
 
 
+def test_a_report_that_fails_hides_no_result(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(run: object) -> None:
+        raise PermissionError(13, "Permission denied", "out/report")
+
+    monkeypatch.setattr("layerpeel.report.page.write_report", fail)
+    code, out, err = call(monkeypatch, capsys, "run", "run.yaml", "--set", "distill.tokens_per_round=0")
+    assert code == 1 and "out/report: Permission denied" in err
+    assert "ended    the target depth was reached" in out and "student  " in out
+
+
 TEACHERS_TEXT = ["--set", "distill.text={from: teacher}"]
 
 
@@ -418,6 +430,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "not a model folder": (["remove", "empty", "--layers", "1", "-o", "x"], "empty is not a model folder"),
     "target not below": (["run", "run.yaml", "--set", "stop.target_layers=6"], "6 is not below the teacher's depth"),
     "target protected": (["run", "run.yaml", "--set", "stop.target_layers=1"], "1 cannot be reached: 2 of 6"),
+    "size not below": (["run", "run.yaml", "--set", "stop={max_params: 1e9}"], "is not below the teacher's"),
+    "size out of reach": (["run", "run.yaml", "--set", "stop={max_params: 9}"], "stop.max_params: 9 cannot be reached"),
     "no stop": (["run", "run.yaml", "--set", "stop={}"], "stop: expected at least one of target_layers"),
     "run without a stop": (["run", "endless.yaml"], "stop: not given, and a run has to know when it is over"),
     "plan without a stop": (["plan", "endless.yaml"], "stop: not given, and a run has to know when it is over"),

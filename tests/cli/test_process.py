@@ -24,7 +24,11 @@ def test_an_error_in_another_process_than_the_main_one_is_told(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(OSError("this disk is on fire"), "error (process 3): this disk is on fire\n"), (InputError("seen by all"), "")],
+    [
+        (OSError("this disk is on fire"), "error (process 3): this disk is on fire\n"),
+        (PermissionError(13, "Permission denied", "a.jsonl"), "error (process 3): a.jsonl: Permission denied\n"),
+        (InputError("seen by all"), ""),
+    ],
 )
 def test_another_process_leaves_bad_input_to_the_main_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, expected: str

@@ -93,13 +93,13 @@ def no_text(*_: Any) -> Iterator[PlacedDocument]:
 def counted(patch: pytest.MonkeyPatch) -> list[str]:
     """The texts that are tokenised from here on."""
     texts: list[str] = []
-    encode = tokenizing._encode
+    encode = tokenizing._encode_all
 
     def count(chunk: list[str], *others: Any) -> list[list[int]]:
         texts.extend(chunk)
         return encode(chunk, *others)
 
-    patch.setattr(tokenizing, "_encode", count)
+    patch.setattr(tokenizing, "_encode_all", count)
     return texts
 
 
@@ -148,9 +148,10 @@ def test_more_text_is_tokenised_from_where_it_stopped(
 ) -> None:
     texts = counted(monkeypatch)
     monkeypatch.setattr(tokenizing, "DOCUMENTS_PER_CALL", 1)
+    monkeypatch.setattr(tokenizing, "MOST_THREADS", 1)
     for tokens in (200, 400, 2000):
         TokenStore(folder).reader(sources, byte_tokenizer(), 3, tokens)
-    ahead = 3  # that were tokenised ahead, and not used
+    ahead = 3 * 2  # that were tokenised ahead, and not used
     assert len(texts) <= 240 + ahead
     marker = find_token_text(next(folder.iterdir()))
     assert marker and marker.documents == 240 and marker.tokens == tokens_in(folder)
@@ -283,10 +284,11 @@ def test_what_is_token_ids_already_or_may_change_unseen_is_not_kept(
 
 
 def test_what_is_wrong_with_text_is_said_when_it_is_reached(make_source: MakeSource, folder: Path) -> None:
-    source = make_source([*(["ab"] * DOCUMENTS_PER_CALL), {"text": 3}])
+    many = 8 * DOCUMENTS_PER_CALL  # more than is read ahead
+    source = make_source([*(["ab"] * many), {"text": 3}])
     for texts in (None, TokenStore(folder), TokenStore(folder)):
         assert load([source], 9, texts=texts).tokens >= 9
-        with pytest.raises(InputError, match=f"line {DOCUMENTS_PER_CALL + 1}: column 'text' holds int"):
+        with pytest.raises(InputError, match=f"line {many + 1}: column 'text' holds int"):
             load([source], None, texts=texts)
 
 

@@ -106,6 +106,14 @@ def test_text_ends_where_the_generation_config_or_the_tokenizer_says(ends: Any) 
     assert text.split() == words[:2]
 
 
+def test_without_an_end_of_text_any_token_may_be_written() -> None:
+    tokenizer, model = tiny_tokenizer(), tiny_model("llama")
+    tokenizer.eos_token, model.generation_config.eos_token_id = None, None
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # so that token 0 is always the likeliest
+    assert Decoder(LayerwiseModel(model), tokenizer, ("w5 w9",), 4).decode([(3, 4, 5)], [None]) == [[0] * 4]
+
+
 def test_a_row_that_needs_more_room_than_there_is_cuts_no_other_prompt() -> None:
     layerwise, tokenizer = LayerwiseModel(tiny_model("llama")), tiny_tokenizer()  # 64 positions
     prompt = tuple(3 + index % 60 for index in range(40))

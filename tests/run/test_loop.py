@@ -234,8 +234,8 @@ def test_a_last_pass_that_ends_below_the_floor_is_not_the_result(
     assert (run.finish.reason, run.finish.round, run.finish.last_pass) == ("target_layers", 1, None)
     assert saved_is_round(run, 1)
     said = "the last pass went below the quality floor (85.0 % of the teacher's); the student is that of round 1, as it"
-
     assert said in capsys.readouterr().err
+    assert [each.round for each in run.findings if said in each.message] == [1]
 
 
 @pytest.mark.parametrize(
@@ -283,6 +283,16 @@ def test_the_table_has_the_depth_of_the_last_pass(settings: dict[str, Any], monk
     assert run.finish is not None and run.finish.last_pass and run.finish.reason == "min_quality"
     cells = [list(column.cells) for column in run_table(run).columns][:3]
     assert [each[-2:] for each in cells] == [["2", "last pass"], [str(run.rounds[1].removed), "-"], ["4", "5"]]
+
+
+def test_text_that_only_scores_is_not_longer_than_the_model(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["teacher"] = str(save_tiny(tmp_path / "gpt2", "gpt2"))
+    score = {"decide": "teacher_kl", "text": settings["distill"]["text"]}
+    distill = {"sequence_length": 65, "tokens_per_round": 0}
+    message = r"distill\.sequence_length: 65 is more than the 64 tokens that the teacher was made for"
+    with pytest.raises(InputError, match=message):
+        peel(config_of(settings, score=score, distill=distill))
+    assert not Path(settings["output"]).exists()
 
 
 def test_a_run_in_bfloat16_trains_and_keeps_what_was_measured(settings: dict[str, Any]) -> None:

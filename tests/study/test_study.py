@@ -170,6 +170,24 @@ def test_a_run_that_diverges_is_named_and_the_others_are_done(study: Path, tmp_p
     assert journals(tmp_path / "out" / "runs" / "fine") == before
 
 
+def test_a_run_without_memory_is_named_and_the_others_are_done(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from layerpeel.study import running
+
+    _, jobs = load_study(study)
+    started = []
+
+    def too_large(config: Any) -> None:
+        started.append(config.output)
+        if config.output == jobs[0].config.output:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(running, "peel", too_large)
+    with pytest.raises(RunError, match=r"^1 of 4 runs failed, .* by KL, seed 0: out of memory .CUDA") as caught:
+        running.run_jobs(jobs, 1)
+    assert "lower distill.batch_size" in str(caught.value.hint)
+    assert set(started) == {job.config.output for job in jobs}
+
+
 def test_a_full_disk_stops_a_study_at_once(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from layerpeel.study import running
 
@@ -227,7 +245,9 @@ def test_any_text_may_be_a_value(study: Path, tmp_path: Path, name: str, where: 
     ("changes", "message"),
     [
         ({"variants": {"a b": {}, "a-b": {}}}, "variants: 'a-b' would share its folder with 'a b'"),
-        ({"grid": {"seed": [1]}}, "expected a grid or variants, found both"),
+        ({"grid": {"score.tokens": [1]}}, "expected a grid or variants, found both"),
+        ({"variants": {}, "grid": {"seed": [1]}}, "seed: every run of a study has its own; give `seeds`"),
+        ({"set": {"output": "x"}}, "output: every run of a study has its own; the study's `output` says where they"),
         ({"show": "sweep"}, "a sweep is over the one field of a grid"),
         ({"show": "rankings"}, "show: rankings by tasks are compared, and teacher_kl runs none"),
         ({"show": "curves"}, "show: input should be"),

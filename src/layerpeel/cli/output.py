@@ -28,7 +28,11 @@ def finish_run(run: Run, as_json: bool, report: bool = True) -> None:
     if is_main_process():
         from layerpeel.report.page import write_report
 
-        print_run(run, write_report(run) if report else None, as_json)
+        page = None
+        try:
+            page = write_report(run) if report else None
+        finally:  # whatever becomes of the report
+            print_run(run, page, as_json)
     if run.finish.reason == "min_quality":
         console.print(f"stopped by the quality floor; the student is that of round {run.finish.round}")
         sys.exit(3)
@@ -52,7 +56,10 @@ def print_run(run: Run, page: Path | None, as_json: bool) -> None:
             )
         )
         return
+    from layerpeel.report.gather import REASONS
+
     stdout.print(run_table(run))
+    stdout.print(f"ended    {REASONS[run.finish.reason]}")
     for name, path in (("student", run.student_folder), ("report", page), ("record", run.journal)):
         if path:
             stdout.print(f"{name:8} {shown(path)}", soft_wrap=True)

@@ -20,11 +20,10 @@ from rich.console import Console
 from layerpeel.cli.verbs import app
 from layerpeel.errors import InputError, LayerpeelError, reason_of
 from layerpeel.processes.distributed import RANK, check_launcher, is_main_process, is_of_another_process
-from layerpeel.processes.memory import memory_is_full
+from layerpeel.processes.memory import LESS_MEMORY, memory_is_full
 from layerpeel.processes.progress import console, shown, write_any_text
 from layerpeel.storage.outputs import disk_is_full
 
-LESS_MEMORY = "lower distill.batch_size, distill.sequence_length or score.memory"
 OTHERS = "its message tells why, if it had time for one; the same command again goes on from what was saved"
 
 
@@ -80,9 +79,14 @@ def _explain(error: Exception) -> tuple[str, str | None]:
             return f"out of memory ({reason_of(error)})", LESS_MEMORY
         case OSError():
             full = disk_is_full(error)
-            return str(error), "free some space, then run the same command again" if full else None
+            return _of_file(error), "free some space, then run the same command again" if full else None
         case _:
             return f"a bug in layerpeel: {reason_of(error)}", f"please report it, with {_keep_traceback()}"
+
+
+def _of_file(error: OSError) -> str:
+    """The system's words, after the file's name."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
 
 
 def _keep_traceback() -> str:
@@ -94,7 +98,7 @@ def _keep_traceback() -> str:
 
 def _quiet_libraries() -> None:
     """Silences warnings, logs and progress bars of libraries, among which layerpeel's messages would be lost."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # `data.tokenizing` has threads of its own
     # Read when these libraries are imported, which is where they are first needed:
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

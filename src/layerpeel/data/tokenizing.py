@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from layerpeel.config.fields import TextSource
 from layerpeel.data.chats import Messages, write_chat
@@ -17,9 +19,11 @@ from layerpeel.data.documents import PlacedDocument, mix_documents
 from layerpeel.errors import InputError, reason_of
 from layerpeel.processes.progress import print_once
 
-DOCUMENTS_PER_CALL = 512
+DOCUMENTS_PER_CALL = 64
+MOST_THREADS = 16  # that tokenise; more would wait for Python, which makes lists of what they give
 USUAL_CHARACTERS = 6  # of a token at most; a text with more of them may have lost some
 
+_Encode = Callable[[list[str]], list[list[int]]]  # texts to token ids, without special tokens
 _Encoded = tuple[PlacedDocument, str, list[int]]  # a document, its text, and the token ids of that
 
 
@@ -60,7 +64,7 @@ def tokenize(documents: Iterator[PlacedDocument], tokenizer: PreTrainedTokenizer
     """Token ids; texts with the tokenizer's beginning- and end-of-text tokens, chats with those of their template.
 
     What is token ids already stays as it is. Texts that a template has rendered already have some of these tokens, and
-    get no second ones. Another thread reads and tokenises ahead, by all cores where the tokenizer can.
+    get no second ones. Other threads read and tokenise ahead, on all cores where the tokenizer can.
     """
     start, end = start_tokens(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     unknown, all_known = tokenizer.unk_token_id, True
@@ -82,21 +86,47 @@ def tokenize(documents: Iterator[PlacedDocument], tokenizer: PreTrainedTokenizer
 
 
 def _ahead(documents: Iterator[PlacedDocument], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[_Encoded]]:
-    """Chunks of documents with their texts and token ids; while one is used, another thread makes the next.
+    """Chunks of documents with their texts and token ids; while one is used, other threads make the next.
 
     What is wrong with a document is raised where its chunk would be given, and so never if nobody reads so far.
     """
+    encode, threads = _encoder(tokenizer)
 
-    def encode_next() -> list[_Encoded]:
-        chunk = list(islice(documents, DOCUMENTS_PER_CALL))
+    def read() -> list[PlacedDocument]:
+        return list(islice(documents, DOCUMENTS_PER_CALL))
+
+    def encoded(reading: Future[list[PlacedDocument]]) -> list[_Encoded]:
+        if not (chunk := reading.result()):
+            return []
         texts = [text if isinstance(text, str) else _written(text, tokenizer, where) for where, text in chunk]
-        return list(zip(chunk, texts, _encode(texts, tokenizer, chunk[0][0]) if chunk else [], strict=True))
+        return list(zip(chunk, texts, _encode_all(texts, encode, chunk[0][0]), strict=True))
 
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(encode_next)
-        while encoded := coming.result():
-            coming = thread.submit(encode_next)
-            yield encoded
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(threads) as encoders:
+        coming = deque(encoders.submit(encoded, reader.submit(read)) for _ in range(threads + 1))
+        while chunk := coming.popleft().result():
+            coming.append(encoders.submit(encoded, reader.submit(read)))
+            yield chunk
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[_Encode, int]:
+    """What encodes texts, and how many threads may do so at a time: all cores where the tokenizer is in Rust.
+
+    That of the tokenizers library is asked itself, for transformers' call spends as long again on what is not read.
+    """
+    kind = type(tokenizer)
+    plain = isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+        getattr(kind, name) is getattr(PreTrainedTokenizerFast, name) for name in ("__call__", "_encode_plus")
+    )
+    if not plain:
+        return lambda texts: list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]), 1
+    tokenizer([""], add_special_tokens=False)  # undoes the truncation and padding of calls before
+    backend = tokenizer.backend_tokenizer
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return encode, min(cores, MOST_THREADS)
 
 
 def _written(document: Messages | Tensor, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
@@ -104,23 +134,23 @@ def _written(document: Messages | Tensor, tokenizer: PreTrainedTokenizerBase, wh
     return "" if isinstance(document, Tensor) else write_chat(document, tokenizer, where)
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, where: str) -> list[list[int]]:
-    """The token ids of texts, without special tokens.
+def _encode_all(texts: list[str], encode: _Encode, where: str) -> list[list[int]]:
+    """The token ids of texts.
 
     Args:
+        encode: from `_encoder`.
         where: how a message about the first of them begins.
 
     Raises:
         InputError: the tokenizer cannot read them.
     """
     try:
-        token_ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return encode(texts)
     except Exception as error:  # of tokenizers' own, for words that a vocabulary without an unknown token lacks
         raise InputError(
             f"{where}: the tokenizer cannot read this text or one soon after it ({reason_of(error)})",
             hint="give it a token for the unknown (unk_token), or other text",
         ) from None
-    return token_ids
 
 
 def _loses_text(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> bool:

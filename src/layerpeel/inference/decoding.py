@@ -124,8 +124,8 @@ class Decoder:
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=count,
-            eos_token_id=ends,
-            pad_token_id=ends[0],
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
             use_cache=True,
             return_dict_in_generate=True,
             **self.options,
@@ -192,5 +192,5 @@ def _end_tokens(
     if key not in _END_TOKENS:
         texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
         with_stop = [index for index, text in enumerate(texts) if any(stop in text for stop in stops)]
-        _END_TOKENS[key] = dict.fromkeys([*text_ends, *with_stop] or [0])
+        _END_TOKENS[key] = dict.fromkeys([*text_ends, *with_stop])
     return _END_TOKENS[key]

@@ -134,7 +134,7 @@ def _training(student: Outline, recipe: TrainingRecipe) -> Training:
 def _rounds(config: RunConfig, shape: Shape) -> int:
     """How many layers go, if no quality floor ends the run before."""
     free = len(_candidates(config, KeptLayers.full(shape.layers)))
-    wanted = [free]
+    wanted = [min(free, shape.layers - 1)]  # one layer stays
     if config.stop.target_layers is not None:
         wanted.append(shape.layers - config.stop.target_layers)
     if config.stop.max_params is not None:

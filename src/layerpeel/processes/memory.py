@@ -8,6 +8,8 @@ import re
 # is full, a workspace of cuSOLVER, host memory that cannot be pinned.
 OF_CUDA = re.compile("ALLOC_FAILED|CUDA error: out of memory")
 
+LESS_MEMORY = "lower distill.batch_size, distill.sequence_length or score.memory"
+
 
 def memory_is_full(error: BaseException) -> bool:
     """Whether an error says that a device's memory, or the host's, does not suffice."""

@@ -6,9 +6,10 @@ Each check reads the record and yields what it finds; `note_findings` records wh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from layerpeel.processes.progress import console, shown
+from layerpeel.processes.text import percent
 from layerpeel.run.events import Finding, TeacherRecord
 from layerpeel.run.record import Round, RunRecord
 from layerpeel.run.text_health import degenerate_text
@@ -26,8 +27,13 @@ SURE = 2.0  # standard errors
 
 def note_findings(run: OpenRun) -> None:
     """Records what the checks find and the record does not hold yet, and prints it on stderr."""
+    note(run, findings(run))
+
+
+def note(run: OpenRun, new: Iterable[Finding]) -> None:
+    """Records findings that the record does not hold yet, and prints them on stderr."""
     recorded = {_key(finding) for finding in run.findings}
-    for finding in findings(run):
+    for finding in new:
         if _key(finding) not in recorded:
             run.record(finding)
             where = "teacher" if finding.round is None else f"round {finding.round}"
@@ -238,6 +244,18 @@ def copy_collapse(run: RunRecord) -> Iterator[Finding]:
                     "distill.tokens_per_round), or export an earlier round",
                 )
                 break
+
+
+def dropped_last_pass(round_number: int, kept_quality: float) -> Finding:
+    """That the training at the end took a round's student below the quality floor, so that it is not the result."""
+    return Finding(
+        check="dropped_last_pass",
+        severity="warning",
+        round=round_number,
+        message=f"the last pass went below the quality floor ({percent(kept_quality)} % of the teacher's); the "
+        f"student is that of round {round_number}, as it was before",
+        hint="lower the learning rate of the last pass (distill.last_pass), or train on other text",
+    )
 
 
 def _steps(run: RunRecord) -> Iterator[tuple[TeacherRecord | Round, Round]]:

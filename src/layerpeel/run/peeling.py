@@ -14,13 +14,13 @@ from layerpeel.model.loading import load_teacher
 from layerpeel.model.origin import stored_dtypes, teacher_origin
 from layerpeel.model.saving import save_model
 from layerpeel.processes.progress import console
-from layerpeel.processes.text import percent
 from layerpeel.run.card import write_card
 from layerpeel.run.events import StudentRecord, TeacherRecord
 from layerpeel.run.heal import heal_candidates
-from layerpeel.run.health import note_findings
-from layerpeel.run.preflight import check_trained, leaving_nothing, removable
+from layerpeel.run.health import dropped_last_pass, note, note_findings
+from layerpeel.run.preflight import leaving_nothing, removable
 from layerpeel.run.record import Round
+from layerpeel.run.student_checks import check_size, check_trained
 from layerpeel.run.writing import OpenRun
 from layerpeel.tasks.base import Task
 from layerpeel.tasks.evaluation import evaluate
@@ -68,6 +68,7 @@ class Peeling:
             self.teacher, self.tokenizer = load_teacher(pinned)
             self.student = Student(self.teacher)
             check_trained(self.student, config.distill)
+            check_size(self.student, config)
             self.origin = teacher_origin(pinned)
             self.storage = stored_dtypes(self.origin, self.teacher)
             self.text = None if config.has_teacher_text else self._read_text()
@@ -261,11 +262,6 @@ class Peeling:
         floor = self.run.config.stop.min_quality
         if floor is None or last_pass.kept_quality >= floor:
             return last_pass
-        console.print(
-            f"the last pass went below the quality floor ({percent(last_pass.kept_quality)} % of the teacher's); "
-            f"the student is that of round {removed}, as it was before",
-            style="yellow",
-            soft_wrap=True,
-        )
+        note(self.run, [dropped_last_pass(removed, last_pass.kept_quality)])
         self.student = self.run.student_of(self.teacher, removed)
         return None

@@ -10,7 +10,6 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
-from layerpeel.config.distill import DistillConfig
 from layerpeel.config.fields import TeacherTextConfig, TextConfig, TextSource, file_of
 from layerpeel.config.run import RunConfig, StopConfig
 from layerpeel.data.documents import read_documents
@@ -30,7 +29,6 @@ from layerpeel.storage.outputs import check_output
 from layerpeel.tasks.base import Task
 from layerpeel.tasks.registry import make_tasks
 from layerpeel.training.recipe import TrainingRecipe
-from layerpeel.training.student import Student
 
 BYTES_PER_TOKEN = 9  # of text that waits in memory: its id, which document, and whether it is padding
 
@@ -187,17 +185,6 @@ def leaving_nothing(run: Run) -> Iterator[None]:
         raise
 
 
-def check_trained(student: Student, config: DistillConfig) -> None:
-    """Checks that a pattern in `train`, of the rounds or of the training at the end, names something.
-
-    Raises:
-        InputError: it does not.
-    """
-    for each in (config.in_rounds(), config.at_end(1)):
-        if each and each.tokens_per_round and each.train not in ("neighbours", "above"):  # those need a gap
-            TrainingRecipe(each).parameters(student)
-
-
 def removable(kept_layers: KeptLayers, config: RunConfig, fixed: Iterable[int] = ()) -> tuple[int, ...]:
     """The teacher layers that may go next; at least one layer stays.
 
@@ -242,7 +229,7 @@ def _check_sizes(config: RunConfig, teacher: PretrainedConfig, *, training: bool
                 hint="lower it, or set memory_limit to what there is, as in --set memory_limit=200GB",
             )
     longest = context_length(teacher)
-    if distill.text and longest and distill.sequence_length > longest:
+    if (distill.text or config.score.text) and longest and distill.sequence_length > longest:
         raise InputError(
             f"distill.sequence_length: {distill.sequence_length} is more than the {longest} tokens that the teacher "
             "was made for",

@@ -23,6 +23,8 @@ from layerpeel.model.config_fields import text_config
 from layerpeel.model.loading import load_teacher_config
 from layerpeel.storage.outputs import check_output
 
+OWN = {"seed": "give `seeds`", "output": "the study's `output` says where they are"}  # fields that a study sets
+
 
 class StudyConfig(Section):
     """What is compared."""
@@ -49,6 +51,10 @@ class StudyConfig(Section):
     def _one_kind(self) -> StudyConfig:
         if self.grid and self.variants:
             raise ValueError("expected a grid or variants, found both")
+        for values in (self.set, self.grid, *self.variants.values()):
+            for field, instead in OWN.items():
+                if field in values:
+                    raise ValueError(f"{field}: every run of a study has its own; {instead}")
         if self.show == "sweep" and len(self.grid) != 1:
             raise ValueError("show: a sweep is over the one field of a grid")
         if twice := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:

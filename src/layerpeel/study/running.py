@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from layerpeel.config.run import RunConfig
-from layerpeel.errors import LayerpeelError, RunError
+from layerpeel.errors import LayerpeelError, RunError, reason_of
 from layerpeel.model.loading import load_teacher
+from layerpeel.processes.memory import LESS_MEMORY, memory_is_full
 from layerpeel.processes.progress import console
 from layerpeel.run.events import Event, Scored, TeacherRecord
 from layerpeel.run.folder import Run
@@ -106,9 +107,15 @@ def _run_here(job: Job) -> Failure | None:
     except LayerpeelError as error:
         if error.__context__ and disk_is_full(error.__context__):
             raise
-        console.print(f"failed: {error}", markup=False, soft_wrap=True)
-        return Failure(job, str(error), error.hint)
-    return None
+        failure = Failure(job, str(error), error.hint)
+    except Exception as error:
+        if not memory_is_full(error):
+            raise
+        failure = Failure(job, f"out of memory ({reason_of(error)})", LESS_MEMORY)
+    else:
+        return None
+    console.print(f"failed: {failure.message}", markup=False, soft_wrap=True)
+    return failure
 
 
 def _scoring_key(config: RunConfig) -> str:

@@ -214,8 +214,7 @@ class Trainer:
             steps=self.steps,
             done=attempt.result.steps - attempt.result.skipped,
         )
-        if attempt.checkpoint:
-            checkpoint = attempt.checkpoint
+        if (checkpoint := attempt.checkpoint) and checkpoint.optimizers:
             restore(optimizers.optimizers, parameters, checkpoint.optimizer_tensors, checkpoint.optimizers)
         return optimizers
 
@@ -275,9 +274,11 @@ class Trainer:
             return
         result = attempt.result
         reasons = sum_numbers({"due": float(self.state.is_due), "stop": float(stop_asked())}, self.device)
-        if any(reasons.values()) or result.steps == self.steps:
+        done = result.steps == self.steps
+        if done or any(reasons.values()):
             saved = TrainingResult(**(asdict(result) | {"seconds": result.seconds + seconds}))
-            tensors, described = collect(optimizers.optimizers, parameters)
+            # The optimizers have no more to do then, and hold twice as much as what trains.
+            tensors, described = ({}, []) if done else collect(optimizers.optimizers, parameters)
             so_far = (saved, attempt.skipped, dict(self.losses.running))
             self.state.save(Checkpoint(parameters, tensors, described, *so_far, average.weights, average.steps))
         if reasons["stop"]:
