@@ -147,8 +147,9 @@ def tokenising() -> str:
     faster = result["faster"]
     return (
         f"{result['tokens'] / 1e6:.1f} million tokens of web text by SmolLM2's tokenizer: the first time by both "
-        f"cores, {faster['first']:.1f} times as fast as by one ({faster['anew, all threads']:.1f} without writing it "
-        f"to the disk), and each time after that {faster['again']:.0f} times as fast. {source(result)}"
+        f"cores, written to the disk, {faster['first']:.1f} times as fast as by one ({faster['anew, all threads']:.1f} "
+        f"by the tokenizer's own threads, not written), and each time after that {faster['again']:.0f} times as fast. "
+        f"{source(result)}"
     )
 
 

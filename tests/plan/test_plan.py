@@ -110,7 +110,7 @@ def test_what_processes_exchange_by_hand(config: RunConfig) -> None:
 @pytest.mark.parametrize("processes", [2, 3])
 def test_what_an_exchange_takes_is_measured(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layerpeel.plan.exchange.SIZE", 4096)
-    add_up, gather = exchange_times(processes)
+    add_up, gather = exchange_times(processes, split=split)
     assert 0 < add_up < 1e-3 and 0 < gather < 1e-3
 
 
@@ -125,7 +125,7 @@ def test_processes_of_a_cpu_share_its_cores(
         return replace(UNIT, head=2.0)
 
     monkeypatch.setattr(Speed, "measure", classmethod(measure))
-    monkeypatch.setattr("layerpeel.plan.machine.exchange_times", lambda processes: (float(processes), 0.5))
+    monkeypatch.setattr("layerpeel.plan.machine.exchange_times", lambda processes, split: (float(processes), 0.5))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from layerpeel.config.distill import DistillConfig, Packing
@@ -23,7 +24,7 @@ from layerpeel.training.gradients import StepGradients
 from layerpeel.training.optimizers import ScheduledOptimizers
 from layerpeel.training.result import Log, TrainingResult
 from layerpeel.training.rounds import train_student
-from layerpeel.training.state import TrainingState
+from layerpeel.training.state import WEIGHT, TrainingState
 from layerpeel.training.state_files import is_undamaged
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache
@@ -284,6 +285,16 @@ def test_training_goes_on_where_it_was_to_the_last_bit(
     assert result.curve == expected.curve == seen[-8:]
     assert (result.skipped, result.restarts, result.tokens) == (expected.skipped, expected.restarts, expected.tokens)
     assert TrainingState(tmp_path / "state", "another", 0.0).load() is None
+
+
+def test_of_a_finished_training_the_weights_are_saved_without_the_optimizer(text: Path, tmp_path: Path) -> None:
+    state = TrainingState(tmp_path / "state", "this", 600.0)
+    trained, expected = train(text, state=state)
+    names = [name for path in state.folder.rglob("*.safetensors") for name in load_file(path)]
+    assert sorted(names) == sorted(f"{WEIGHT}{name}" for name in trained.trained)
+    other, result = train(text, state=TrainingState(tmp_path / "state", "this", 600.0), log=kill_at(99))
+    same(trained, other, 0.0)
+    assert result.curve == expected.curve and result.tokens == expected.tokens
 
 
 def test_a_training_on_other_text_does_not_go_on(text: Path, tmp_path: Path) -> None:

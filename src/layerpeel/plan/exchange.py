@@ -20,17 +20,32 @@ PATIENCE = timedelta(seconds=60)
 Exchange = Callable[[Any, Tensor], None]  # of a gloo group: its collectives are not in torch's stubs
 
 
-def exchange_times(processes: int) -> tuple[float, float]:
-    """Seconds for each byte that is summed over so many processes, and for each that is gathered from them."""
+def exchange_times(processes: int, *, split: bool) -> tuple[float, float]:
+    """Seconds for each byte of what trains that is summed over so many processes, and for each byte that is gathered.
+
+    With them the copies into and out of the buffers that are exchanged, which take a good part of the time on CPUs.
+
+    Args:
+        split: whether each process gets its part of a sum alone, as where layers are split.
+    """
 
     def add_up(group: Any, tensor: Tensor) -> None:
-        group.allreduce([tensor]).wait()
+        buffer = torch.cat([tensor])
+        group.allreduce([buffer]).wait()
+        tensor.copy_(buffer)
+
+    def add_up_a_part(group: Any, tensor: Tensor) -> None:
+        part = torch.empty(len(tensor) // processes)
+        group._reduce_scatter_base(part, torch.cat([tensor])).wait()
+        tensor[: len(part)].copy_(part)
 
     def gather(group: Any, tensor: Tensor) -> None:
-        group._allgather_base(tensor, torch.zeros(len(tensor) // processes)).wait()
+        part, buffer = tensor[: len(tensor) // processes].clone(), torch.empty(len(tensor))
+        group._allgather_base(buffer, part).wait()
+        tensor.copy_(buffer)
 
-    size = SIZE // processes * processes
-    return _seconds(processes, size, add_up) / (4 * size), _seconds(processes, size, gather) / (4 * size)
+    size, add = SIZE // processes * processes, add_up_a_part if split else add_up
+    return _seconds(processes, size, add) / (4 * size), _seconds(processes, size, gather) / (4 * size)
 
 
 def _seconds(processes: int, size: int, exchange: Exchange) -> float:

@@ -86,7 +86,7 @@ class Planner:
             speed = speed.times(waits)
         if processes == 1:
             return speed
-        add_up, gather = exchange_times(processes)
+        add_up, gather = exchange_times(processes, split=self.fsdp)
         return replace(speed, add_up=add_up, gather=gather)
 
 
