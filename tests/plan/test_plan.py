@@ -107,8 +107,9 @@ def test_what_processes_exchange_by_hand(config: RunConfig) -> None:
     assert plan(config, gathering, **split).seconds["training"] == pytest.approx(sum(by_round))
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("processes", [2, 3])
-def test_what_an_exchange_takes_is_measured(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_exchange_takes_is_measured(processes: int, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layerpeel.plan.exchange.SIZE", 4096)
     add_up, gather = exchange_times(processes, split=split)
     assert 0 < add_up < 1e-3 and 0 < gather < 1e-3
