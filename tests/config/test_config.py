@@ -14,6 +14,7 @@ from layerpeel.config.distill import DistillConfig, LossConfig
 from layerpeel.config.fields import TeacherTextConfig
 from layerpeel.config.presets import PRESETS
 from layerpeel.config.reading import load_config, parse_config
+from layerpeel.config.yaml_values import read_yaml
 from layerpeel.data.reading import expand
 from layerpeel.errors import InputError, nearest, resolve_class
 from layerpeel.losses.hidden_mse import HiddenMSE
@@ -417,3 +418,11 @@ def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: 
     assert config.output == tmp_path / "run" and config.teacher == str(tmp_path / "model")
     assert [source.path for source in config.distill.text] == [str(tmp_path / "a.txt"), str(tmp_path / "b*.txt")]
     assert config.tasks[0].model_extra == {"data": str(tmp_path / "held.jsonl")}
+
+
+def test_what_is_written_counts_before_what_is_merged_however_deep() -> None:
+    text = "a: &a {x: 1}\nb: &b {<<: *a, x: 2}\nc: &c {<<: *b, y: 3}\nd: {<<: *c, y: 4}"
+    read = read_yaml(text, "unused", "unused")
+    assert [read[name] for name in "bcd"] == [{"x": 2}, {"x": 2, "y": 3}, {"x": 2, "y": 4}]
+    with pytest.raises(InputError, match="found the key 'x' twice"):
+        read_yaml("a: &a {y: 1}\nb: {<<: *a, x: 2, x: 3}", "unused", "unused")

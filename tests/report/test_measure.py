@@ -45,6 +45,19 @@ def test_measurements_are_made_of_every_depth_and_kept(run: Run, monkeypatch: py
     assert "ms/token" in text and "Peak memory is" in text
 
 
+def test_measurements_that_cannot_be_kept_are_in_the_report(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    measured = object()
+    monkeypatch.setattr("layerpeel.report.measure.measure_run", lambda run: measured)
+    monkeypatch.setattr("layerpeel.report.measure.write_measurements", refuse)
+    assert measurements(run) is measured
+    assert "the measurements are in the report alone" in capsys.readouterr().err
+
+
 def test_the_most_that_was_allocated_at_once() -> None:
     torch.zeros(10)  # what a first call sets up is not counted
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

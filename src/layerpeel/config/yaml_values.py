@@ -31,6 +31,12 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError("while reading a mapping", node.start_mark, f"found the key '{twice[0]}' twice")
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Of a key that is merged and written, what is written counts, also where that is merged once more."""
+        super().flatten_mapping(node)
+        pairs = {key.value if isinstance(key, yaml.ScalarNode) else id(key): (key, value) for key, value in node.value}
+        node.value = list(pairs.values())
+
     def construct_decimal(self, node: yaml.ScalarNode) -> Any:
         if OTHER_BASE.fullmatch(node.value):
             base = "to the base of 60" if ":" in node.value else "as an octal number"

@@ -68,7 +68,10 @@ def measurements(run: Run, *, measure: bool = True) -> Measurements | NotMeasure
         console.print(f"nothing measured: {shown(error)}", style="yellow")
         hint = getattr(error, "hint", None)
         return NotMeasured(f"{error}; {hint}" if hint else str(error))
-    write_measurements(path, measured)
+    try:
+        write_measurements(path, measured)
+    except OSError as error:  # another's run, whose report is written somewhere else
+        console.print(f"the measurements are in the report alone: {shown(error)}", style="yellow", soft_wrap=True)
     return measured
 
 
