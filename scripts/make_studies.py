@@ -87,9 +87,10 @@ INTRODUCTION = """# Studies
 
 The experiments of the paper (arXiv 2511.05085), the checks it proposes and the questions it leaves open, each as one
 command on the bundled teacher, a Qwen2-family model of 12 layers that anyone can run in minutes. Results on a model
-of its size need not hold for one of billions; the same commands run on any model by `--set base=my.yaml`. This page is
-made by `python scripts/make_studies.py`. Intervals are 95 % by Student's t over three seeds, which decide the order of
-the text and which part of it scoring reads.
+of its size need not hold for one of billions; the same commands run on any model by `--set base=my.yaml`. Those whose
+names begin with `published` were run on published models, read from 4-bit files, in bfloat16 and once: their intervals
+are those of the benchmarks' rows alone. This page is made by `python scripts/make_studies.py`. Intervals are 95 % by
+Student's t over three seeds, which decide the order of the text and which part of it scoring reads.
 """
 
 
@@ -97,7 +98,8 @@ def take(folder: Path) -> None:
     """Copies the results of a finished study to the folder that this page is made from."""
     made = json.loads((folder / "study.json").read_text(encoding="utf-8"))
     made["command"] = re.sub(r"(model|teacher)=\S*/", r"\1=", made["command"])  # of a model's folder the name alone
-    name = folder.name if folder.name in COMMENTS else made["name"]
+    of_published = "published-" * ("studies/published/" in made["command"])
+    name = f"{of_published}{folder.name if of_published or folder.name in COMMENTS else made['name']}"
     (RESULTS / name).mkdir(parents=True, exist_ok=True)
     FIGURES.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "figure.svg", FIGURES / f"{name}.svg")

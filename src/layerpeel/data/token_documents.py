@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from layerpeel.errors import InputError, RunError
-from layerpeel.storage.files import write_whole
+from layerpeel.storage.files import json_digest, write_whole
 
 MARKER = "tokens.json"
 
@@ -114,7 +114,7 @@ def read_token_documents(folder: Path) -> Iterator[Tensor]:
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of a tokenizer's vocabulary."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    return json_digest(sorted(tokenizer.get_vocab().items()))
 
 
 def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,8 +11,6 @@ the tokenizer, the seed. As each file is named by the number of documents before
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,7 +34,7 @@ from layerpeel.errors import RunError
 from layerpeel.processes.distributed import from_main
 from layerpeel.processes.interrupts import stop_if_asked
 from layerpeel.processes.progress import progress
-from layerpeel.storage.files import remove_folder, remove_paths
+from layerpeel.storage.files import json_digest, remove_folder, remove_paths
 
 FORM = 1  # of the text; another one is written anew
 SHARD = 2**22  # tokens of a file, about
@@ -160,7 +158,7 @@ def _open(folder: Path, sources: Sequence[TextSource], tokenizer: PreTrainedToke
         "tokenizer": _digest_of(tokenizer),
         "seed": seed,
     }
-    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+    key = json_digest(made_by)
     return _Text(folder / f"tokens-{key}", tokenizer, made_by)
 
 
@@ -213,5 +211,4 @@ def _digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
         if tokenizer.is_fast
         else [type(tokenizer).__qualname__, vocabulary_digest(tokenizer), tokenizer.init_kwargs]
     )
-    values = [start, tokenizer.eos_token_id, tokenizer.chat_template, inner]
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return json_digest([start, tokenizer.eos_token_id, tokenizer.chat_template, inner])

@@ -6,8 +6,6 @@ processes share, is the same to the last bit as one that a single process writes
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Collection, Sequence
@@ -36,7 +34,7 @@ from layerpeel.inference.sampling import Sampler
 from layerpeel.processes.distributed import gather, processes_of, wait_for_all
 from layerpeel.processes.progress import Advance, console, progress
 from layerpeel.processes.text import count, duration
-from layerpeel.storage.files import remove_paths
+from layerpeel.storage.files import json_digest, remove_paths
 from layerpeel.storage.outputs import check_space
 
 FORM = 1  # of the text; another one is written anew
@@ -161,7 +159,7 @@ class _Text:
             "top_p": source.top_p,
             "seed": writer.seed,
         }
-        key = hashlib.sha256(json.dumps(self.made_by, sort_keys=True).encode()).hexdigest()[:16]
+        key = json_digest(self.made_by)
         self.folder = writer.folder / f"teacher-{key}"
         self.processes = processes_of(writer.layerwise.device)
 

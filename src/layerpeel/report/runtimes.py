@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,7 @@ from pydantic import TypeAdapter
 from layerpeel.report.rows import TableRow
 from layerpeel.run.events import Machine
 from layerpeel.run.folder import Run
-from layerpeel.storage.files import write_whole
+from layerpeel.storage.files import json_digest, write_whole
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def student_mark(run: Run, number: int, last_pass: bool) -> str:
     """Tells the student of a round from another that a run which went back has made since."""
     files = run.finish.files if run.finish and last_pass else run.rounds[number - 1].files if number else {}
     weights = {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
-    return hashlib.sha256(json.dumps([run.removed_layers(number), weights]).encode()).hexdigest()[:16]
+    return json_digest([run.removed_layers(number), weights])
 
 
 def verified_rows(run: Run) -> list[VerifiedRow]:

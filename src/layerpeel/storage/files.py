@@ -104,6 +104,11 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
+def json_digest(values: Any) -> str:
+    """A hash of plain values, the same in whichever order their keys are; what is no plain value counts as its text."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def sampled_digest(file: Path) -> str:
     """A hash of a file's size and of evenly spaced blocks: of all of it, up to 16 MiB."""
     size = file.stat().st_size

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +14,7 @@ from layerpeel.data.batches import ROWS_AHEAD, load_rows
 from layerpeel.data.rows import Rows
 from layerpeel.data.token_store import TokenStore
 from layerpeel.processes.progress import console, print_once
+from layerpeel.storage.files import json_digest
 from layerpeel.training.recipe import TrainingRecipe
 from layerpeel.training.result import TrainingSummary
 from layerpeel.training.student import Student
@@ -98,4 +97,4 @@ def tokenize_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase, texts: 
 
 def settings_hash(*values: Any) -> str:
     """A hash of whatever work depends on; rows of text by their digest, as the same path may lead to others later."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return json_digest(values)
