@@ -254,7 +254,7 @@ def dropped_last_pass(round_number: int, kept_quality: float) -> Finding:
         round=round_number,
         message=f"the last pass went below the quality floor ({percent(kept_quality)} % of the teacher's); the "
         f"student is that of round {round_number}, as it was before",
-        hint="lower the learning rate of the last pass (distill.last_pass), or train on other text",
+        hint="lower its learning rate (distill.learning_rate, or that of distill.last_pass), or train on other text",
     )
 
 
