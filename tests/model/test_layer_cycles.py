@@ -100,6 +100,7 @@ def settings(folder: Path, **protect: Any) -> RunConfig:
         "stop": {"min_quality": 0.5},
         "tasks": [{"kind": "perplexity", "data": str(text)}],
         "score": {"decide": "teacher_kl", "text": str(text), "protect": protect},
+        "distill": {"sequence_length": 64, "tokens_per_round": 0},
     }
     return RunConfig.model_validate(json.loads(json.dumps(fields)))
 

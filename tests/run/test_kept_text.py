@@ -104,7 +104,7 @@ def _reading_no_text(patch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_a_run_without_a_target_reads_on(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings |= {"stop": {"max_params": 1}}
+    settings |= {"stop": {"min_quality": 1e-6}}
     settings["distill"] |= {"last_pass": None, "repair": False}
     settings["score"] |= {"heal": None, "protect": {"first": 2, "last": 1}}
     with monkeypatch.context() as patch:

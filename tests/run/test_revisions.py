@@ -29,6 +29,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "stop": {"target_layers": 5},
         "score": {"decide": "teacher_kl", "text": text, "tokens": 64},
         "tasks": [{"kind": "perplexity", "data": text, "limit": 2}],
+        "distill": {"sequence_length": 64, "tokens_per_round": 0},
     }
 
 
