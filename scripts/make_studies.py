@@ -99,9 +99,9 @@ INTRODUCTION = """# Studies
 The experiments of the paper (arXiv 2511.05085), the checks it proposes and the questions it leaves open, each as one
 command on the bundled teacher, a Qwen2-family model of 12 layers that anyone can run in minutes. Results on a model
 of its size need not hold for one of billions; the same commands run on any model by `--set base=my.yaml`. Those whose
-names begin with `published` were run on published models, read from 4-bit files, in bfloat16 and once: their intervals
-are those of the benchmarks' rows alone. This page is made by `python scripts/make_studies.py`. Intervals are 95 % by
-Student's t over three seeds, which decide the order of the text and which part of it scoring reads.
+names begin with `published` were run on published models, read from 4-bit files, in bfloat16, with one seed and so
+without intervals. This page is made by `python scripts/make_studies.py`. Intervals are 95 % by Student's t over three
+seeds, which decide the order of the text and which part of it scoring reads.
 """
 
 

@@ -151,7 +151,7 @@ def test_more_text_is_tokenised_from_where_it_stopped(
     monkeypatch.setattr(tokenizing, "MOST_THREADS", 1)
     for tokens in (200, 400, 2000):
         TokenStore(folder).reader(sources, byte_tokenizer(), 3, tokens)
-    ahead = 3 * 2  # that were tokenised ahead, and not used
+    ahead = 3  # that were tokenised ahead, and not used
     assert len(texts) <= 240 + ahead
     marker = find_token_text(next(folder.iterdir()))
     assert marker and marker.documents == 240 and marker.tokens == tokens_in(folder)

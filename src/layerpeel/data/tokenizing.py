@@ -102,7 +102,7 @@ def _ahead(documents: Iterator[PlacedDocument], tokenizer: PreTrainedTokenizerBa
         return list(zip(chunk, texts, _encode_all(texts, encode, chunk[0][0]), strict=True))
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(threads) as encoders:
-        coming = deque(encoders.submit(encoded, reader.submit(read)) for _ in range(threads + 1))
+        coming = deque(encoders.submit(encoded, reader.submit(read)) for _ in range(threads))
         while chunk := coming.popleft().result():
             coming.append(encoders.submit(encoded, reader.submit(read)))
             yield chunk
