@@ -18,10 +18,10 @@ from layerpeel.errors import InputError, RunError
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.model import removal
 from layerpeel.model.loading import load_model
+from layerpeel.model.new_tensors import NewTensor
 from layerpeel.model.removal import remove_from_files
 from layerpeel.model.streaming import load_streamed
 from layerpeel.model.surgery import remove_layers
-from layerpeel.model.tensor_files import NewTensor
 from tests.families import save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
 Tensors = dict[str, Tensor]

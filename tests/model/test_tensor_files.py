@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from layerpeel.model.tensor_files import NewTensor, check_written, stored_tensors, write_tensors
+from layerpeel.model.new_tensors import NewTensor, check_written, write_tensors
+from layerpeel.model.tensor_files import stored_tensors
 
 BLOCK = 2**20
 
@@ -53,7 +54,8 @@ def size_of(source: Path) -> int:
 
 
 def test_bytes_are_copied_and_counted(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerpeel.model.tensor_files.CHUNK", BLOCK)
+    for module in ("tensor_files", "new_tensors"):
+        monkeypatch.setattr(f"layerpeel.model.{module}.CHUNK", BLOCK)
     assert copied(source, tmp_path / "copy") == size_of(source)
     assert is_copy(tmp_path / "copy", source)
 

@@ -41,9 +41,7 @@ def train(folder: Path, *, stream: bool, repair: bool = False, **fields: Any) ->
     options: dict[str, Any] = {"storage": student.model.dtype}
     if repair:
         state = RepairState(folder / "solved", "test")
-        result = repair_student(student, tokenizer, config, REMOVED, state=state, required=True, **options)
-        if stream and result:
-            student.replaced = state.tensors(result.layers)
+        repair_student(student, tokenizer, config, REMOVED, state=state, required=True, **options)
     return student, train_student(student, tokenizer, config, **options)
 
 

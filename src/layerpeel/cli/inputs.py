@@ -16,10 +16,6 @@ from layerpeel.errors import InputError
 from layerpeel.storage.outputs import check_output, check_space, is_empty
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from layerpeel.config.run import RunConfig
-    from layerpeel.inference.layerwise import LayerwiseModel
     from layerpeel.model.loading import TeacherOptions
 
 
@@ -147,28 +143,3 @@ def find_model(model: str) -> str:
     """A model that a command names: a folder from the working folder, made absolute; else as it is, a hub name."""
     path = os.path.abspath(os.path.expanduser(model))
     return path if os.path.isdir(path) else model
-
-
-def load_layerwise(settings: RunConfig, *, stream: bool) -> tuple[LayerwiseModel, PreTrainedTokenizerBase]:
-    """Loads a config's teacher, with its layers in memory or read as they run."""
-    from layerpeel.inference.layerwise import LayerwiseModel
-    from layerpeel.model.loading import load_teacher
-    from layerpeel.model.streaming import load_streamed
-
-    if not stream:
-        model, tokenizer = load_teacher(settings)
-        return LayerwiseModel(model), tokenizer
-    if settings.merge_adapter:
-        raise InputError(
-            "merge_adapter: an adapter cannot be merged into layers that are read one at a time",
-            hint="use weights: memory, or merge it with peft and save the result",
-        )
-    streamed, tokenizer = load_streamed(
-        settings.teacher,
-        device=settings.device,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-        revision=settings.revision,
-        attn_implementation=settings.attn_implementation,
-    )
-    return LayerwiseModel(streamed.model, streamed.weights_loaded, streamed.drop_read_ahead), tokenizer

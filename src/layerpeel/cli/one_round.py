@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from layerpeel.cli.inputs import check_new_folder, check_room, load_layerwise
+from layerpeel.cli.inputs import check_new_folder, check_room
 from layerpeel.cli.output import stdout
 from layerpeel.cli.tables import repair_table
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError
+from layerpeel.inference.loading import load_layerwise
 from layerpeel.model.architecture import count_parameters
 from layerpeel.model.digests import digests
 from layerpeel.model.layer_cycles import broken_cycle
 from layerpeel.model.loading import teacher_options
 from layerpeel.model.origin import stored_dtypes, teacher_origin
-from layerpeel.model.removal import remove_from_files
-from layerpeel.model.saving import save_model
 from layerpeel.model.surgery import KeptLayers
-from layerpeel.processes.distributed import from_main
 from layerpeel.processes.interrupts import interruptible
 from layerpeel.processes.progress import shown
 from layerpeel.run.preflight import check_streamed_text
@@ -37,6 +32,7 @@ from layerpeel.training.rounds import train_student
 from layerpeel.training.state import TrainingState
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_text import with_teacher_text
+from layerpeel.training.writing import write_student
 
 
 def distill_once(settings: RunConfig, layers: Sequence[int], folder: Path) -> None:
@@ -72,21 +68,16 @@ def _heal_once(settings: RunConfig, layers: Sequence[int], folder: Path, *, trai
         teacher, tokenizer = load_layerwise(settings, stream=streamed)
         student, training = Student(teacher), None
         student.remove(layers)
-        origin = teacher_origin(settings).with_layers(student.kept_layers.kept)
-        storage = stored_dtypes(origin, teacher.model)
+        storage = stored_dtypes(teacher_origin(settings), teacher.model)
         resolved, _ = with_teacher_text(settings, teacher, tokenizer, beside(folder, "-text"), scoring=False)
         config, solved, state = resolved.distill, *_states(settings, layers, folder)
         options: dict[str, Any] = {"seed": settings.seed, "storage": storage}
         repaired = repair_student(student, tokenizer, config, layers, state=solved, required=not train, **options)
         if repaired:
             stdout.print(repair_table(repaired))
-            student.replaced = solved.tensors(repaired.layers) if streamed else {}
         if train:
             training = train_student(student, tokenizer, config, state=state, **options)
-        if streamed:
-            _write_from_files(settings, layers, folder, student)
-        else:
-            save_model(student.model, tokenizer, folder, storage.main, origin)
+        write_student(student, tokenizer, settings, folder)
     facts, kept = HealingFacts.of(settings, repaired, training), student.kept_layers
     cycle = broken_cycle(teacher.model.config, kept.kept)
     sizes = count_parameters(student.model), count_parameters(teacher.model)
@@ -104,14 +95,6 @@ def _states(settings: RunConfig, layers: Sequence[int], folder: Path) -> tuple[R
     key = json.dumps(healed, sort_keys=True)
     every = settings.distill.save_every
     return RepairState(beside(folder, "-solved"), key), TrainingState(beside(folder, "-training"), key, every)
-
-
-def _write_from_files(settings: RunConfig, layers: Sequence[int], folder: Path, student: Student) -> None:
-    """Writes a student whose layers were streamed: the teacher's tensors from file to file, but for what was healed."""
-    trained = {name: partial(torch.Tensor.detach, value) for name, value in student.trained_state().items()}
-    replaced: Mapping[str, Callable[[], torch.Tensor]] = {**student.replaced, **trained}
-    options = teacher_options(settings)
-    from_main(partial(remove_from_files, settings.teacher, layers, folder, replaced=replaced, **options))
 
 
 def _done(repaired: RepairResult | None, training: TrainingResult | None) -> str:

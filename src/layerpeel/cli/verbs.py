@@ -29,7 +29,6 @@ from layerpeel.cli.inputs import (
     check_score_folder,
     expand_home,
     find_model,
-    load_layerwise,
     parse_layers,
     parse_size,
     positive,
@@ -110,6 +109,7 @@ def score(
         from layerpeel.importance.metrics import reads_text
         from layerpeel.importance.scoring import score_layers, scoring_text
         from layerpeel.inference.answer_cache import AnswerCache
+        from layerpeel.inference.loading import load_layerwise
         from layerpeel.model.digests import fingerprint
         from layerpeel.run.preflight import check_score
         from layerpeel.training.teacher_text import with_teacher_text

@@ -114,6 +114,11 @@ class RunConfig(Section):
         return self
 
     @property
+    def streams(self) -> bool:
+        """Whether a run reads the layers from the checkpoint as they run."""
+        return self.distill.weights == "stream"
+
+    @property
     def has_teacher_text(self) -> bool:
         """Whether the teacher writes some of the text."""
         sources = [*self.distill.text, *(self.score.text or [])]

@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 from layerpeel.errors import InputError
-from layerpeel.model.origin import teacher_origin
-from layerpeel.model.saving import save_model
+from layerpeel.inference.loading import load_layerwise
 from layerpeel.run.card import write_card
 from layerpeel.run.folder import Run
-from layerpeel.run.places import load_run_teacher
+from layerpeel.run.places import checked_teacher
 from layerpeel.storage.files import write_folder
+from layerpeel.training.writing import write_student
 
 
 def export_student(run: Run, folder: Path, round_: int | None = None) -> int:
@@ -42,10 +42,10 @@ def export_student(run: Run, folder: Path, round_: int | None = None) -> int:
         raise InputError(
             f"{run.folder} has no round {round_}: {rounds}", hint="`layerpeel ls` shows what runs have done"
         )
-    teacher, tokenizer = load_run_teacher(run)
+    config = checked_teacher(run)
+    teacher, tokenizer = load_layerwise(config, stream=config.streams)
     student = run.student_of(teacher, round_)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    origin = teacher_origin(run.pinned_config).with_layers(student.kept_layers.kept)
-    save_model(student.model, tokenizer, folder, origin.dtype, origin)
+    write_student(student, tokenizer, config, folder)
     write_card(run, folder, round_)
     return round_

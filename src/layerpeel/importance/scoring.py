@@ -21,12 +21,12 @@ from layerpeel.importance.scores import LayerScores
 from layerpeel.importance.work import work_of
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.inference.requests import Generation
 from layerpeel.model.config_check import unremovable_layers
 from layerpeel.model.layer_cycles import cycle_breakers
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.processes.progress import print_once
 from layerpeel.tasks.base import Task
+from layerpeel.tasks.evaluation import refuse_generation
 
 
 def scoring_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase, texts: TokenStore | None = None) -> Rows | None:
@@ -97,7 +97,7 @@ def score_layers(
         layerwise, layerwise, tokenizer, candidates, text, tasks, None, aggregate, config, answer_cache
     )
     if layerwise.streamed and "tasks" in make_metric(config.decide).needs:
-        _refuse_generation(tasks, tokenizer)
+        refuse_generation(tasks, tokenizer)
     if announce:
         announce(estimate(inputs))
     return score_candidates(inputs, depth)
@@ -114,15 +114,6 @@ def unremovable_teacher_layers(model: PreTrainedModel, depth: KeptLayers, *, pat
     if reasons:
         print_once(f"layers {', '.join(map(str, reasons))} stay: without one, {next(iter(reasons.values()))}")
     return tuple(reasons)
-
-
-def _refuse_generation(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> None:
-    for task in tasks:
-        if any(isinstance(request, Generation) for request in task.requests(tokenizer)):
-            raise InputError(
-                f"task {task.name} generates text, for which every layer would be read from disk for every token",
-                hint="score it with score.weights: memory, or leave it out; log-likelihood tasks can be streamed",
-            )
 
 
 def _scores(name: str, inputs: ScoringInputs, depth: KeptLayers) -> LayerScores:

@@ -26,12 +26,13 @@ from layerpeel.model.config_check import check_config, first_difference
 from layerpeel.model.layer_cycles import broken_cycle
 from layerpeel.model.layer_names import LayerNames
 from layerpeel.model.loading import TeacherOptions, load_config_of, load_model, load_without_bytes
+from layerpeel.model.new_tensors import SHARD_SIZE, NewTensor, check_written, write_tensors
 from layerpeel.model.origin import Origin, origin_of
 from layerpeel.model.saved_config import SavedConfig, student_config, write_fields
 from layerpeel.model.saving import save_model
 from layerpeel.model.side_files import carry_files, drop_absent_code, left_files
 from layerpeel.model.surgery import KeptLayers, remove_layers
-from layerpeel.model.tensor_files import SHARD_SIZE, NewTensor, StoredTensor, check_written, write_tensors
+from layerpeel.model.tensor_files import StoredTensor
 from layerpeel.processes.progress import progress
 from layerpeel.storage.files import partial_of, replace_folder, sync_folder
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,19 +26,11 @@ from layerpeel.model.config_check import first_difference
 from layerpeel.model.forward_switches import runnable_config
 from layerpeel.model.layer_names import find_layer_names
 from layerpeel.model.loading import load_config_of
+from layerpeel.model.new_tensors import NewTensor, write_tensors
 from layerpeel.model.origin import Origin
 from layerpeel.model.saved_config import student_config, write_fields
 from layerpeel.model.side_files import carry_files, drop_absent_code
-from layerpeel.model.tensor_files import (
-    CODES,
-    DTYPES,
-    NewTensor,
-    StoredTensor,
-    main_dtype,
-    stored_tensors,
-    tensor_bytes,
-    write_tensors,
-)
+from layerpeel.model.tensor_files import DTYPES, main_dtype, stored_tensors
 from layerpeel.processes.distributed import is_main_process
 from layerpeel.storage.files import partial_of, replace_folder
 
@@ -133,29 +125,12 @@ class _Tensors:
         original = self._find(name)
         stored = self.origin.tensors[original] if self.origin and original else None
         if stored is None or stored.shape != tuple(value.shape) or stored.dtype not in DTYPES:
-            dtype = self.dtype if value.is_floating_point() else value.dtype
-            stored = None
-        else:
-            dtype = DTYPES[stored.dtype]
-        size = value.numel() * dtype.itemsize
-        return NewTensor(name, CODES[dtype], tuple(value.shape), size, partial(_chunks, value, dtype, stored))
+            return NewTensor.of(name, value, self.dtype if value.is_floating_point() else None)
+        return NewTensor.made(name, stored, lambda: value)
 
 
 def _numbered(name: str) -> bool:
     return any(part.isdecimal() for part in name.split("."))
-
-
-def _chunks(value: Tensor, dtype: torch.dtype, stored: StoredTensor | None) -> Iterator[bytes | memoryview]:
-    """The bytes of a tensor: those that it was loaded from, if it is as it was loaded."""
-    held = value.detach().cpu().contiguous()
-    original = stored.read() if stored else None
-    if original is not None and _same_bits(original.to(held.dtype), held):
-        held = original
-    yield tensor_bytes(held.to(dtype))
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 def check_saved(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

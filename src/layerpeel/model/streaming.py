@@ -33,10 +33,10 @@ CPU = torch.device("cpu")
 class StreamedLayers:
     """Reads each layer's weights from safetensors files before it runs, and drops them afterwards.
 
-    The next layer is read while one runs, so at most two are in memory: the one above, or the one below where they are
-    asked for downward; after the last, the first. For a GPU they are read into pinned memory, from which a stream of
-    their own copies them beside the computation, once the GPU has come to the layer before: the host may be ahead of
-    it, and the memory of layers that have yet to run is not free.
+    The next layer is read while one runs, so at most two are in memory: that which followed the last time, else the one
+    above, or the one below where they are asked for downward; after the last, the first. For a GPU they are read into
+    pinned memory, from which a stream of their own copies them beside the computation, once the GPU has come to the
+    layer before: the host may be ahead of it, and the memory of layers that have yet to run is not free.
 
     Attributes:
         model: loaded but for its layers, whose weights are on the meta device between runs.
@@ -74,7 +74,8 @@ class StreamedLayers:
         begin = partial(torch.cuda.set_device, model.device) if on_gpu else None
         self._reader = ThreadPoolExecutor(max_workers=1, initializer=begin)
         self._read_ahead: dict[int, Future[LayerWeights]] = {}
-        self._last = -1  # the position that was loaded last
+        self._place = (-1, True)  # the position that was loaded last, and whether that was upward
+        self._followed: dict[tuple[int, bool], int] = {}  # the position that was loaded after it, the last time
         self._copies = torch.cuda.Stream(model.device) if on_gpu else None
 
     @contextmanager
@@ -90,7 +91,6 @@ class StreamedLayers:
         before = torch.cuda.current_stream(self.model.device).record_event() if self._copies else None
         layers[position].load_state_dict(ready.result().on_current_stream(), strict=False, assign=True)
         following = self._following(position)
-        self._last = position
         self._read_ahead[following] = self._reader.submit(self._read, following, before)
         try:
             yield
@@ -104,9 +104,11 @@ class StreamedLayers:
         self._read_ahead.clear()
 
     def _following(self, position: int) -> int:
-        """Which layer is likely to be asked for after this one: in a backward pass, the one below."""
-        upward = position > self._last or not position
-        return (position + (1 if upward else -1)) % len(self._architecture.layers)
+        """Which layer is likely to be asked for after this one: a student has gaps, and a backward pass goes down."""
+        self._followed[self._place] = position
+        self._place = position, position > self._place[0] or not position
+        beside = position + (1 if self._place[1] else -1)
+        return self._followed.get(self._place, beside % len(self._architecture.layers))
 
     def _names(self, position: int) -> dict[str, str]:
         """The names of the layer's tensors, in its state dict and in the checkpoint."""

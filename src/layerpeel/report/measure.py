@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from layerpeel.config.fields import TextConfig
 from layerpeel.config.run import RunConfig
 from layerpeel.data.tokenizing import read_tokens
-from layerpeel.errors import LayerpeelError
+from layerpeel.errors import InputError, LayerpeelError
 from layerpeel.inference.decoding import plain_generation
 from layerpeel.inference.engine import Engine
 from layerpeel.inference.layerwise import LayerwiseModel
@@ -81,9 +81,13 @@ def measure_run(run: Run) -> Measurements:
     A machine's speed drifts, so the students take turns, `REPEATS` times, and the medians are kept.
 
     Raises:
-        InputError: the teacher is gone.
+        InputError: the teacher is gone, or its layers are not to be in memory.
         RunError: a round's files are gone or damaged.
     """
+    if run.config.streams:
+        raise InputError(
+            "the run read its layers from the disk (weights: stream), and to generate would read all for every token"
+        )
     teacher, tokenizer = load_run_teacher(run)
     rounds = range(len(run.rounds) + 1)
     prompts = sample_prompts(run.config, tokenizer, run.kept_texts)

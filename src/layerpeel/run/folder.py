@@ -29,6 +29,8 @@ from transformers import PreTrainedModel
 from layerpeel.config.fields import TextConfig
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError, RunError
+from layerpeel.inference.layerwise import LayerwiseModel
+from layerpeel.model.tensor_files import tensors_in
 from layerpeel.run.events import AnyEvent, Finish, RoundEnd, check_version, event_from_json
 from layerpeel.run.record import Round, RunRecord
 from layerpeel.run.results_json import curve_from_json
@@ -111,7 +113,7 @@ class Run(RunRecord):
             return []
         return curve_from_json(json.loads(path.read_text(encoding="utf-8")))
 
-    def student_of(self, teacher: PreTrainedModel, number: int) -> Student:
+    def student_of(self, teacher: PreTrainedModel | LayerwiseModel, number: int) -> Student:
         """The student as a round left it; that of round 0 is the teacher.
 
         Raises:
@@ -133,7 +135,11 @@ class Run(RunRecord):
         finished = self.rounds[number - 1]
         self.check_files(finished)
         student.remove(set(student.kept_layers.kept) - set(finished.kept))
-        student.load_trained(load_file(self.round_folder(number) / WEIGHTS))
+        path = self.round_folder(number) / WEIGHTS
+        if student.teacher.streamed:
+            student.keep_on_disk(tensors_in(path))
+        else:
+            student.load_trained(load_file(path))
 
     def check_files(self, event: Round | RoundEnd | Finish) -> None:
         """Checks the weights and the checkpoint that were written with an event.

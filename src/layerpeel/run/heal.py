@@ -34,6 +34,6 @@ def heal_candidates(
         trial.remove([layer])
         description = f"healing without layer {layer}"
         train_student(trial, inputs.tokenizer, distill, seed=config.seed, description=description, texts=texts)
-        evaluation = evaluate(trial.model, inputs.tokenizer, inputs.tasks)
+        evaluation = evaluate(trial.layerwise, inputs.tokenizer, inputs.tasks)
         scores.healed[layer] = teacher - evaluation.aggregate(inputs.reference, config.aggregate)
     scores.heal_seconds = time.monotonic() - started

@@ -10,9 +10,8 @@ from layerpeel.data.token_store import TokenStore
 from layerpeel.importance.base import ScoringInputs
 from layerpeel.importance.scores import LayerScores, last_ranking
 from layerpeel.importance.scoring import score_candidates, scoring_text, unremovable_teacher_layers
-from layerpeel.model.loading import load_teacher
+from layerpeel.inference.loading import load_layerwise
 from layerpeel.model.origin import stored_dtypes, teacher_origin
-from layerpeel.model.saving import save_model
 from layerpeel.processes.progress import console
 from layerpeel.run.card import write_card
 from layerpeel.run.events import StudentRecord, TeacherRecord
@@ -23,7 +22,7 @@ from layerpeel.run.record import Round
 from layerpeel.run.student_checks import check_size, check_trained
 from layerpeel.run.writing import OpenRun
 from layerpeel.tasks.base import Task
-from layerpeel.tasks.evaluation import evaluate
+from layerpeel.tasks.evaluation import evaluate, refuse_generation
 from layerpeel.tasks.scores import Evaluation
 from layerpeel.training.repairing import repair_student
 from layerpeel.training.result import RepairResult, TrainingResult
@@ -32,6 +31,7 @@ from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache, cache_for
 from layerpeel.training.teacher_text import with_teacher_text
 from layerpeel.training.text import tokenize_text
+from layerpeel.training.writing import write_student
 
 
 class Peeling:
@@ -41,10 +41,9 @@ class Peeling:
         run: the record, which knows how far the run is.
         config: how to go on; once the teacher has written text, with the folders of that.
         tasks: what the models are evaluated on.
-        teacher, tokenizer: as loaded.
+        tokenizer: the teacher's.
         student: the teacher without the layers that are gone, as trained so far.
         text: what metrics read; None if the config has no text, or the teacher has not written it yet.
-        origin: the teacher's checkpoint.
         storage: the dtypes that the student's tensors will be saved in.
         cache: the teacher's hidden states on disk; None if they are computed each time.
         free: the teacher layers that may go next, as of the last `stop_reason`.
@@ -65,12 +64,13 @@ class Peeling:
         self.texts = TokenStore(run.text_folder)
         with leaving_nothing(run):
             pinned = config.model_copy(update={"revision": run.pinned_config.revision})
-            self.teacher, self.tokenizer = load_teacher(pinned)
-            self.student = Student(self.teacher)
+            teacher, self.tokenizer = load_layerwise(pinned, stream=config.streams)
+            if teacher.streamed:
+                refuse_generation(tasks, self.tokenizer)
+            self.student = Student(teacher)
             check_trained(self.student, config.distill)
             check_size(self.student, config)
-            self.origin = teacher_origin(pinned)
-            self.storage = stored_dtypes(self.origin, self.teacher)
+            self.storage = stored_dtypes(teacher_origin(pinned), teacher.model)
             self.text = None if config.has_teacher_text else self._read_text()
 
     def begin(self) -> None:
@@ -80,7 +80,7 @@ class Peeling:
         self._write_text()
         self.run.restore(self.student)
         note_findings(self.run)
-        self.cache = cache_for(self.config, self.teacher, self.run.folder)
+        self.cache = cache_for(self.config, self.student.teacher.model, self.run.folder)
 
     def _write_text(self) -> None:
         """Lets the teacher write the text that the config wants of it, as far as it is not there, and reads it."""
@@ -193,7 +193,7 @@ class Peeling:
 
     def evaluate(self) -> Evaluation:
         """The student's scores on the tasks."""
-        return evaluate(self.student.model, self.tokenizer, self.tasks)
+        return evaluate(self.student.layerwise, self.tokenizer, self.tasks)
 
     def record(self, repair: RepairResult | None, training: TrainingResult, evaluation: Evaluation) -> None:
         """Records the round, and the signs of failure that it shows."""
@@ -207,15 +207,14 @@ class Peeling:
             reason: from `stop_reason`.
         """
         if self.result < len(self.run.rounds):
-            self.student = self.run.student_of(self.teacher, self.result)
+            self.student = self.run.student_of(self.student.teacher, self.result)
             if reason != "min_quality":  # of which the command itself says whose student is the result
                 console.print(
                     f"stop.{reason}: the student is that of round {self.result}; later rounds went beyond it",
                     soft_wrap=True,
                 )
         last_pass = self._last_pass()
-        origin = self.origin.with_layers(self.student.kept_layers.kept)
-        save_model(self.student.model, self.tokenizer, self.run.student_folder, self.storage.main, origin)
+        write_student(self.student, self.tokenizer, self.run.pinned_config, self.run.student_folder)
         write_card(self.run, self.run.student_folder, len(self.student.kept_layers.removed), last_pass)
         self.run.record_finish(reason, self.student, last_pass)
         self.texts.clear()
@@ -263,5 +262,5 @@ class Peeling:
         if floor is None or last_pass.kept_quality >= floor:
             return last_pass
         note(self.run, [dropped_last_pass(removed, last_pass.kept_quality)])
-        self.student = self.run.student_of(self.teacher, removed)
+        self.student = self.run.student_of(self.student.teacher, removed)
         return None

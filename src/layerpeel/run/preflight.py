@@ -131,6 +131,21 @@ def check_streamed_text(section: str, text: Iterable[TextSource]) -> None:
         )
 
 
+def _check_streamed(config: RunConfig) -> None:
+    """Checks that a run reads layers from the disk in all that it does, or in nothing; and its text, if it does."""
+    weights = {"score": config.score.weights, "distill": config.distill.weights}
+    if len(set(weights.values())) > 1:
+        streamed, in_memory = sorted(weights, key=lambda name: weights[name] == "memory")
+        raise InputError(
+            f"{streamed}.weights: stream, and {in_memory}.weights: memory; a run reads its layers from disk in all "
+            "that it does, or in nothing",
+            hint=f"set {in_memory}.weights: stream, too",
+        )
+    if config.streams:
+        for name, text in (("distill", config.distill.text), ("score", config.score.text or [])):
+            check_streamed_text(name, text)
+
+
 def _check_text(sources: Iterable[TextConfig]) -> None:
     for source in sources:
         next(read_documents(source), None)
@@ -154,13 +169,7 @@ def check_run(config: RunConfig) -> list[Task]:
     Raises:
         InputError: it says what will not do.
     """
-    verbs = {"score": "`layerpeel score`", "distill": "`layerpeel distill` and `layerpeel repair`"}
-    for name, section in (("score", config.score), ("distill", config.distill)):
-        if section.weights == "stream":
-            raise InputError(
-                f"{name}.weights: stream is for {verbs[name]}; a run evaluates, too, and needs the model in memory",
-                hint=f"set {name}.weights: memory",
-            )
+    _check_streamed(config)
     check_training_dtype(config)
     for name in config.trackers:
         if not find_spec(name):

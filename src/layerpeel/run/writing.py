@@ -7,13 +7,13 @@ from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from layerpeel.importance.scores import LayerScores
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.teacher_text import WrittenText
 from layerpeel.model.architecture import count_parameters
 from layerpeel.model.forward_switches import attention_of
+from layerpeel.model.new_tensors import NewTensor, write_file
+from layerpeel.model.tensor_files import tensors_in
 from layerpeel.processes.distributed import RANK, wait_for_all
 from layerpeel.run.events import (
     AnyEvent,
@@ -88,6 +88,8 @@ class OpenRun(Run):
         number = len(self.rounds) + 1
         write_folder(self.round_folder(number), lambda folder: self._write_round(folder, student, training))
         files = hash_files(self.round_folder(number), self.folder)
+        if student.teacher.streamed:
+            student.keep_on_disk(tensors_in(self.round_folder(number) / WEIGHTS))
         result = self.student_record(student, repair, training, evaluation)
         self.record(RoundEnd(round=number, kept=student.kept_layers.kept, files=files, **dict(result)))
         self._clear()
@@ -146,8 +148,9 @@ class OpenRun(Run):
         assert self.scored
         write_json(folder / SCORES, scores_to_json(self.scored.scores))
         write_json(folder / TRAINING, training_to_json(training))
-        weights = {name: value.contiguous() for name, value in student.trained_state().items()}
-        save_file(weights, folder / WEIGHTS)
+        replaced = {name: NewTensor.copied(name, stored) for name, stored in student.replaced.items()}
+        trained = {name: NewTensor.of(name, value) for name, value in student.trained_state().items()}
+        write_file(folder / WEIGHTS, (replaced | trained).values())
 
     def _clear(self) -> None:
         """Removes what only the round that was running needed."""

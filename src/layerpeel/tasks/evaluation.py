@@ -17,15 +17,33 @@ from layerpeel.tasks.base import Sample, Task
 from layerpeel.tasks.scores import Evaluation, TaskScore
 
 
-def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]) -> Evaluation:
+def evaluate(
+    model: PreTrainedModel | LayerwiseModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
+) -> Evaluation:
     """Scores a model on tasks.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, or one that is run layer by layer already.
         tokenizer: its tokenizer.
         tasks: what `make_tasks` gives.
     """
-    return Evaluation(score_tasks(Engine(LayerwiseModel(model), tokenizer), tasks)[0])
+    layerwise = model if isinstance(model, LayerwiseModel) else LayerwiseModel(model)
+    return Evaluation(score_tasks(Engine(layerwise, tokenizer), tasks)[0])
+
+
+def refuse_generation(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses tasks that a model cannot be asked whose layers are read from the disk.
+
+    Raises:
+        InputError: one generates text.
+    """
+    for task in tasks:
+        if any(isinstance(request, Generation) for request in task.requests(tokenizer)):
+            raise InputError(
+                f"task {task.name} generates text, for which every layer would be read from disk for every token",
+                hint="keep the weights in memory (weights: memory), or leave it out; log-likelihood tasks can be "
+                "streamed",
+            )
 
 
 def score_tasks(engine: Engine, tasks: Sequence[Task]) -> list[dict[str, TaskScore]]:

@@ -23,6 +23,7 @@ from layerpeel.inference.budget import explaining_full_memory
 from layerpeel.inference.front import Front
 from layerpeel.inference.refitting import LayerRefit, find_layer_writers
 from layerpeel.inference.residual_writers import Writers
+from layerpeel.processes.distributed import wait_for_all
 from layerpeel.processes.interrupts import stop_if_any_asked
 from layerpeel.training.repair_states import RepairState
 from layerpeel.training.result import RepairedProjection, RepairResult
@@ -39,7 +40,7 @@ class RepairWalk:
         start: the position in the student where it begins.
         ridge: of all projections; None to choose each one's.
         storage: gives the dtype that a parameter will be saved in, by its name.
-        state: where solved projections are kept.
+        state: where solved projections are kept; where layers are streamed, they are read from there afterwards.
 
     Attributes:
         result: what was done so far.
@@ -66,6 +67,9 @@ class RepairWalk:
             with explaining_full_memory(f"in the repair of layer {kept.kept[position]}", LESS_MEMORY):
                 self._repair_layer(position, (*kept.kept, kept.total)[position + 1])
             stop_if_any_asked(self.teacher.device)
+        if self.teacher.streamed and self.state:
+            wait_for_all()  # the main process has written what is solved
+            self.student.keep_on_disk(self.state.tensors(self.result.layers))
 
     def _begin(self) -> None:
         """Brings the hidden states of both before the student's layer where the repair starts."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from layerpeel.model.tensor_files import StoredTensor, tensors_in
 from layerpeel.processes.distributed import is_main_process
 from layerpeel.storage.files import remove_paths, whole_file
 from layerpeel.training.result import RepairedProjection
@@ -52,21 +52,12 @@ class RepairState:
             return None
         return weights, [RepairedProjection(**each) for each in json.loads(header["projections"])]
 
-    def tensors(self, layers: Iterable[int]) -> dict[str, Callable[[], Tensor]]:
-        """What was solved of some layers: the parameters by name, each read when it is asked for."""
-        readers: dict[str, Callable[[], Tensor]] = {}
-        for layer in layers:
-            with safe_open(self._path(layer), framework="pt") as file:
-                readers |= {name: partial(_read, self._path(layer), name) for name in file.keys()}  # noqa: SIM118
-        return readers
+    def tensors(self, layers: Iterable[int]) -> dict[str, StoredTensor]:
+        """What was solved of some layers: where the parameters lie, by name."""
+        return {name: stored for layer in layers for name, stored in tensors_in(self._path(layer)).items()}
 
     def clear(self) -> None:
         remove_paths(self.folder)
 
     def _path(self, layer: int) -> Path:
         return self.folder / f"{layer}.safetensors"
-
-
-def _read(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)

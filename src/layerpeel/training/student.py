@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.model.streaming import lacks_weights
 from layerpeel.model.surgery import KeptLayers, remove_layers, share
+from layerpeel.model.tensor_files import StoredTensor
 
 
 class Student:
@@ -30,7 +31,8 @@ class Student:
         teacher: the teacher, to be run layer by layer.
         kept_layers: which teacher layers the student still has.
         trained: names of the parameters that are the student's own copies.
-        replaced: reads parameters that differ from the teacher's and do not train, by name, where weights are streamed.
+        replaced: where parameters lie that differ from the teacher's and are not in memory, by name, where weights are
+            streamed; those in `trained` count first.
         embeddings_loaded, heads_loaded: contexts in which both models have what runs before their layers, and their
             heads, while these are split over processes.
     """
@@ -38,10 +40,11 @@ class Student:
     def __init__(self, teacher: PreTrainedModel | LayerwiseModel) -> None:
         self.teacher = teacher if isinstance(teacher, LayerwiseModel) else LayerwiseModel(teacher)
         self.model = share(self.teacher.model).requires_grad_(False)
-        self.layerwise = LayerwiseModel(self.model)
+        loaded = (self.layer_loaded, self.teacher.drop_read_ahead) if self.teacher.streamed else ()
+        self.layerwise = LayerwiseModel(self.model, *loaded)
         self.kept_layers = KeptLayers.full(len(self.layerwise.layers))
         self.trained: set[str] = set()
-        self.replaced: Mapping[str, Callable[[], Tensor]] = {}
+        self.replaced: Mapping[str, StoredTensor] = {}
         self.embeddings_loaded: Callable[[], AbstractContextManager[None]] = nullcontext
         self.heads_loaded: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -69,7 +72,7 @@ class Student:
         with self.teacher.weights_loaded(index):
             state = self.teacher.layers[index].state_dict()
             replaced = {name: self.replaced[prefix + name] for name in state if prefix + name in self.replaced}
-            take(state | {name: read().to(state[name].device) for name, read in replaced.items()})
+            take(state | {name: stored.read().to(state[name].device) for name, stored in replaced.items()})
             try:
                 yield
             finally:
@@ -99,11 +102,13 @@ class Student:
         remove_layers(self.model, [self.kept_layers.position(layer) for layer in layers])
         self.kept_layers = kept_layers
         self.trained = {name for name in self.trained if self.layer_of(name) not in layers}
+        self.replaced = {name: stored for name, stored in self.replaced.items() if self.layer_of(name) not in layers}
 
     def fork(self) -> Student:
         """Another student of the same teacher, at the same point, to try something on."""
-        other = Student(self.teacher.model)
+        other = Student(self.teacher)
         other.remove(self.kept_layers.removed)
+        other.replaced = self.replaced
         other.load_trained(self.trained_state())
         return other
 
@@ -171,3 +176,15 @@ class Student:
         parameters = self.parameters()
         for name, value in state.items():
             parameters[name].copy_(value)
+
+    def keep_on_disk(self, tensors: Mapping[str, StoredTensor]) -> None:
+        """Takes over weights from where they lie: those of layers are read when they run, as where layers are streamed.
+
+        Args:
+            tensors: by name; those of layers take the place of what is in memory of these.
+        """
+        inside = {name: stored for name, stored in tensors.items() if self.layer_of(name) is not None}
+        self.load_trained({name: stored.read() for name, stored in tensors.items() if name not in inside})
+        self.replaced = {**self.replaced, **inside}
+        for layer in {layer for name in inside if (layer := self.layer_of(name)) is not None}:
+            self.drop_trained(layer)
