@@ -132,7 +132,8 @@ def test_a_model_that_does_not_fit_is_refused(choices: Choices, fitter: Fitter) 
     assert message.endswith(" of memory, 202 kB of them for its weights, and there are 1.00 MB")
     assert caught.value.hint == (
         "name a smaller model, or start where there is more memory (--gpu-memory says how much of it a run may take); "
-        "`layerpeel score`, `layerpeel repair` and `layerpeel distill` can read layers from disk (`weights: stream`)"
+        "a config of your own can let layers be read from disk as they run (`score.weights` and `distill.weights`: "
+        "stream)"
     )
 
 

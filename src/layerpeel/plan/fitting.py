@@ -41,7 +41,7 @@ SAVINGS: dict[str, list[dict[str, Any]]] = {
 }
 REMEDY = (
     "name a smaller model, or start where there is more memory (--gpu-memory says how much of it a run may take); "
-    "`layerpeel score`, `layerpeel repair` and `layerpeel distill` can read layers from disk (`weights: stream`)"
+    "a config of your own can let layers be read from disk as they run (`score.weights` and `distill.weights`: stream)"
 )
 
 

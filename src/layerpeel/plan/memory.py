@@ -24,6 +24,7 @@ from layerpeel.training.recipe import MASTER_DTYPE, TrainingRecipe
 STATES = 12  # hidden states [B, T, D] in fp32: final ones of both models, those compared, their copies and gradients
 LOGIT_TENSORS = 5  # of the size of a chunk of logits, in fp32, that a divergence makes of them
 FORWARD_SHARE = 0.5  # a layer's peak memory in a forward pass without gradients, over what it would keep for backward
+STREAMED = 3  # layers in memory where they are read as they run: that one, the next, and the file's pages of one
 UNUSED_ON_CPU = 0.4  # bytes that malloc holds unused for each byte allocated and freed; measured at 440 MB of them
 
 
@@ -49,7 +50,7 @@ class TrainingMemory:
     def step(self) -> dict[str, float]:
         """While a step is made."""
         if not self.trained:
-            return {"weights": float(self.shape.parameters * self.shape.itemsize)}
+            return {"weights": weight_bytes(self.shape, streamed=self._streamed)}
         activations, gradients = self._activations(), self._wide / self.split
         transient = activations + (gradients if self.recipe.accumulates else 0)  # a step's first backward finds none
         if self.recipe.processes > self.split:  # gradients are summed in one piece, when all of them are there
@@ -65,8 +66,12 @@ class TrainingMemory:
         """Where weights were split: when all are whole again, and their parts still there."""
         if not self.trained or self.split == 1:
             return {}
-        gathered = self.shape.itemsize * (self.shape.parameters + self.trained)
+        gathered = self.shape.itemsize * self.trained + weight_bytes(self.shape, streamed=self._streamed)
         return {**self._between_steps(), "weights that are whole again": float(gathered)}
+
+    @property
+    def _streamed(self) -> bool:
+        return self.recipe.config.weights == "stream"
 
     @property
     def _wide(self) -> float:
@@ -77,7 +82,7 @@ class TrainingMemory:
         """What there is all the time."""
         wide = self._wide / self.split
         parts = {
-            "weights": self.shape.itemsize * self.shape.parameters / self.split,
+            "weights": weight_bytes(self.shape, streamed=self._streamed and self.split == 1) / self.split,
             "trained copies in fp32": wide,
             self.recipe.optimizer_name: self.optimizer_bytes / self.split,
             **({"mean of the last weights": wide} if self.recipe.config.average_last else {}),
@@ -106,16 +111,27 @@ class TrainingMemory:
         shape, distill = self.shape, self.recipe.config
         tokens = self.recipe.micro_batch_rows * distill.sequence_length
         kept = shape.kept * tokens
-        if distill.activation_checkpointing:
-            activations = self.graph * tokens * shape.width * shape.itemsize + kept
-        else:
-            activations = self.graph * kept
+        again = self.graph if distill.activation_checkpointing else 0  # layers that run again in the backward pass
+        if self._streamed and self.split == 1:  # but for those whose weights all train
+            again = max(again, self.graph - self.trained // shape.layer_parameters)
+        activations = again * tokens * shape.width * shape.itemsize + (self.graph - again) * kept
+        activations += kept if again else 0.0
         activations += max(kept, logit_bytes(shape, self.device))  # a layer runs, or the losses
         return activations + STATES * tokens * shape.width * MASTER_DTYPE.itemsize
 
 
-def repair_memory(shape: Shape, tokens: int, device: str) -> dict[str, float]:
-    """Memory of a repair in closed form, on so many tokens.
+def weight_bytes(shape: Shape, *, streamed: bool) -> float:
+    """Bytes of frozen weights that are in memory at a time.
+
+    Args:
+        streamed: whether layers are read from the checkpoint as they run.
+    """
+    layers = shape.layers - (min(STREAMED, shape.layers) if streamed else shape.layers)
+    return float(shape.itemsize * (shape.parameters - layers * shape.layer_parameters))
+
+
+def repair_memory(shape: Shape, tokens: int, device: str, *, streamed: bool) -> dict[str, float]:
+    """Memory of a repair in closed form, on so many tokens, with layers `streamed` as in `weight_bytes`.
 
     The hidden states are in the host's memory, or in a file where they are large; here they are counted.
     """
@@ -123,7 +139,7 @@ def repair_memory(shape: Shape, tokens: int, device: str) -> dict[str, float]:
     numbers = inputs * (inputs + shape.width)
     states = {"hidden states of teacher and student": 2.0 * tokens * shape.width * shape.itemsize}
     parts = {
-        "weights": float(shape.parameters * shape.itemsize),
+        "weights": weight_bytes(shape, streamed=streamed),
         "sums and factors of a layer's projections": float(numbers * (2 * 4 + 4 * 8)),
         "a layer's inputs and outputs": float(
             tokens_per_call(shape.width, device) * (shape.kept + 2 * 4 * (shape.inner + 3 * shape.width))
@@ -187,10 +203,11 @@ def scoring_memory(
         cache = rows * (prompt + new) * shape.cache * shape.layers
         prefill = cache * (1 + 1 / branches["tasks"]) / 2  # on average, a branch begins in the middle of the layers
         needs.append(max(forward(rows * (prompt + new)) + prefill, cache))
+    streamed = score.weights == "stream"  # of the student, too
     logits = 2 * 4 * logit_rows_at_a_time(shape.vocabulary, device) * shape.vocabulary
     return {
-        "weights": float(shape.parameters * shape.itemsize),
-        "trained weights of the student": float(trained * shape.itemsize),
+        "weights": weight_bytes(shape, streamed=streamed),
+        "trained weights of the student": 0.0 if streamed else float(trained * shape.itemsize),
         "branches of candidates and their caches": float(max(needs)),
         "chunks of logits": float(logits),
     } | _unused(max(needs) + logits, device)

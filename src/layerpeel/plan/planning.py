@@ -107,7 +107,7 @@ def plan_run(
     phases = (
         memory.step(),
         scoring_memory(shape, config.score, requests, trained, parts.branches(), parts.budget, device),
-        repair_memory(shape, repairs.tokens, device) if repairs else {},
+        repair_memory(shape, repairs.tokens, device, streamed=config.streams) if repairs else {},
         memory.end(),
     )
     if device == "cpu":  # read last: measuring has by now imported the libraries that a run uses

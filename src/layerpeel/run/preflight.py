@@ -47,6 +47,7 @@ def check(config: RunConfig) -> list[Task]:
 
 def check_plan(config: RunConfig) -> list[Task]:
     """As `check`, but for the training text, which need not be here, and the output, which need not be writable."""
+    _check_streamed(config)
     check_teacher(config)
     tasks = check_tasks(config)
     check_metrics(config.score, has_text=bool(config.score.text or config.distill.text), has_tasks=bool(tasks))
@@ -169,7 +170,6 @@ def check_run(config: RunConfig) -> list[Task]:
     Raises:
         InputError: it says what will not do.
     """
-    _check_streamed(config)
     check_training_dtype(config)
     for name in config.trackers:
         if not find_spec(name):
