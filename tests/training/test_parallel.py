@@ -235,8 +235,16 @@ def test_nan_in_one_process_is_skipped_in_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("cheap", "fsdp"), [("teacher_kl", False), ("repaired_kl", True)])
-def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path, cheap: str, fsdp: bool) -> None:
+@pytest.mark.parametrize(
+    ("cheap", "fsdp", "weights"),
+    [
+        ("teacher_kl", False, "memory"),
+        ("repaired_kl", True, "memory"),
+        ("repaired_kl", False, "stream"),
+        ("teacher_kl", True, "stream"),
+    ],
+)
+def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path, cheap: str, fsdp: bool, weights: str) -> None:
     text = write_text(tmp_path / "text.jsonl")
     config: dict[str, Any] = {
         "teacher": str(save_tiny(tmp_path / "teacher")),
@@ -262,6 +270,8 @@ def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path, cheap: str, fs
         str(tmp_path / "run.yaml"),
         "--set",
         f"output={tmp_path / 'two'}",
+        f"--set=score.weights={weights}",
+        f"--set=distill.weights={weights}",
         fsdp=fsdp,
     )
     both = Run(tmp_path / "two")

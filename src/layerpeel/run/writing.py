@@ -89,6 +89,7 @@ class OpenRun(Run):
         write_folder(self.round_folder(number), lambda folder: self._write_round(folder, student, training))
         files = hash_files(self.round_folder(number), self.folder)
         if student.teacher.streamed:
+            wait_for_all()  # the main process has written it
             student.keep_on_disk(tensors_in(self.round_folder(number) / WEIGHTS))
         result = self.student_record(student, repair, training, evaluation)
         self.record(RoundEnd(round=number, kept=student.kept_layers.kept, files=files, **dict(result)))
