@@ -87,9 +87,9 @@ is eight processes on the cores of this machine, each with its share of them; st
 Memory is that of each process, weights with it that processes of one machine share because they are mapped from the
 files. With `--fsdp` the end of a training, when weights are whole again, is planned beside its steps. What processes of
 a CPU exchange is timed between threads. Not planned are the time that processes take to start and load, to
-read layers from disk (`weights: stream`), and to save the state of a training; how long processes wait for one another where there are more of them than cores; the
-kernels' own workspaces; and what malloc cannot use again of memory that was freed, but for a share of what changes in a
-step.
+read layers from disk (`weights: stream`), and to save the state of a training; how long processes wait for one another
+where there are more of them than cores; the kernels' own workspaces; and what malloc cannot use again of memory that
+was freed, but for a share of what changes in a step.
 
 Of {names}, a third of the layers removed: {tokens} tokens a round in rows of
 2,048, batches of 2, AdamW on fp32 copies, bfloat16 frozen weights. {share}

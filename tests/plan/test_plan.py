@@ -163,7 +163,7 @@ def test_repair_by_hand(config: RunConfig) -> None:
     assert planned.seconds["repair"] > planned.layer_tokens["repair"]  # sums and solutions besides
     # Of both projections, 48 and 32 inputs and 32 outputs: sums of two kinds of tokens in fp32, four such in fp64.
     assert planned.repair_memory["sums and factors of a layer's projections"] == (80 * 80 + 80 * 32) * (2 * 4 + 4 * 8)
-    on_cpu = repair_memory(planned.shape, 1000, "cpu")
+    on_cpu = repair_memory(planned.shape, 1000, "cpu", streamed=False)
     assert on_cpu["hidden states of teacher and student"] == 2 * 1000 * 32 * 4
     config.distill.repair = False
     assert "repair" not in plan(config).seconds and not plan(config).repair_memory
@@ -404,6 +404,30 @@ def test_scoring_memory_by_hand() -> None:
     wide = replace(shape, cache=60)  # what the rows that write on keep is more than what is read
     parts = scoring_memory(wide, score, texts, 200, {"text": 0, "tasks": 3}, budget, "cuda")
     assert parts["branches of candidates and their caches"] == 9 * 12 * 60 * 4
+
+
+def test_layers_that_are_read_from_the_disk(config: RunConfig) -> None:
+    """Three at a time are in memory, and all that is outside of layers; what trains is a copy as ever."""
+    model = tiny_model("llama")
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    config.distill.train, config.distill.repair = "neighbours", RepairConfig(tokens=1000)
+    in_memory = plan(config)
+    config.score.weights = config.distill.weights = "stream"
+    streamed = plan(config)
+    parts, before = streamed.training_memory, in_memory.training_memory
+    for memory in (parts, streamed.scoring_memory, streamed.repair_memory):
+        assert memory["weights"] == 4 * (count_parameters(model) - 3 * layer)
+    assert (in_memory.scoring_memory["trained weights of the student"], in_memory.trained) == (4 * 2 * layer, 2 * layer)
+    assert not streamed.scoring_memory["trained weights of the student"]
+    assert parts["trained copies in fp32"] == before["trained copies in fp32"] == 4 * 2 * layer
+    # Of the graph's four layers, the two that do not train leave only what enters them, and run again, one at a time.
+    tokens = 2 * 16  # in a micro-batch
+    kept = streamed.shape.kept * tokens
+    name = "activations, hidden states and chunks of logits"
+    assert before[name] - parts[name] == pytest.approx(2 * kept - 2 * tokens * 32 * 4 - kept)
+    split = plan(config, gpus=2, fsdp=True)
+    assert split.training_memory["weights"] == 2 * count_parameters(model)
+    assert split.end_memory["weights that are whole again"] == parts["weights"] + 4 * 2 * layer
 
 
 def split_over_four(config: RunConfig, **options: Any) -> Plan:

@@ -103,9 +103,9 @@ class DistillConfig(Section):
     radius: Annotated[int, Field(ge=1)] = 1
     """How far from a gap a neighbour may be."""
     weights: Literal["memory", "stream"] = "memory"
-    """stream: frozen layers are read from the checkpoint one at a time, forward and backward, and only what trains stays
-    in memory, for a teacher larger than memory. In a run, score.weights has to be the same, and the student, too, is
-    read so when it is evaluated."""
+    """stream: frozen layers are read from the checkpoint one at a time, forward and backward, and only what trains
+    stays in memory, for a teacher larger than memory. In a run, score.weights has to be the same, and the student, too,
+    is read so when it is evaluated."""
     train_norm: bool = False
     """Train the final norm, too."""
     train_head: bool = False

@@ -72,5 +72,5 @@ class ScoreConfig(Section):
     memory: Annotated[int, Field(ge=2**20), AS_BYTES] | None = None
     """Bytes for the branches of all candidates, as 8GB; 1GB on a CPU, half of what is free on a GPU, if not given."""
     weights: Literal["memory", "stream"] = "memory"
-    """stream: layers are read from the checkpoint one at a time while the model is scored, so that one larger than memory
-    can be. In a run, distill.weights has to be the same."""
+    """stream: layers are read from the checkpoint one at a time while the model is scored, so that one larger than
+    memory can be. In a run, distill.weights has to be the same."""
