@@ -65,6 +65,7 @@ class Shape:
 SHAPES = {
     "tiny": Shape(6, 64, 128, 4, 2, 512, range(2, 4), 2, 32),
     "storyteller": Shape(18, 128, 352, 4, 2, 4096, range(8, 12), 8, 256),
+    "smollm2-135m": Shape(30, 576, 1536, 9, 3, 49_152, range(12, 18), 2, 512),
     "qwen-vocabulary": Shape(18, 384, 1024, 6, 2, 151_936, range(8, 12), 2, 512),
     "qwen2.5-3b": Shape(36, 2048, 11_008, 16, 2, 151_936, range(16, 24), 2, 2048, rivals=("published", "trl", "liger")),
     "qwen2.5-7b": Shape(28, 3584, 18_944, 28, 4, 152_064, range(12, 18), 2, 2048, tied=False, rivals=()),

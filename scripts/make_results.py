@@ -113,7 +113,7 @@ def streaming() -> str:
         f"A random bfloat16 Llama of {result['parameters'] / 1e9:.2f} billion parameters in 48 layers, scored by "
         f"`teacher_kl` with `score.weights: stream`: {peaks['stream']:,.0f} MiB at the peak, "
         f"{100 * peaks['stream'] / peaks['load']:.0f} % of the {peaks['load']:,.0f} MiB that loading its weights "
-        f"takes; the scores are those in memory.{slower} {source(result)}\n\n{streamed_training()}\n\n"
+        f"takes; the scores are those in memory.{slower} {source(result)}\n\n{streamed_training()}\n\n{streamed_run()}"
         f"{sharded_training()}"
     )
 
@@ -127,6 +127,17 @@ def streamed_training() -> str:
         f"{100 * result['memory_ratio']:.0f} % of the {peaks['memory']:,.0f} MiB in memory, in "
         f"{result['time_ratio']:.1f} times the time on small batches; the losses differ by "
         f"{result['largest_difference_of_losses']:g}. {source(result)}"
+    )
+
+
+def streamed_run() -> str:
+    result = read("streamed-run")
+    peaks = {name: way["peak_bytes"] / 2**20 for name, way in result["ways"].items()}
+    return (
+        f"A whole run of the same shape, which scores, repairs and trains twice: {peaks['stream']:,.0f} MiB at the "
+        f"peak with `score.weights: stream` and `distill.weights: stream`, {100 * result['memory_ratio']:.0f} % of the "
+        f"{peaks['memory']:,.0f} MiB in memory; scores, losses and perplexities differ by "
+        f"{result['largest_difference']:g}. {source(result)}\n\n"
     )
 
 
@@ -165,7 +176,21 @@ def distillation() -> str:
         for name, ratio in result["rivals"].items():
             lines.append(f"| {result['shape']} | {name} | {ratio['speed']:.2f} | {100 * ratio['memory']:.0f} % |")
         commands.append(source(result))
-    return "\n".join([*lines, "", *commands])
+    return "\n".join([*lines, "", *commands, "", compiled()])
+
+
+def compiled() -> str:
+    """What torch.compile gains in a step."""
+    result = read("compiled")
+    lines = [f"| shape | {' | '.join(next(iter(result['shapes'].values())))} |", "|---|---:|---:|---:|"]
+    for shape, parts in result["shapes"].items():
+        speeds = [f"{part['speed']:.2f}" for part in parts.values()]
+        lines.append(f"| {shape} | {' | '.join(speeds)} |")
+    text = (
+        "How much faster `torch.compile` makes the parts of a step, in bfloat16; compiling takes a few seconds for "
+        "each kind of layer and shape of batch, anew in each process:"
+    )
+    return "\n".join([text, "", *lines, "", source(result)])
 
 
 def planned() -> str:
