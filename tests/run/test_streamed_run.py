@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from layerpeel.config.reading import parse_config
@@ -20,8 +22,11 @@ from layerpeel.run import peeling
 from layerpeel.run.folder import Run
 from layerpeel.run.loop import peel
 from layerpeel.run.peeling import Peeling
+from layerpeel.run.results_json import evaluation_to_json
+from layerpeel.study.writing import run_study
 from layerpeel.tasks.evaluation import evaluate
 from layerpeel.tasks.registry import make_tasks
+from tests.cli.test_cli import call
 from tests.families import save_texts, tiny_tokenizer
 from tests.model.test_streaming import saved
 from tests.run.test_loop import numbers
@@ -171,6 +176,21 @@ def test_the_last_student_above_the_floor_is_the_result(tmp_path: Path) -> None:
 def test_the_report_says_why_nothing_was_generated(tmp_path: Path) -> None:
     measured = measurements(run_of(settings(tmp_path, **STREAM)))
     assert isinstance(measured, NotMeasured) and "read its layers from the disk" in measured.problem
+
+
+def test_studies_and_eval_read_layers_from_the_disk_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = merged(settings(tmp_path, **STREAM), {"distill": {"tokens_per_round": 0, "repair": False}})
+    run = run_of(sections)
+    monkeypatch.setattr("layerpeel.inference.loading.load_teacher", None)  # which would load all of it
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(sections))
+    study = tmp_path / "study.yaml"
+    study.write_text(f"{{base: run.yaml, output: '{tmp_path / 'out'}', remove: 2}}\n")
+    run_study(study)
+    assert numbers(Run(tmp_path / "out" / "runs" / "base" / "seed-0")) == numbers(run)
+    code, out, err = call(monkeypatch, capsys, "eval", sections["teacher"], str(tmp_path / "run.yaml"), "--json")
+    assert run.teacher and (code, json.loads(out)) == (0, evaluation_to_json(run.teacher.evaluation)), err
 
 
 def refused(sections: dict[str, Any]) -> InputError:

@@ -195,7 +195,7 @@ def eval_(
     """Measure a model on the tasks of a config."""
     with importing():
         from layerpeel.config.reading import load_config
-        from layerpeel.model.loading import load_teacher
+        from layerpeel.inference.loading import load_layerwise
         from layerpeel.run.preflight import check_tasks
         from layerpeel.run.results_json import evaluation_to_json
         from layerpeel.tasks.evaluation import evaluate
@@ -203,8 +203,8 @@ def eval_(
     settings = load_config(config, set_)
     settings.teacher, settings.revision, settings.merge_adapter = find_model(model), revision, merge_adapter
     tasks = check_tasks(settings)
-    loaded, tokenizer = load_teacher(settings)
-    evaluation = evaluate(loaded, tokenizer, tasks)
+    layerwise, tokenizer = load_layerwise(settings, stream=settings.streams)
+    evaluation = evaluate(layerwise, tokenizer, tasks)
     if as_json and is_main_process():
         print(json.dumps(evaluation_to_json(evaluation)))
     else:

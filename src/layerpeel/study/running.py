@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from layerpeel.config.run import RunConfig
 from layerpeel.errors import LayerpeelError, RunError, reason_of
-from layerpeel.model.loading import load_teacher
+from layerpeel.inference.loading import load_layerwise
 from layerpeel.processes.memory import LESS_MEMORY, memory_is_full
 from layerpeel.processes.progress import console
 from layerpeel.run.events import Event, Scored, TeacherRecord
@@ -159,8 +159,8 @@ def _teacher_key(config: RunConfig) -> str:
 
 
 def _measure(run: OpenRun, config: RunConfig) -> None:
-    model, tokenizer = load_teacher(config)
-    run.record_teacher(Student(model), evaluate(model, tokenizer, make_tasks(config.tasks)))
+    teacher, tokenizer = load_layerwise(config, stream=config.streams)
+    run.record_teacher(Student(teacher), evaluate(teacher, tokenizer, make_tasks(config.tasks)))
 
 
 def _run_apart(jobs: Sequence[Job], processes: int) -> list[Failure]:

@@ -26,8 +26,13 @@ def evaluate(
         model: a causal language model, or one that is run layer by layer already.
         tokenizer: its tokenizer.
         tasks: what `make_tasks` gives.
+
+    Raises:
+        InputError: a task generates text, and the model's layers are read from the disk.
     """
     layerwise = model if isinstance(model, LayerwiseModel) else LayerwiseModel(model)
+    if layerwise.streamed:
+        refuse_generation(tasks, tokenizer)
     return Evaluation(score_tasks(Engine(layerwise, tokenizer), tasks)[0])
 
 
