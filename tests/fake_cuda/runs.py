@@ -23,6 +23,7 @@ from torch import Tensor
 
 from layerpeel.config.distill import DistillConfig
 from layerpeel.config.fields import TextConfig
+from layerpeel.config.reading import parse_config
 from layerpeel.config.run import TaskConfig
 from layerpeel.config.score import ProtectConfig, ScoreConfig, ShortlistConfig
 from layerpeel.data.batches import load_rows
@@ -35,6 +36,7 @@ from layerpeel.model import streaming
 from layerpeel.model.layer_inputs import LayerInputRecorder
 from layerpeel.model.loading import load_model
 from layerpeel.processes.progress import console
+from layerpeel.run.loop import peel
 from layerpeel.tasks.evaluation import evaluate
 from layerpeel.tasks.registry import make_tasks
 from layerpeel.training import gradients
@@ -165,6 +167,39 @@ def count_stream(gpu: FakeCuda, folder: Path) -> dict[str, Any]:
     }
 
 
+def streamed_run(device: str, folder: Path) -> dict[str, list[float]]:
+    """A whole run that reads its layers as they run, repairs and trains; what it scored, lost and measured."""
+    text = str(folder / "text.jsonl")
+    config = {
+        "teacher": str(save_tiny(folder / "teacher")),
+        "output": str(folder / f"run-{device}"),
+        "device": device,
+        "dtype": "float32",
+        "stop": {"target_layers": 4},
+        "score": {"decide": "teacher_kl", "tokens": 64, "weights": "stream"},
+        "tasks": [{"kind": "perplexity", "data": str(folder / "few.jsonl")}],
+        "distill": {
+            "text": text,
+            "tokens_per_round": 256,
+            "tokens_per_step": 128,
+            "sequence_length": 32,
+            "batch_size": 4,
+            "learning_rate": 1e-3,
+            "train": "neighbours",
+            "repair": {"tokens": 256, "ridge": 0.1},
+            "weights": "stream",
+        },
+    }
+    with mock.patch.object(streaming, "ThreadPoolExecutor", AtOnce):
+        rounds = peel(parse_config(config, "streamed_run")).rounds
+    return {
+        "importance": [value for each in rounds for _, value in sorted(each.scores.importance.items())],
+        "losses": [loss for each in rounds for loss in (each.training.first_loss, each.training.last_loss)],
+        "errors": [every.after for each in rounds if each.repair for every in each.repair.projections],
+        "perplexities": [score.value for each in rounds for score in each.evaluation.scores.values()],
+    }
+
+
 COUNTS = {"step": count_step, "batch": count_batch, "token": count_token, "stream": count_stream}
 
 
@@ -275,6 +310,10 @@ def main(folder: Path) -> None:
                 on_cpu = run(family, dtype, "cpu", folder)
                 with fake_cuda():
                     results[f"{family} {dtype}"] = {"cpu": on_cpu, "cuda": run(family, dtype, "cuda", folder)}
+    with _timed(results, "streamed run"):
+        on_cpu_alone = streamed_run("cpu", folder)
+        with fake_cuda():
+            results["streamed run"] = {"cpu": on_cpu_alone, "cuda": streamed_run("cuda", folder)}
     with fake_cuda() as gpu:
         results["mixed"] = mixed_devices()
         for name, count in {

@@ -94,6 +94,14 @@ def test_streamed_layers_come_from_pinned_memory_and_give_the_same_numbers(resul
     assert stream["streamed"] == stream["in memory"] and len(stream["streamed"]) == 2 * 3 * 17 * 32
 
 
+def test_a_run_whose_layers_are_streamed_to_a_gpu_is_that_on_a_cpu(results: Any) -> None:
+    run = results["streamed run"]
+    assert "traceback" not in run, run["traceback"]
+    assert run["cuda"].keys() == run["cpu"].keys()
+    for name, values in run["cpu"].items():
+        assert values and run["cuda"][name] == pytest.approx(values, rel=1e-3, abs=1e-6), name
+
+
 def test_a_float32_checkpoint_on_a_gpu_is_warned_of(results: Any) -> None:
     said = " ".join(results["stream"]["said"].split())
     assert "is stored in float32, in which a GPU is several times slower and takes twice the memory" in said
