@@ -176,7 +176,7 @@ def test_a_full_disk_is_named(config: RunConfig, monkeypatch: pytest.MonkeyPatch
         raise Exception("Error while serializing: I/O error: No space left on device (os error 28)")
 
     keep_lines(config.output, 3)
-    monkeypatch.setattr("layerpeel.run.writing.save_file", full)
+    monkeypatch.setattr("layerpeel.run.writing.write_file", full)
     with pytest.raises(RunError, match=r"no space left on the disk of .*run") as error:
         peel(config)
     assert "run the same command again" in str(error.value.hint)

@@ -169,7 +169,7 @@ def test_the_student_loads_without_our_package(settings: dict[str, Any]) -> None
 
 def test_a_floor_gives_the_last_student_above_it(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def worse_with_each_layer(model: Any, *_: Any) -> Evaluation:
-        value = 10.0 * (7 - model.config.num_hidden_layers)  # qualities 1, 1/2, 1/3, 1/4
+        value = 10.0 * (7 - len(model.layers))  # qualities 1, 1/2, 1/3, 1/4
         return Evaluation({"perplexity": TaskScore(value, 0.0, 5, lower_is_better=True)})
 
     monkeypatch.setattr("layerpeel.run.peeling.evaluate", worse_with_each_layer)
