@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,42 @@ def test_what_processes_exchange_by_hand(config: RunConfig) -> None:
         4 * 2 * ((6 + n + n) * layer + 2 * embedding) + 2 * (count_parameters(model) + n * layer) for n in (5, 4)
     ]
     assert plan(config, gathering, **split).seconds["training"] == pytest.approx(sum(by_round))
+
+
+def test_a_training_that_is_split_has_a_speed_of_its_own(config: RunConfig) -> None:
+    """On a CPU the system clears large blocks each time; scoring is not concerned."""
+    config.distill.train = r"layers\.5\."
+    slow = replace(UNIT, trained_layer=0.0, frozen_layer=3.0)
+    plain, split = plan(config, replace(slow, frozen_layer=0.0)), plan(config, slow)
+    assert split.seconds["training"] == 3 * plain.seconds["training"] > 0
+    assert split.seconds["scoring"] == plain.seconds["scoring"]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_what_is_timed_has_large_blocks_cleared_where_weights_are_split(
+    split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the layer, the losses and the optimizer, and not of what scoring and generation take."""
+    cleared, held = [], 0
+
+    @contextmanager
+    def given_back() -> Iterator[None]:
+        nonlocal held
+        held += 1
+        yield
+        held -= 1
+
+    def seconds(work: Callable[[], Any], device: torch.device) -> float:
+        cleared.append(held)
+        work()
+        return 1.0
+
+    monkeypatch.setattr("layerpeel.plan.speed.large_blocks_given_back", given_back)
+    monkeypatch.setattr("layerpeel.plan.speed._seconds", seconds)
+    monkeypatch.setattr("layerpeel.plan.speed._decode_times", lambda *_: (0.0, 0.0))
+    distill = DistillConfig(text="none", sequence_length=16)
+    speed = Speed.measure(tiny_model("llama").config, distill, torch.float32, "cpu", split=split)
+    assert cleared == ([0, 0, 1, 1, 1, 1, 0] if split else [0] * 6) and bool(speed.frozen_layer) == split
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -448,6 +485,7 @@ def test_memory_at_the_end_of_a_training_that_was_split_by_hand(config: RunConfi
     }
     assert planned.end_memory == parts
     parts["weights as they were, to start a round again"] = 2 * 5 * layer
+    parts["gloo's copy of a matrix"] = 2 * (model.lm_head.weight.numel() + 32)  # with the final norm
     assert on_cpu.end_memory.pop("Python and its libraries") and on_cpu.end_memory == parts
     assert not plan(config, gpus=4, device="cpu").end_memory
 

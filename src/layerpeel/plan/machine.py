@@ -82,7 +82,8 @@ class Planner:
         processes = self.gpus if self.device.type == "cpu" else 1
         with _cores_shared(processes) as waits:
             code = settings.trust_remote_code
-            speed = Speed.measure(self.teacher, settings.distill, dtype, settings.device, trust_remote_code=code)
+            options = {"trust_remote_code": code, "split": self.fsdp and processes > 1}
+            speed = Speed.measure(self.teacher, settings.distill, dtype, settings.device, **options)
             speed = speed.times(waits)
         if processes == 1:
             return speed

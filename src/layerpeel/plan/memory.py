@@ -67,7 +67,15 @@ class TrainingMemory:
         if not self.trained or self.split == 1:
             return {}
         gathered = self.shape.itemsize * self.trained + weight_bytes(self.shape, streamed=self._streamed)
-        return {**self._between_steps(), "weights that are whole again": float(gathered)}
+        copied = {"gloo's copy of a matrix": self._matrix} if self.device == "cpu" else {}
+        return {**self._between_steps(), "weights that are whole again": float(gathered), **copied}
+
+    @property
+    def _matrix(self) -> float:
+        """Bytes of the larger one of embeddings and head."""
+        shape = self.shape
+        outside = max(0, shape.parameters - shape.layers * shape.layer_parameters)
+        return float(shape.itemsize * max(shape.head_parameters, outside - shape.head_parameters))
 
     @property
     def _streamed(self) -> bool:
@@ -100,11 +108,8 @@ class TrainingMemory:
         if self.split == 1:
             return {}
         narrow, wide = (4, 2) if self.device == "cpu" else (3, 1)
-        shape, copies = self.shape, narrow - 2  # of an embedding or a head
-        outside = max(0, shape.parameters - shape.layers * shape.layer_parameters)
-        layer = (narrow * shape.itemsize + wide * MASTER_DTYPE.itemsize) * shape.layer_parameters
-        matrix = copies * shape.itemsize * max(shape.head_parameters, outside - shape.head_parameters)
-        return {"weights that are gathered, and a layer's gradients": float(max(layer, matrix))}
+        layer = (narrow * self.shape.itemsize + wide * MASTER_DTYPE.itemsize) * self.shape.layer_parameters
+        return {"weights that are gathered, and a layer's gradients": max(float(layer), (narrow - 2) * self._matrix)}
 
     def _activations(self) -> float:
         """Bytes of what a micro-batch needs, forward and backward."""

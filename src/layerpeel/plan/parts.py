@@ -210,8 +210,9 @@ class Parts:
         shared = 0 if self.training.trains_embeddings else min(first, kept_layers.first_changed)
         graph = len(kept_layers) - shared
         frozen = graph - len(trained)
-        again = graph * speed.layer if recipe.config.activation_checkpointing else 0.0
-        each = total * speed.layer + len(trained) * speed.trained_layer + 2 * frozen * speed.layer + again
+        layer = speed.frozen_layer or speed.layer
+        again = graph * layer if recipe.config.activation_checkpointing else 0.0
+        each = total * layer + len(trained) * speed.trained_layer + 2 * frozen * layer + again
         calls = tokens * (total + graph)
         updated = self.training.parameters * len(trained) / max(len(self.training.layers), 1)
         # Not shared, unless layers are split: each process updates all.

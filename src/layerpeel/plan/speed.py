@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from statistics import median
 
@@ -27,6 +28,7 @@ from layerpeel.model.building import build_model
 from layerpeel.model.config_fields import context_length, rewrite_config, text_config
 from layerpeel.model.devices import pick_device
 from layerpeel.plan.shape import Shape
+from layerpeel.processes.malloc import large_blocks_given_back
 from layerpeel.training.recipe import MASTER_DTYPE, TrainingRecipe, autocast
 
 NEW, CONTEXT = 6, 128  # tokens that are generated for a time, after how many
@@ -53,6 +55,7 @@ class Speed:
         update: for the optimizer to change one parameter.
         draw: to draw a token of the teacher's text from its logits.
         add_up, gather: for each byte that processes add up, and gather; 0 where it is not known.
+        frozen_layer: through one layer, forward, in a training whose weights are split; 0: as `layer`.
     """
 
     layer: float
@@ -65,6 +68,7 @@ class Speed:
     draw: float
     add_up: float = 0.0
     gather: float = 0.0
+    frozen_layer: float = 0.0
 
     @classmethod
     def of_processor(cls, shape: Shape, flops: float, bandwidth: float, distill: DistillConfig | None = None) -> Speed:
@@ -102,8 +106,13 @@ class Speed:
         device: str,
         *,
         trust_remote_code: bool = False,
+        split: bool = False,
     ) -> Speed:
-        """Times a random model of one layer, and one of two, of this shape."""
+        """Times a random model of one layer, and one of two, of this shape.
+
+        Args:
+            split: whether weights are split in training, for which the system clears large blocks each time.
+        """
 
         def built(layers: int, vocabulary: int | None = None) -> PreTrainedModel:
             shortened = _shortened(config, layers, vocabulary)
@@ -113,8 +122,10 @@ class Speed:
         # As in a run: until glibc has seen a large tensor go, it gives all back at once, and layers are slower by half.
         torch.empty(MOST_KEPT_BY_MALLOC, dtype=torch.uint8)
         timed = _Timed(built(1), TrainingRecipe(distill))
-        layer, head, head_loss = timed.layer(), timed.head(), timed.head_loss()
-        trained_layer, update = timed.training()
+        layer, head = timed.layer(), timed.head()
+        with large_blocks_given_back() if split else nullcontext():
+            frozen_layer, head_loss = timed.layer() if split else 0.0, timed.head_loss()
+            trained_layer, update = timed.training()
         one, two = (built(layers, WORDS) for layers in (1, 2))
         call, row = _decode_times(one, two, target)
         return cls(
@@ -126,6 +137,7 @@ class Speed:
             max(row, layer),  # a small difference of large ones: not less than in a batch
             update,
             timed.draw(),
+            frozen_layer=frozen_layer,
         )
 
 
