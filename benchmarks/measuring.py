@@ -20,6 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 KIT = ROOT.parent / "shared" / "kit"  # models, text and tasks, beside the repository
 
 
+def command_given() -> str:
+    """The command that this process was started by, without where it writes to."""
+    arguments = [*sys.argv]
+    if "--out" in arguments:
+        place = arguments.index("--out")
+        del arguments[place : place + 2]
+    return f"python benchmarks/{Path(arguments[0]).name} {' '.join(arguments[1:])}".strip()
+
+
 def measured_apart(script: str, *arguments: object) -> Any:
     """What a benchmark writes as JSON to its `--out`, from a process of its own, so that its peak of memory is its own.
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import yaml
 from machine import machine
-from measuring import hand_in, measured_by_each, write_record
+from measuring import command_given, hand_in, measured_by_each, write_record
 from streamed_training import write_text
 from streaming import peak_bytes, write_model
 from transformers import Qwen2Config
@@ -165,7 +165,7 @@ def compare_each(config: str, overrides: list[str], ways: list[tuple[int, bool]]
         with tempfile.TemporaryDirectory() as folder:
             runs.append(compare(config, overrides, Path(folder), processes, split=split))
         print(processes, "split" if split else "", json.dumps(runs[-1]["planned_over_measured"]), flush=True)
-    return {"command": f"python benchmarks/plan.py {' '.join(sys.argv[1:])}", "machine": machine(), "runs": runs}
+    return {"command": command_given(), "machine": machine(), "runs": runs}
 
 
 def compare(config: str, overrides: list[str], folder: Path, processes: int, *, split: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from machine import machine
-from measuring import finish, hand_in, measured_by_each
+from measuring import command_given, finish, hand_in, measured_by_each
 from streamed_training import train, write_text
 from streaming import write_model
 
@@ -50,7 +50,7 @@ def main() -> None:
     differences = [abs(a - b) for each in several for a, b in zip(alone["losses"], each["losses"], strict=True)]
     peak = max(each["peak_bytes"] for each in several)
     record = {
-        "command": "python benchmarks/sharded_training.py " + " ".join(sys.argv[1:]),
+        "command": command_given(),
         "machine": machine(),
         "parameters": parameters,
         "one_process": alone,

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from machine import machine
-from measuring import finish, measured_apart, write_record
+from measuring import command_given, finish, measured_apart, write_record
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -72,7 +72,7 @@ def main() -> None:
             print(way, {name: value for name, value in results[way].items() if name != "importance"}, flush=True)
     streamed, _, loaded = (results[way].pop("importance") for way in ("stream", "in_turn", "memory"))
     record = {
-        "command": "python benchmarks/streaming.py " + " ".join(sys.argv[1:]),
+        "command": command_given(),
         "machine": machine(),
         "parameters": parameters,
         "ways": results,
