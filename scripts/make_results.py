@@ -103,24 +103,29 @@ def generation() -> str:
     )
 
 
+def mebibytes(result: dict[str, Any]) -> dict[str, float]:
+    """The peak of memory of each way that was measured."""
+    return {name: way["peak_bytes"] / 2**20 for name, way in result["ways"].items()}
+
+
 def streaming() -> str:
     """Peak memory of scoring and of training with layers read from disk."""
     result = read("streaming")
-    peaks = {name: way["peak_bytes"] / 2**20 for name, way in result["ways"].items()}
+    peaks = mebibytes(result)
     times = result.get("times_in_memory", {})
     slower = "".join(f" Times as long as in memory, {way}: {ratio:.2f}." for way, ratio in times.items())
     return (
         f"A random bfloat16 Llama of {result['parameters'] / 1e9:.2f} billion parameters in 48 layers, scored by "
         f"`teacher_kl` with `score.weights: stream`: {peaks['stream']:,.0f} MiB at the peak, "
         f"{100 * peaks['stream'] / peaks['load']:.0f} % of the {peaks['load']:,.0f} MiB that loading its weights "
-        f"takes; the scores are those in memory.{slower} {source(result)}\n\n{streamed_training()}\n\n{streamed_run()}"
+        f"takes; the scores are those in memory.{slower} {source(result)}\n\n{streamed_training()}\n\n{streamed_run()}\n\n"
         f"{sharded_training()}"
     )
 
 
 def streamed_training() -> str:
     result = read("streamed-training")
-    peaks = {name: way["peak_bytes"] / 2**20 for name, way in result["ways"].items()}
+    peaks = mebibytes(result)
     return (
         f"Another of {result['parameters'] / 1e9:.2f} billion in 112 layers, of which two train: "
         f"{peaks['stream']:,.0f} MiB at the peak with `distill.weights: stream`, "
@@ -132,12 +137,12 @@ def streamed_training() -> str:
 
 def streamed_run() -> str:
     result = read("streamed-run")
-    peaks = {name: way["peak_bytes"] / 2**20 for name, way in result["ways"].items()}
+    peaks = mebibytes(result)
     return (
         f"A whole run of the same shape, which scores, repairs and trains twice: {peaks['stream']:,.0f} MiB at the "
         f"peak with `score.weights: stream` and `distill.weights: stream`, {100 * result['memory_ratio']:.0f} % of the "
         f"{peaks['memory']:,.0f} MiB in memory; scores, losses and perplexities differ by "
-        f"{result['largest_difference']:g}. {source(result)}\n\n"
+        f"{result['largest_difference']:g}. {source(result)}"
     )
 
 
