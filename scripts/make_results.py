@@ -118,8 +118,8 @@ def streaming() -> str:
         f"A random bfloat16 Llama of {result['parameters'] / 1e9:.2f} billion parameters in 48 layers, scored by "
         f"`teacher_kl` with `score.weights: stream`: {peaks['stream']:,.0f} MiB at the peak, "
         f"{100 * peaks['stream'] / peaks['load']:.0f} % of the {peaks['load']:,.0f} MiB that loading its weights "
-        f"takes; the scores are those in memory.{slower} {source(result)}\n\n{streamed_training()}\n\n{streamed_run()}\n\n"
-        f"{sharded_training()}"
+        f"takes; the scores are those in memory.{slower} {source(result)}\n\n{streamed_training()}\n\n"
+        f"{streamed_run()}\n\n{sharded_training()}"
     )
 
 

@@ -41,9 +41,9 @@ COMMENTS: dict[str, tuple[str, str]] = {
         "KL is what heals: alone it ends where it ends beside the hidden states (89.1 and 89.2 % of the aggregate), a "
         "hundred times as heavy too (89.1), while hidden states alone stay three points behind (86.2), and KL at a "
         "hundredth hardly helps them (86.9). The paper's sum of KL over 100 with a plain MSE lies between (87.8). The "
-        "differences are in perplexity (of web text 34.0 for the teacher, 48.4 untrained, 40.4 by KL, 40.8 by both, 41.3 "
-        "as in the paper, 41.9 by hidden states): 60 questions of SciQ cannot tell the variants apart, and there is one "
-        "seed. So a wide range of weights will do, as long as KL outweighs the rest. Times are those of "
+        "differences are in perplexity (of web text 34.0 for the teacher, 48.4 untrained, 40.4 by KL, 40.8 by both, "
+        "41.3 as in the paper, 41.9 by hidden states): 60 questions of SciQ cannot tell the variants apart, and there "
+        "is one seed. So a wide range of weights will do, as long as KL outweighs the rest. Times are those of "
         "one thread beside other work.",
     ),
     "baseline": (
