@@ -86,10 +86,14 @@ is eight processes on the cores of this machine, each with its share of them; st
 
 Memory is that of each process, weights with it that processes of one machine share because they are mapped from the
 files. With `--fsdp` the end of a training, when weights are whole again, is planned beside its steps. What processes of
-a CPU exchange is timed between threads. Not planned are the time that processes take to start and load, to
-read layers from disk (`weights: stream`), and to save the state of a training; how long processes wait for one another
-where there are more of them than cores; the kernels' own workspaces; and what malloc cannot use again of memory that
-was freed, but for a share of what changes in a step.
+a CPU exchange is timed between threads. Not planned are the time that processes take to start and load, and to save the
+state of a training; how long processes wait for one another where there are more of them than cores; the kernels' own
+workspaces; and what malloc cannot use again of memory that was freed, but for a share of what changes in a step.
+
+Where layers stay on the disk (`weights: stream`), it counts how often they are read, and times that on the checkpoint: from
+the system's cache, if the files fit into memory, else from the disk. The next layer is read while one runs, so of reading
+and computing the longer one counts. Of a checkpoint that is not here yet, and with `--flops`, the disk is taken to read
+2 GB a second, unless `--disk` says otherwise. Not counted is what earlier rounds changed, which is read beside it.
 
 Of {names}, a third of the layers removed: {tokens} tokens a round in rows of
 2,048, batches of 2, AdamW on fp32 copies, bfloat16 frozen weights. {share}

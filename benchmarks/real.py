@@ -87,6 +87,7 @@ BY_TASKS = {"shortlist": {"by": "teacher_kl", "keep": 4}, "decide": "task_qualit
 WAYS: dict[str, Way] = {
     "default": Way("loop", "layerpeel"),
     "trained-each-round": Way("loop", "layerpeel, trained after each removal", {"when": "each_round"}),
+    "trained-half-and-half": Way("loop", "layerpeel, half of the training after each removal", {"when": "half"}),
     "paper": Way("loop", "layerpeel, preset: paper, 8 rows a step", {"preset": "paper", "tokens_per_step": 2_048}),
     "repair-alone": Way("loop", "layerpeel, repaired, not trained", {"tokens_per_round": 0}),
     "repair-alone-chosen-by-repaired-kl": Way(

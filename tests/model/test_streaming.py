@@ -162,13 +162,13 @@ def on_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[StreamedLay
     """Layers that are read for the second of two GPUs, which are not there; and what its reader does."""
     done: list[Any] = []
     files, _ = load_streamed(save_tiny(tmp_path), device="cpu")
-    read_tensors, to = streaming._read_tensors, torch.Tensor.to
+    read_tensors, to = streaming.read_tensors, torch.Tensor.to
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append((threading.current_thread(), device)))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    monkeypatch.setattr(streaming, "_read_tensors", lambda *arguments, pinned: read_tensors(*arguments))
+    monkeypatch.setattr(streaming, "read_tensors", lambda *arguments, pinned: read_tensors(*arguments))
 
     def copied(value: Tensor, *arguments: Any, **options: Any) -> Tensor:
         if options.get("non_blocking"):

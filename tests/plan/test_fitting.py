@@ -11,11 +11,12 @@ import torch
 
 from layerpeel.errors import InputError
 from layerpeel.inference.requests import LogLikelihood
+from layerpeel.model.building import build_model
 from layerpeel.plan.choices import Choices, Scoring
-from layerpeel.plan.fitting import BY_TASKS, BY_TEXT, SCORINGS, Fitter, fit_memory, fit_time
+from layerpeel.plan.fitting import BY_TASKS, BY_TEXT, SAVINGS, SCORINGS, Fitter, fit_memory, fit_time
 from layerpeel.plan.machine import Planner
 from layerpeel.plan.quality import Measure
-from tests.families import save_tiny, tiny_model, tiny_tokenizer
+from tests.families import save_tiny, tiny_config, tiny_model, tiny_tokenizer
 
 ROWS = [[LogLikelihood((1,), (2,) * 9)]] * 200
 TASKS = [Measure({"name": "held_out", "kind": "perplexity", "data": "none"}, ROWS)]
@@ -132,9 +133,33 @@ def test_a_model_that_does_not_fit_is_refused(choices: Choices, fitter: Fitter) 
     assert message.endswith(" of memory, 202 kB of them for its weights, and there are 1.00 MB")
     assert caught.value.hint == (
         "name a smaller model, or start where there is more memory (--gpu-memory says how much of it a run may take); "
-        "a config of your own can let layers be read from disk as they run (`score.weights` and `distill.weights`: "
-        "stream)"
+        "or give --text: with text that the teacher need not write, its layers can be read from disk as they run"
     )
+
+
+@pytest.mark.parametrize(("processor", "step"), [("cpu", None), ("cuda", 8 * 32)])
+def test_what_does_not_fit_into_memory_stays_on_the_disk(
+    processor: str, step: int | None, tmp_path: Path, speed: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, which computes faster than disks read, a step is a whole micro-batch."""
+    monkeypatch.setattr("layerpeel.plan.planning.resident_bytes", lambda: 0.0)
+    monkeypatch.setitem(SAVINGS, "scoring", [{"score_memory": 2**20}])
+    monkeypatch.setattr("layerpeel.inference.layerwise.LOGITS_BYTES", 2**20)
+    config = tiny_config("llama", num_hidden_layers=60, intermediate_size=256)
+    build_model(config, torch.float32, trust_remote_code=False).save_pretrained(tmp_path / "deep")
+    tiny_tokenizer().save_pretrained(tmp_path / "deep")
+    choices = replace(choices_for(tmp_path / "deep"), layers=60, target_layers=58, scoring=SCORINGS[-1])
+    fitter = Fitter(Planner(choices.config()))
+    fitter.planner.device = torch.device(processor)
+    with pytest.raises(InputError) as caught:
+        fit_memory(choices, fitter, 0)
+    least = float(str(caught.value).split(" takes ")[1].split(" MB")[0]) * 1e6
+    with_text = replace(choices, text="none", hold_out=10)
+    assert not fit_memory(with_text, fitter, 1.01 * least)[0].stream
+    fitted, planned = fit_memory(with_text, fitter, 0.9 * least)
+    assert fitted.stream and fitted.tokens_per_step == step and planned.peak < 0.9 * least
+    written = fitted.config()
+    assert written.streams and written.score.weights == "stream" and written.distill.train == "neighbours"
 
 
 def test_the_text_says_what_was_chosen(choices: Choices) -> None:

@@ -493,7 +493,7 @@ def test_memory_at_the_end_of_a_training_that_was_split_by_hand(config: RunConfi
 def test_a_peak_is_that_of_the_largest_phase() -> None:
     shape = Shape(4, 8, 100, 1000, 200, 16, 800, 2, 1.0, 1)
     training, scoring, end = ({"weights": size} for size in (50.0, 40.0, 60.0))
-    planned = Plan(shape, 1, 1, training, scoring, {}, end, {}, {}, 4)
+    planned = Plan(shape, 1, 1, training, scoring, {}, end, {}, {}, {}, 4)
     assert list(planned.phases) == ["training", "its end", "scoring"]
     assert planned.peak == planned.to_json()["peak"] == 60.0 and replace(planned, end_memory={}).peak == 50.0
 

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
+from layerpeel.cli.tables import start_lines
 from layerpeel.config.fields import TeacherTextConfig, TextConfig
 from layerpeel.config.reading import load_config
 from layerpeel.data.documents import read_documents
 from layerpeel.errors import InputError
 from layerpeel.plan import starting
+from layerpeel.plan.fitting import SAVINGS
 from layerpeel.plan.machine import make_plan
 from layerpeel.plan.starting import Wishes, start
 from layerpeel.run.loop import peel
@@ -171,13 +174,46 @@ def test_a_model_far_larger_than_the_memory_is_refused_by_its_config_alone(folde
     config.save_pretrained(folder / "huge")
     message, hint = refused(wishes_for(folder / "huge", memory=24 * 2**30))
     assert message == f"{folder / 'huge'}: its weights alone take 112 GB of memory or more, and there are 25.8 GB"
-    assert hint == starting.REMEDY
+    assert hint == starting.REMEDY + starting.OR_STREAM
 
 
-def test_a_model_that_plan_finds_too_large_is_refused(teacher: Path) -> None:
+def test_a_model_that_plan_finds_too_large_is_refused(folder: Path, teacher: Path) -> None:
     message, hint = refused(wishes_for(teacher, memory=2**20))
     assert message.startswith(f"{teacher}: the smallest run of it takes ") and message.endswith("there are 1.05 MB")
-    assert hint == starting.REMEDY
+    assert hint == starting.REMEDY + starting.OR_STREAM
+    text = save_texts(folder / "text.jsonl")
+    message, hint = refused(wishes_for(teacher, memory=2**20, text=str(text)))
+    assert message.startswith(f"{teacher}: the smallest run of it takes ") and hint == starting.REMEDY
+
+
+@pytest.fixture(scope="module")
+def deep_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose layers take more than all else in memory."""
+    folder = tmp_path_factory.mktemp("deep") / "teacher"
+    config = tiny_config("llama", hidden_size=128, intermediate_size=1024, num_hidden_layers=24)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_fit_is_read_from_disk(
+    folder: Path, deep_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layerpeel.plan.planning.resident_bytes", lambda: 0.0)
+    monkeypatch.setattr(starting, "FIRST_TOKENS", {"cpu": 2048})
+    monkeypatch.setitem(SAVINGS, "scoring", [{"score_memory": 2**20}])
+    text = str(save_texts(folder / "text.jsonl", tiny_texts() * 10))
+    wishes = wishes_for(deep_teacher, text=text, target_layers=23, memory=80 * 10**6, minutes=5)
+    message, hint = refused(replace(wishes, text=None))
+    assert message.startswith(f"{deep_teacher}: the smallest run of it takes ") and hint and "give --text" in hint
+    started = start(wishes)
+    config = load_config("my.yaml")
+    assert config.streams and config.distill.train == "neighbours" and started.plan.peak <= 80 * 10**6
+    assert all(started.plan.read[part] > 0 for part in ("scoring", "evaluation", "training"))
+    assert start_lines(started)[0] == "24 layers to 23, which are read from disk as they run, to fit into memory"
+    run = peel(config)
+    assert run.finish and run.finish.reason == "target_layers"
 
 
 def test_a_time_that_is_too_short_is_refused(teacher: Path, speed: Callable[..., None]) -> None:

@@ -80,9 +80,13 @@ def plan_tables(plan: Plan) -> list[Table | str]:
         memory.add_row(part, *(size(phase[part]) if part in phase else "" for phase in phases))
     memory.add_row("in all", *(size(sum(phase.values())) for phase in phases), style="bold")
     work = Table("work", "tokens × layers", "time", box=None, header_style="bold")
+    reads = any(plan.read.values())  # layers stay on the disk
+    if reads:
+        work.add_column("read from disk")
     for part, seconds in plan.seconds.items():
-        work.add_row(part, count(plan.layer_tokens[part]), duration(seconds))
-    work.add_row("in all", count(sum(plan.layer_tokens.values())), duration(sum(plan.seconds.values())), style="bold")
+        work.add_row(part, count(plan.layer_tokens[part]), duration(seconds), *[size(plan.read[part])] * reads)
+    tokens, seconds, read = (sum(each.values()) for each in (plan.layer_tokens, plan.seconds, plan.read))
+    work.add_row("in all", count(tokens), duration(seconds), *[size(read)] * reads, style="bold")
     return [f"{plan.rounds} rounds, {count(plan.trained)} parameters in training", memory, "", work]
 
 
@@ -132,7 +136,8 @@ def start_lines(started: Started) -> list[Table | str]:
     ranking = {0: "once", 1: "before each removal"}.get(scoring.every, f"before each {scoring.every} removals")
     repair = f"repaired on {choices.repair_tokens:,} tokens after each, " if choices.repair_tokens else ""
     return [
-        f"{choices.layers} layers to {choices.target_layers}",
+        f"{choices.layers} layers to {choices.target_layers}"
+        + (", which are read from disk as they run, to fit into memory" if choices.stream else ""),
         f"scored by {scoring.decide} {ranking}, on {scoring.tokens:,} tokens",
         f"measured on {', '.join(str(task['name']) for task in choices.tasks)}, {choices.limit} rows each",
         f"{repair}trained on {choices.rounds * choices.tokens_per_round:,} after the last, of "

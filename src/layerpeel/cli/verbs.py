@@ -240,6 +240,9 @@ def plan(
         typer.Option(callback=positive, help="Of another machine: operations a second that are reached, as 4e14."),
     ] = None,
     bandwidth: Annotated[float, typer.Option(callback=positive, help="With --flops: bytes of memory a second.")] = 2e12,
+    disk: Annotated[
+        float, typer.Option(callback=positive, help="With --flops and weights: stream: bytes of its disk a second.")
+    ] = 2e9,
     as_json: AsJson = False,
 ) -> None:
     """Say what a run will take in memory, layer calls and time; reads no weights, and times a random layer."""
@@ -247,7 +250,7 @@ def plan(
         from layerpeel.config.reading import load_config
         from layerpeel.plan.machine import make_plan
 
-    planned = make_plan(load_config(config, set_), gpus=gpus, fsdp=fsdp, flops=flops, bandwidth=bandwidth)
+    planned = make_plan(load_config(config, set_), gpus=gpus, fsdp=fsdp, flops=flops, bandwidth=bandwidth, disk=disk)
     if as_json:
         print(json.dumps(planned.to_json()))
     else:

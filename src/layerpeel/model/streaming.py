@@ -120,9 +120,9 @@ class StreamedLayers:
         names = self._names(position)
         files = {stored: self._files[stored] for stored in names.values()}
         if self._copies is None:
-            tensors = _read_tensors(files, self.model.device, self._dtypes)
+            tensors = read_tensors(files, self.model.device, self._dtypes)
             return LayerWeights({name: tensors[stored] for name, stored in names.items()})
-        pinned = _read_tensors(files, CPU, self._dtypes, pinned=True)
+        pinned = read_tensors(files, CPU, self._dtypes, pinned=True)
         if before is not None:
             before.synchronize()  # or memory would be taken beside that of layers that have yet to run
         with torch.cuda.stream(self._copies):
@@ -205,7 +205,7 @@ def _load_outside_layers(
     """
     layers = f"{find_architecture(model).layer_prefix()}."
     outside = {n for n, _ in model.named_parameters(remove_duplicate=False) if not n.startswith(layers)}
-    tensors = _read_tensors({name: files[name] for name in outside if name in files}, device, dtypes)
+    tensors = read_tensors({name: files[name] for name in outside if name in files}, device, dtypes)
     for name, tensor in tensors.items():
         set_module_tensor_to_device(model, name, device, value=tensor)
     missing = outside - set(tensors)
@@ -228,7 +228,7 @@ def _check_not_quantised(config: PretrainedConfig, path: str | Path) -> None:
         )
 
 
-def _read_tensors(
+def read_tensors(
     files: Mapping[str, Path], device: torch.device, dtypes: Mapping[str, torch.dtype], *, pinned: bool = False
 ) -> dict[str, Tensor]:
     """Reads tensors, by name, from their safetensors files, in the dtypes given; `pinned` for copies to a GPU."""

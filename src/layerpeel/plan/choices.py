@@ -44,6 +44,8 @@ class Choices:
         limit: rows of each task.
         repair_tokens: 0 for no repair.
         score_memory: bytes for branches; the default if None.
+        stream: layers are read from the disk as they run.
+        tokens_per_step: the default if None.
     """
 
     teacher: str
@@ -63,6 +65,8 @@ class Choices:
     checkpointing: bool = False
     train: str = "all"
     dtype: str = "auto"
+    stream: bool = False
+    tokens_per_step: int | None = None
 
     @property
     def rounds(self) -> int:
@@ -112,6 +116,7 @@ class Choices:
         )
         return [
             ("score:", ""),
+            *([("  weights: stream", "layers are read from disk as they run: the model does not fit")] * self.stream),
             (f"  decide: {scoring.decide}", decide),
             *([(f"  shortlist: {{by: teacher_kl, keep: {KEPT}}}", "layers that the tasks are asked about")] * by_tasks),
             (f"  tokens: {_number(scoring.tokens)}", "of the text; more tell close layers apart"),
@@ -138,6 +143,10 @@ class Choices:
         repair = f"  repair: {{tokens: {_number(self.repair_tokens)}}}" if self.repair_tokens else "  repair: false"
         return [
             ("distill:", ""),
+            *(
+                [("  weights: stream", "the same in score and distill; memory where it suffices is faster")]
+                * self.stream
+            ),
             text,
             (
                 f"  tokens_per_round: {_number(self.tokens_per_round)}",
@@ -146,6 +155,10 @@ class Choices:
             ("  when: end", "all of them after the last removal; each_round, given more, heals every depth"),
             (f"  sequence_length: {self.sequence_length}", "more where long contexts matter"),
             (f"  batch_size: {self.batch_size}", "rows at a time; fewer take less memory"),
+            *(
+                [(f"  tokens_per_step: {self.tokens_per_step}", "for each of which all layers are read twice")]
+                * bool(self.tokens_per_step)
+            ),
             (repair, "in closed form, after each removal; more is better up to 131,072"),
             *([(f"  train: {self.train}", "of the layers, to fit into memory; all is better")] * (self.train != "all")),
             *([("  activation_checkpointing: true", "to fit into memory; false is faster")] * self.checkpointing),

@@ -39,10 +39,8 @@ SAVINGS: dict[str, list[dict[str, Any]]] = {
     "scoring": [{"score_memory": 2**29}, {"score_memory": 2**27}],
     "training": [*({"batch_size": rows} for rows in (4, 2, 1)), {"checkpointing": True}, {"train": "neighbours"}],
 }
-REMEDY = (
-    "name a smaller model, or start where there is more memory (--gpu-memory says how much of it a run may take); "
-    "a config of your own can let layers be read from disk as they run (`score.weights` and `distill.weights`: stream)"
-)
+REMEDY = "name a smaller model, or start where there is more memory (--gpu-memory says how much of it a run may take)"
+OR_STREAM = "; or give --text: with text that the teacher need not write, its layers can be read from disk as they run"
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,28 @@ class Fitter:
 def fit_memory(choices: Choices, fitter: Fitter, limit: float) -> tuple[Choices, Plan]:
     """The choices, with what it takes to fit into so many bytes; and a plan of them, without times.
 
+    What cannot be in memory is read from the disk, where there is text that the teacher need not write.
+
     Raises:
-        InputError: nothing does.
+        InputError: nothing fits.
     """
+    fitted, planned = _with_savings(choices, fitter, limit)
+    if planned.peak > limit and choices.text:
+        step = None if fitter.planner.device.type == "cpu" else choices.batch_size * choices.sequence_length
+        streamed = replace(choices, stream=True, train="neighbours", tokens_per_step=step)
+        fitted, planned = _with_savings(streamed, fitter, limit)
+    if planned.peak > limit:
+        weights = size(planned.training_memory["weights"])
+        raise InputError(
+            f"{choices.teacher}: the smallest run of it takes {size(planned.peak)} of memory, {weights} of them "
+            f"for its weights, and there are {size(limit)}",
+            hint=REMEDY if choices.text else REMEDY + OR_STREAM,
+        )
+    return fitted, planned
+
+
+def _with_savings(choices: Choices, fitter: Fitter, limit: float) -> tuple[Choices, Plan]:
+    """The choices, with as much saved as it takes, or as can be; and the plan of them."""
 
     def plan() -> Plan:
         return fitter.plan(replace(choices, tokens_per_round=MOST_TOKENS), timed=False)
@@ -76,15 +93,7 @@ def fit_memory(choices: Choices, fitter: Fitter, limit: float) -> tuple[Choices,
     if planned.peak > limit and fitter.may_be_narrow:
         choices = replace(choices, dtype="bfloat16")
         planned = plan()
-    while planned.peak > limit:
-        savings = left[_largest_phase(planned)]
-        if not savings:
-            weights = size(planned.training_memory["weights"])
-            raise InputError(
-                f"{choices.teacher}: the smallest run of it takes {size(planned.peak)} of memory, {weights} of them "
-                f"for its weights, and there are {size(limit)}",
-                hint=REMEDY,
-            )
+    while planned.peak > limit and (savings := left[_largest_phase(planned)]):
         choices = replace(choices, **savings.pop(0))
         planned = plan()
     return choices, planned

@@ -13,6 +13,7 @@ from layerpeel.inference.requests import Request
 from layerpeel.model.devices import pick_device, wanted_dtype
 from layerpeel.plan.exchange import exchange_times
 from layerpeel.plan.planning import Plan, plan_run
+from layerpeel.plan.reading import DISK, seconds_to_read
 from layerpeel.plan.shape import Shape
 from layerpeel.plan.speed import Speed
 from layerpeel.run.preflight import check_plan
@@ -30,6 +31,7 @@ class Planner:
         fsdp: whether layers are split over them while they train.
         flops: of another machine: operations a second; this one is measured if not given.
         bandwidth: of that machine: bytes of memory a second.
+        disk: of that machine: bytes of its disk a second.
 
     Raises:
         InputError: the model will not do.
@@ -43,9 +45,10 @@ class Planner:
         fsdp: bool = False,
         flops: float | None = None,
         bandwidth: float = 2e12,
+        disk: float = DISK,
     ) -> None:
-        self.teacher, self.tokenizer = read_for_plan(settings)
-        self.gpus, self.fsdp, self.flops, self.bandwidth = gpus, fsdp, flops, bandwidth
+        self.settings, (self.teacher, self.tokenizer) = settings, read_for_plan(settings)
+        self.gpus, self.fsdp, self.flops, self.bandwidth, self.disk = gpus, fsdp, flops, bandwidth, disk
         self.device = torch.device("cuda") if flops else pick_device(settings.device)
         self.speeds: dict[torch.dtype, Speed] = {}
 
@@ -63,6 +66,8 @@ class Planner:
                 return AT_ONCE
             if dtype not in self.speeds:
                 self.speeds[dtype] = self._speed(shape, settings, dtype)
+            if settings.streams and not self.speeds[dtype].read:
+                self.speeds[dtype] = replace(self.speeds[dtype], read=self._seconds_to_read(dtype))
             return self.speeds[dtype]
 
         return plan_run(
@@ -75,6 +80,12 @@ class Planner:
             gpus=self.gpus,
             fsdp=self.fsdp,
         )
+
+    def _seconds_to_read(self, dtype: torch.dtype) -> float:
+        """For each parameter of a layer."""
+        if self.flops:
+            return dtype.itemsize / self.disk
+        return seconds_to_read(self.settings.teacher, self.settings.revision, dtype)
 
     def _speed(self, shape: Shape, settings: RunConfig, dtype: torch.dtype) -> Speed:
         if self.flops:
@@ -105,12 +116,14 @@ def _cores_shared(processes: int) -> Iterator[float]:
         torch.set_num_threads(cores)
 
 
-def make_plan(settings: RunConfig, *, gpus: int, fsdp: bool, flops: float | None, bandwidth: float) -> Plan:
+def make_plan(
+    settings: RunConfig, *, gpus: int, fsdp: bool, flops: float | None, bandwidth: float, disk: float = DISK
+) -> Plan:
     """Plans a run, as `Planner` does, with the tasks of its config.
 
     Raises:
         InputError: the config, the model or the tasks will not do.
     """
     tasks = check_plan(settings)
-    planner = Planner(settings, gpus=gpus, fsdp=fsdp, flops=flops, bandwidth=bandwidth)
+    planner = Planner(settings, gpus=gpus, fsdp=fsdp, flops=flops, bandwidth=bandwidth, disk=disk)
     return planner.plan(settings, [task.requests(planner.tokenizer) for task in tasks])

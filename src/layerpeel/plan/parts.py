@@ -1,4 +1,4 @@
-"""Layer calls and seconds of the parts of a run.
+"""Layer calls and seconds of the parts of a run, and how many layers they read from the disk.
 
 Counts what `run/loop.py` does round by round: scoring as `importance/work.py` counts it, generation as
 `inference/decoding.py` batches it, and the layers that `training/forward.py` runs for teacher and student.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -20,12 +21,12 @@ from layerpeel.inference.budget import Budget, bytes_of_token
 from layerpeel.inference.requests import Generation, Request
 from layerpeel.inference.teacher_text import SHARD, tokens_of
 from layerpeel.model.surgery import KeptLayers
+from layerpeel.plan.reading import PADDED, Reads
 from layerpeel.plan.shape import Shape
 from layerpeel.plan.speed import Speed
 from layerpeel.report.measure import BATCH, NEW, PROMPT, REPEATS, SAMPLE_TOKENS, SAMPLES
 from layerpeel.training.recipe import MASTER_DTYPE, TrainingRecipe
 
-PADDED = 1.2  # positions in rows for each token of a task: on the stories, rows are filled to 75 to 86 %
 RIDGES_TRIED, FP64 = 4, 2  # in a repair, of each projection; how much longer its arithmetic takes than the layers'
 SCORING_BYTES_ON_GPU = 8 * 2**30  # of the branches, where `score.memory` does not say
 
@@ -58,8 +59,16 @@ class Training:
     optimizer_bytes: int
 
 
+class Effort(NamedTuple):
+    """Layer calls for each token, seconds of computing, and layers that are read where they stay on the disk."""
+
+    calls: float
+    seconds: float
+    reads: float = 0.0
+
+
 class Parts:
-    """Layer calls and seconds of a run's parts, round by round.
+    """What a run's parts take, round by round.
 
     Args:
         split: over how many processes what trains is split.
@@ -80,18 +89,26 @@ class Parts:
         self.training, self.recipe, self.split = training, recipe, split
         self.flat = [request for task in requests for request in task]
         default = None if device == "cpu" else SCORING_BYTES_ON_GPU
-        self.budget = Budget(config.score.memory or default, torch.device("cpu")).bytes
+        self.default_budget = Budget(default, torch.device("cpu")).bytes
+        self.budget = config.score.memory or self.default_budget
+        self.reads = Reads(shape, config.score.tokens, requests)
 
-    def totals(self, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Layer calls and seconds of scoring, evaluation, repair, training, the teacher's text, and of the report."""
+    def totals(self, rounds: int) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+        """Layer calls, seconds, and bytes of layers that are read from the disk, where they stay there.
+
+        Of scoring, evaluation, repair, training, the teacher's text, and of the report. While a layer runs the next one
+        is read, so what takes longer counts.
+        """
         repair = ["repair"] if self.config.distill.repairs else []
         sampling = ["sampling"] if self.config.has_teacher_text else []
         parts = ["scoring", "evaluation", *repair, "training", *sampling, "report"]
-        calls, seconds = (dict.fromkeys(parts, 0.0) for _ in range(2))
+        calls, seconds, read = (dict.fromkeys(parts, 0.0) for _ in range(3))
 
-        def add(part: str, work: tuple[float, float]) -> None:
-            calls[part] += work[0]
-            seconds[part] += work[1] / self.recipe.processes
+        def add(part: str, effort: Effort) -> None:
+            parameters = effort.reads * self.shape.layer_parameters if self.config.streams else 0.0
+            calls[part] += effort.calls
+            read[part] += parameters * self.shape.itemsize
+            seconds[part] += max(effort.seconds, parameters * self.speed.read) / self.recipe.processes
 
         if self.config.has_teacher_text:
             add("sampling", self._sampling(rounds))
@@ -109,8 +126,9 @@ class Parts:
         if last := distill.at_end(rounds):
             add("training", self._training(rounds, last.tokens_per_round))
             add("evaluation", self._answering("task_quality", total - rounds, []))
-        calls["report"], seconds["report"] = self._report(range(total - rounds, total + 1))  # by one process
-        return calls, seconds
+        if not self.config.streams:  # else it generates nothing
+            calls["report"], seconds["report"] = self._report(range(total - rounds, total + 1))  # by one process
+        return calls, seconds, read
 
     def _scorings(self, kept_layers: KeptLayers) -> list[tuple[str, list[int]]]:
         """The metrics of a round, each with the candidates it looks at."""
@@ -130,19 +148,20 @@ class Parts:
                 most[need] = max(most[need], 1 + len(candidates) if metric.skips else 1)
         return most
 
-    def _answering(self, name: str, layers: int, candidates: list[int]) -> tuple[float, float]:
-        """Layer calls and seconds of a metric (of an evaluation, without candidates)."""
-        metric = make_metric(name)
+    def _answering(self, name: str, layers: int, candidates: list[int]) -> Effort:
+        """Of a metric (of an evaluation, without candidates)."""
+        metric, budget = make_metric(name), self.budget if candidates else self.default_budget
         work = count_work(metric, layers, candidates, self.config.score.tokens, self.flat, self.shape.layers)
-        steps, places = (self._decode_steps(1 + len(candidates)), PADDED) if "tasks" in metric.needs else (0, 1.0)
-        speed = self.speed
+        steps, places, speed = 0, 1.0, self.speed
+        if "tasks" in metric.needs:
+            steps, places = self._decode_steps(1 + len(candidates), budget), PADDED
         read = (work.layer_tokens - work.decoded_layer_tokens) * places * speed.layer + work.head_tokens * speed.head
         written = work.decoded_layer_tokens * speed.decode_row + steps * layers * speed.decode_call
-        return float(work.layer_tokens), read + written
+        return Effort(work.layer_tokens, read + written, self.reads.answering(metric, layers, candidates, budget))
 
-    def _decode_steps(self, branches: int) -> int:
-        """Steps of generation, over all batches of all tasks."""
-        tokens = self.budget // bytes_of_token(branches, self.shape.width, self.shape.itemsize)
+    def _decode_steps(self, branches: int, budget: int) -> int:
+        """Steps of generation, over all batches of all tasks, each of so many bytes."""
+        tokens = budget // bytes_of_token(branches, self.shape.width, self.shape.itemsize)
         steps = 0
         for task in self.requests:
             generations = [request for request in task if isinstance(request, Generation)]
@@ -152,8 +171,8 @@ class Parts:
                 steps += batches * max(request.max_new_tokens for request in generations)
         return steps
 
-    def _sampling(self, rounds: int) -> tuple[float, float]:
-        """Layer calls and seconds of the text that the teacher writes."""
+    def _sampling(self, rounds: int) -> Effort:
+        """Of the text that the teacher writes."""
         config, shape, speed = self.config, self.shape, self.speed
         total = max(config.distill.text_tokens(rounds if config.stop.target_layers else 1), config.score.tokens)
         tokens = sum(
@@ -165,7 +184,7 @@ class Parts:
         length = config.distill.sequence_length
         rows = max(1, min(SHARD, self.budget // bytes_of_token(1, shape.width, shape.itemsize)) // length)
         each = shape.layers * (speed.decode_row + speed.decode_call / rows) + speed.head + speed.draw
-        return float(tokens * shape.layers), tokens * each
+        return Effort(tokens * shape.layers, tokens * each)
 
     def _report(self, depths: Iterable[int]) -> tuple[float, float]:
         """Layer calls and seconds of what `report/measure.py` measures and writes of students of these depths."""
@@ -179,8 +198,8 @@ class Parts:
             seconds += layers * (prompts * self.speed.layer + decoded) + rows * self.speed.head
         return calls, seconds
 
-    def _repair(self, removed: int, tokens: int) -> tuple[float, float]:
-        """Layer calls and seconds of a repair with so many layers gone, from the layer before the gap on.
+    def _repair(self, removed: int, tokens: int) -> Effort:
+        """Of a repair with so many layers gone, from the layer before the gap on.
 
         Sums and solutions are counted by their multiply-adds, which take as long as those of a layer: for each of two
         projections, and before the gap for both at once, X^T X and X^T E for each token; and for each ridge a factor, a
@@ -196,10 +215,11 @@ class Parts:
         solved = RIDGES_TRIED * FP64 * sum(size**3 / 3 + 2 * size**2 * shape.width for size in inputs)
         each = layer / shape.layer_parameters  # seconds of a multiply-add
         alone = self.recipe.processes  # each process solves all
-        return float(calls), calls * layer + each * (sums + alone * solved)
+        seconds = calls * layer + each * (sums + alone * solved)
+        return Effort(calls, seconds, alone * self.reads.repair(start, removed))
 
-    def _training(self, removed: int, tokens: int) -> tuple[float, float]:
-        """Layer calls, forward, and seconds of training with so many layers gone."""
+    def _training(self, removed: int, tokens: int) -> Effort:
+        """Of training with so many layers gone; layer calls are forward."""
         config = self.recipe.config.model_copy(update={"tokens_per_round": tokens})
         recipe, speed, total = replace(self.recipe, config=config), self.speed, self.shape.layers
         steps = recipe.steps()
@@ -207,18 +227,25 @@ class Parts:
         chosen = recipe.layers(kept_layers)
         trained = set(self.training.layers if chosen is None else chosen) & set(kept_layers.kept)
         first = min((kept_layers.position(layer) for layer in trained), default=len(kept_layers))
-        shared = 0 if self.training.trains_embeddings else min(first, kept_layers.first_changed)
-        graph = len(kept_layers) - shared
-        frozen = graph - len(trained)
+        first = 0 if self.training.trains_embeddings else first
+        run, graph = len(kept_layers) - min(first, kept_layers.first_changed), len(kept_layers) - first
+        frozen = graph - len(trained)  # backward as long as forward
+        again = graph if recipe.config.activation_checkpointing else frozen * self.config.streams
         layer = speed.frozen_layer or speed.layer
-        again = graph * layer if recipe.config.activation_checkpointing else 0.0
-        each = total * layer + len(trained) * speed.trained_layer + 2 * frozen * layer + again
-        calls = tokens * (total + graph)
+        each = (total + run - len(trained) + frozen + again) * layer + len(trained) * speed.trained_layer
+        calls = tokens * (total + run)
         updated = self.training.parameters * len(trained) / max(len(self.training.layers), 1)
         # Not shared, unless layers are split: each process updates all.
         updates = steps * updated * speed.update * recipe.processes / self.split
         sent = recipe.processes * self._exchange(recipe, updated, len(trained), graph)  # each waits for all of it
-        return float(calls), tokens * (each + speed.head_loss) + updates + sent
+        seconds = tokens * (each + speed.head_loss) + updates + sent
+        batches = recipe.processes * recipe.steps() * self._batches_of_step(recipe)
+        return Effort(calls, seconds, self.reads.training(batches, graph, len(trained)))
+
+    def _batches_of_step(self, recipe: TrainingRecipe) -> int:
+        """Micro-batches of a process in an optimizer step."""
+        rows = recipe.step_tokens / (recipe.config.sequence_length * recipe.processes)
+        return max(1, math.ceil(rows / recipe.config.batch_size))
 
     def _exchange(self, recipe: TrainingRecipe, updated: float, trained: int, graph: int) -> float:
         """Seconds of a training in which processes exchange gradients and, where they are split, layers.
@@ -235,9 +262,7 @@ class Parts:
             return 0.0
         if self.split == 1:
             return steps * wide * speed.add_up
-        layer, config = shape.itemsize * shape.layer_parameters, recipe.config
-        rows = recipe.step_tokens / (config.sequence_length * recipe.processes)
-        batches = steps * max(1, math.ceil(rows / config.batch_size))
+        layer, batches = shape.itemsize * shape.layer_parameters, steps * self._batches_of_step(recipe)
         in_batch = (shape.layers + trained + graph) * layer + 2 * shape.itemsize * shape.head_parameters
         at_end = bool(steps) * shape.itemsize * (shape.parameters + updated)
         return batches * wide * speed.add_up + (batches * in_batch + at_end) * speed.gather

@@ -36,6 +36,7 @@ class Plan:
         layer_tokens: tokens through a layer in all, of `scoring`, `evaluation` (of teacher and students on the tasks),
             `repair`, `training` (teacher and student, forward), `sampling`, where the teacher writes text, `report`.
         seconds: of the same.
+        read: bytes of layers that the same read from the disk; 0 where layers are in memory.
         gpus: how many share the work.
     """
 
@@ -48,6 +49,7 @@ class Plan:
     end_memory: dict[str, float]
     layer_tokens: dict[str, float]
     seconds: dict[str, float]
+    read: dict[str, float]
     gpus: int
 
     @property
@@ -119,8 +121,8 @@ def plan_run(
 
 def _training(student: Outline, recipe: TrainingRecipe) -> Training:
     """What the first round trains; the student's own copies of it are made."""
-    names = recipe.parameters(student)
-    parameters = [student.parameters()[name] for name in names]
+    names, by_name = recipe.parameters(student), student.parameters()
+    parameters = [by_name[name] for name in names]
     layers = [student.layer_of(name) for name in names]
     student.add_trained(names)
     return Training(

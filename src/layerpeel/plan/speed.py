@@ -56,6 +56,7 @@ class Speed:
         draw: to draw a token of the teacher's text from its logits.
         add_up, gather: for each byte that processes add up, and gather; 0 where it is not known.
         frozen_layer: through one layer, forward, in a training whose weights are split; 0: as `layer`.
+        read: for each parameter of a layer that is read from the disk.
     """
 
     layer: float
@@ -69,6 +70,7 @@ class Speed:
     add_up: float = 0.0
     gather: float = 0.0
     frozen_layer: float = 0.0
+    read: float = 0.0
 
     @classmethod
     def of_processor(cls, shape: Shape, flops: float, bandwidth: float, distill: DistillConfig | None = None) -> Speed:

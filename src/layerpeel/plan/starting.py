@@ -11,13 +11,15 @@ import torch
 from transformers import PretrainedConfig
 
 from layerpeel.config.fields import TextConfig
+from layerpeel.config.run import RunConfig
 from layerpeel.errors import InputError
+from layerpeel.inference.loading import load_layerwise
 from layerpeel.model.checkpoint import least_parameters
 from layerpeel.model.config_fields import context_length, text_config
 from layerpeel.model.devices import pick_device
 from layerpeel.model.loading import load_config_of
 from layerpeel.plan.choices import Choices
-from layerpeel.plan.fitting import BY_TASKS, BY_TEXT, REMEDY, Fitter, fit_memory, fit_time
+from layerpeel.plan.fitting import BY_TASKS, BY_TEXT, OR_STREAM, REMEDY, Fitter, fit_memory, fit_time
 from layerpeel.plan.machine import Planner
 from layerpeel.plan.memory import resident_bytes
 from layerpeel.plan.planning import Plan
@@ -96,12 +98,15 @@ def start(wishes: Wishes) -> Started:
     _check_files(wishes)
     teacher = load_config_of(wishes.model)
     limit = wishes.memory or free_memory()
-    _check_size(wishes.model, teacher, limit)
+    if not wishes.text:  # else layers may stay on the disk
+        _check_size(wishes.model, teacher, limit)
     choices = _first_choices(wishes, teacher)
     settings = choices.config()
     check_teacher(settings)
     planner = Planner(settings)
     choices, planned = fit_memory(choices, Fitter(planner), limit)
+    if choices.stream:
+        _check_streams(wishes.model, choices.config())
     quality = _quality(choices, wishes, planner, planned.shape.parameters)
     choices, planned = fit_time(quality.asked_of(choices), Fitter(planner, quality.measures), 60 * wishes.minutes)
     return Started(choices, planned, _write(choices, wishes, quality, planned))
@@ -140,8 +145,24 @@ def _check_size(model: str, teacher: PretrainedConfig, limit: float) -> None:
     least = 2 * least_parameters(teacher)
     if least > limit:
         raise InputError(
-            f"{model}: its weights alone take {size(least)} of memory or more, and there are {size(limit)}", hint=REMEDY
+            f"{model}: its weights alone take {size(least)} of memory or more, and there are {size(limit)}",
+            hint=REMEDY + OR_STREAM,
         )
+
+
+def _check_streams(model: str, config: RunConfig) -> None:
+    """Reads what a run reads at first whose layers stay on the disk.
+
+    Raises:
+        InputError: they cannot.
+    """
+    try:
+        load_layerwise(config, stream=True)
+    except InputError as error:
+        raise InputError(
+            f"{model}: it does not fit into memory, and its layers cannot be read from disk as they run: {error}",
+            hint=REMEDY,
+        ) from None
 
 
 def _first_choices(wishes: Wishes, teacher: PretrainedConfig) -> Choices:

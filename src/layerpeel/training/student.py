@@ -114,10 +114,16 @@ class Student:
 
     def add_trained(self, names: Iterable[str]) -> None:
         """Gives the student its own copy of these parameters, to be trained."""
-        new = set(names) - self.trained
-        for layer in {self.layer_of(name) for name in new}:
-            with nullcontext() if layer is None else self.layer_loaded(self.kept_layers.position(layer)):
-                self._copy({name for name in new if self.layer_of(name) == layer})
+        by_layer: dict[int | None, set[str]] = {None: set()}
+        for name in set(names) - self.trained:
+            layer = self.layer_of(name)
+            streamed = layer is not None and self.is_streamed(self.kept_layers.position(layer))
+            by_layer.setdefault(layer if streamed else None, set()).add(name)
+        self._copy(by_layer.pop(None))
+        for layer, in_layer in by_layer.items():
+            assert layer is not None
+            with self.layer_loaded(self.kept_layers.position(layer)):
+                self._copy(in_layer)
 
     def _copy(self, names: set[str]) -> None:
         """Puts copies in the place of parameters."""
