@@ -158,6 +158,7 @@ def test_what_does_not_fit_into_memory_stays_on_the_disk(
     assert not fit_memory(with_text, fitter, 1.01 * least)[0].stream
     fitted, planned = fit_memory(with_text, fitter, 0.9 * least)
     assert fitted.stream and fitted.tokens_per_step == step and planned.peak < 0.9 * least
+    assert "from: teacher" not in fitted.text_of_config()  # which would be refused
     written = fitted.config()
     assert written.streams and written.score.weights == "stream" and written.distill.train == "neighbours"
 

@@ -136,7 +136,8 @@ class Choices:
 
     def _distill_lines(self) -> list[tuple[str, str]]:
         if self.text:
-            held = "of so many documents the first is for held_out; {from: teacher} may stand beside it"
+            held = "of so many documents the first is for held_out"
+            held += "" if self.stream else "; {from: teacher} may stand beside it"
             text = (f"  text: {{path: {_value(self.text)}, hold_out: {self.hold_out}}}", held)
         else:
             text = ("  text: {from: teacher}", "or [corpus/, {from: teacher}] with text of your own, which helps")
