@@ -92,7 +92,7 @@ workspaces; and what malloc cannot use again of memory that was freed, but for a
 
 Where layers stay on the disk (`weights: stream`), it counts how often they are read, and times that on the checkpoint: from
 the system's cache, if the files fit into memory, else from the disk. The next layer is read while one runs, so of reading
-and computing the longer one counts. Of a checkpoint that is not here yet, and with `--flops`, the disk is taken to read
+and computing the longer one counts; but on a CPU reading takes a core from computing. Of a checkpoint that is not here yet, and with `--flops`, the disk is taken to read
 2 GB a second, unless `--disk` says otherwise. Not counted is what earlier rounds changed, which is read beside it.
 
 Of {names}, a third of the layers removed: {tokens} tokens a round in rows of

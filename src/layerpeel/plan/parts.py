@@ -92,12 +92,14 @@ class Parts:
         self.default_budget = Budget(default, torch.device("cpu")).bytes
         self.budget = config.score.memory or self.default_budget
         self.reads = Reads(shape, config.score.tokens, requests)
+        # What the thread that reads takes of the processor, where that is what computes.
+        self.reader = 1 / max(1, torch.get_num_threads() // recipe.processes) if device == "cpu" else 0.0
 
     def totals(self, rounds: int) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
         """Layer calls, seconds, and bytes of layers that are read from the disk, where they stay there.
 
         Of scoring, evaluation, repair, training, the teacher's text, and of the report. While a layer runs the next one
-        is read, so what takes longer counts.
+        is read, so what takes longer counts; but on a CPU reading takes a core from computing.
         """
         repair = ["repair"] if self.config.distill.repairs else []
         sampling = ["sampling"] if self.config.has_teacher_text else []
@@ -106,9 +108,10 @@ class Parts:
 
         def add(part: str, effort: Effort) -> None:
             parameters = effort.reads * self.shape.layer_parameters if self.config.streams else 0.0
+            reading = parameters * self.speed.read
             calls[part] += effort.calls
             read[part] += parameters * self.shape.itemsize
-            seconds[part] += max(effort.seconds, parameters * self.speed.read) / self.recipe.processes
+            seconds[part] += max(reading, effort.seconds + reading * self.reader) / self.recipe.processes
 
         if self.config.has_teacher_text:
             add("sampling", self._sampling(rounds))
