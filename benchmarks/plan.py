@@ -3,6 +3,8 @@
     python benchmarks/plan.py demo --out plan-demo.json
     python benchmarks/plan.py configs/storyteller.yaml --out plan-storyteller.json
     python benchmarks/plan.py random --processes 1,2,4 --fsdp --out plan-processes.json
+    python benchmarks/plan.py random --set score.weights=stream --set distill.weights=stream \
+        --set distill.train=neighbours --out plan-streamed.json
     python benchmarks/plan.py --table > docs/plan.md
 
 A comparison plans, runs (into a temporary folder, in processes of its own), and writes planned and measured seconds of
@@ -90,10 +92,11 @@ a CPU exchange is timed between threads. Not planned are the time that processes
 state of a training; how long processes wait for one another where there are more of them than cores; the kernels' own
 workspaces; and what malloc cannot use again of memory that was freed, but for a share of what changes in a step.
 
-Where layers stay on the disk (`weights: stream`), it counts how often they are read, and times that on the checkpoint: from
-the system's cache, if the files fit into memory, else from the disk. The next layer is read while one runs, so of reading
-and computing the longer one counts; but on a CPU reading takes a core from computing. Of a checkpoint that is not here yet, and with `--flops`, the disk is taken to read
-2 GB a second, unless `--disk` says otherwise. Not counted is what earlier rounds changed, which is read beside it.
+Where layers stay on the disk (`weights: stream`), it counts how often they are read, and times that on the checkpoint:
+from the system's cache, if the files fit into memory, else from the disk. The next layer is read while one runs, so of
+reading and computing the longer one counts; but on a CPU reading takes a core from computing. Of a checkpoint that is
+not here yet, and with `--flops`, the disk is taken to read 2 GB a second, unless `--disk` says otherwise. Not counted
+is what earlier rounds changed, which is read beside it.
 
 Of {names}, a third of the layers removed: {tokens} tokens a round in rows of
 2,048, batches of 2, AdamW on fp32 copies, bfloat16 frozen weights. {share}

@@ -203,6 +203,7 @@ def test_a_model_that_does_not_fit_is_read_from_disk(
     monkeypatch.setattr("layerpeel.plan.planning.resident_bytes", lambda: 0.0)
     monkeypatch.setattr(starting, "FIRST_TOKENS", {"cpu": 2048})
     monkeypatch.setitem(SAVINGS, "scoring", [{"score_memory": 2**20}])
+    monkeypatch.setattr("layerpeel.plan.machine.seconds_to_read", lambda *_: 1e-9)
     text = str(save_texts(folder / "text.jsonl", tiny_texts() * 10))
     wishes = wishes_for(deep_teacher, text=text, target_layers=23, memory=80 * 10**6, minutes=5)
     message, hint = refused(replace(wishes, text=None))

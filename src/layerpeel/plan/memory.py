@@ -60,7 +60,7 @@ class TrainingMemory:
             **self._gathered(),
             "gradients": gradients,
             "activations, hidden states and chunks of logits": max(0.0, transient - gradients),
-        } | _unused(activations, self.device)
+        } | _unused(activations, self.device, streamed=self._streamed)
 
     def end(self) -> dict[str, float]:
         """Where weights were split: when all are whole again, and their parts still there."""
@@ -159,9 +159,12 @@ def resident_bytes() -> float:
     return float(psutil.Process().memory_info().rss)
 
 
-def _unused(changing: float, device: str) -> dict[str, float]:
-    """What an allocator keeps unused, for that many bytes of tensors that are allocated and freed."""
-    return {"unused, between tensors": UNUSED_ON_CPU * changing} if device == "cpu" else {}
+def _unused(changing: float, device: str, *, streamed: bool) -> dict[str, float]:
+    """What an allocator keeps unused, for that many bytes of tensors that are allocated and freed.
+
+    Where layers are `streamed`, malloc gives large blocks back (`model/streaming.py`).
+    """
+    return {"unused, between tensors": UNUSED_ON_CPU * changing} if device == "cpu" and not streamed else {}
 
 
 def logit_bytes(shape: Shape, device: str) -> float:
@@ -215,4 +218,4 @@ def scoring_memory(
         "trained weights of the student": 0.0 if streamed else float(trained * shape.itemsize),
         "branches of candidates and their caches": float(max(needs)),
         "chunks of logits": float(logits),
-    } | _unused(max(needs) + logits, device)
+    } | _unused(max(needs) + logits, device, streamed=streamed)
