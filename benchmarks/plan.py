@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py demo --out plan-demo.json
     python benchmarks/plan.py configs/storyteller.yaml --out plan-storyteller.json
-    python benchmarks/plan.py random --processes 1,2,4 --fsdp --out plan-processes.json
+    python benchmarks/plan.py random --processes 1,2,4 --fsdp --out plan-random.json
     python benchmarks/plan.py random --set score.weights=stream --set distill.weights=stream \
         --set distill.train=neighbours --out plan-streamed.json
     python benchmarks/plan.py --table > docs/plan.md
