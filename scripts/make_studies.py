@@ -47,15 +47,15 @@ COMMENTS: dict[str, tuple[str, str]] = {
         "one thread beside other work.",
     ),
     "published-rescoring": (
-        "Does scoring anew after each removal, or a dearer score, choose better layers of SmolLM2-135M-Instruct? (next "
-        "check 3)",
-        "Asking tasks does: of eight layers that KL names, the one that the tasks miss least keeps 74.6 % after four "
-        "removals without healing, where KL alone keeps 70.8 and block influence 66.4, though it is judged on the very "
-        "tasks that it asks. It takes 2.3 times the computation of KL (tokens × layers). Scoring anew after each "
-        "removal buys 2.7 points by KL for 3.6 times the computation, and nothing by block influence, which takes 7 % "
-        "of the computation of KL. Refitting the neighbours first (repaired KL) names other layers but is no better "
-        "where nothing is repaired afterwards. There is one seed. Times are those of one thread beside other work, with "
-        "pauses: the computation is what compares.",
+        "Does scoring anew after each removal, or a dearer score, choose better layers of SmolLM2-135M-Instruct? "
+        "(next check 3)",
+        "Asking tasks does: of eight layers that KL names, the one that the tasks miss least keeps 74.6 % after "
+        "four removals without healing, where KL alone keeps 70.8 and block influence 66.4, though it is judged on "
+        "the very tasks that it asks. It takes 2.3 times the computation of KL (tokens × layers). Scoring anew "
+        "after each removal buys 2.7 points by KL for 3.6 times the computation, and nothing by block influence, "
+        "which takes 7 % of the computation of KL. Refitting the neighbours first (repaired KL) names other layers "
+        "but is no better where nothing is repaired afterwards. There is one seed. Times are those of one thread "
+        "beside other work, with pauses: the computation is what compares.",
     ),
     "baseline": (
         "What do the two least important layers cost, with no training? (experiment 1)",
