@@ -150,8 +150,27 @@ def test_reading_is_timed_as_it_will_be(fits: bool, tmp_path: Path, monkeypatch:
     assert done == (["read", "read"] if fits else ["forget", "read"])
 
 
-def test_a_checkpoint_that_is_not_here_is_taken_to_be_on_a_common_disk() -> None:
+def test_a_checkpoint_that_is_not_here_is_taken_to_be_on_a_common_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert seconds_to_read("nobody/nothing-of-the-kind", None, torch.bfloat16) == 2 / DISK
+    snapshot = saved(tmp_path / "snapshot", "llama", tied=True)
+    monkeypatch.setattr(reading, "try_to_load_from_cache", lambda *_, **__: str(snapshot / "config.json"))
+    assert seconds_to_read("somebody/something", None, torch.bfloat16) != 2 / DISK
+    (snapshot / "model.safetensors").unlink()  # only its config has been fetched
+    assert seconds_to_read("somebody/something", None, torch.bfloat16) == 2 / DISK
+
+
+def test_where_layers_are_split_they_are_read_once_a_training(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+
+    def training(gpus: int, fsdp: bool) -> float:
+        planner = Planner(config, gpus=gpus, fsdp=fsdp)
+        planned = planner.plan(config, [], timed=False)
+        return planned.read["training"] / (planned.shape.layer_parameters * planned.shape.itemsize)
+
+    assert training(2, True) == 2 * 6  # each process reads all six layers, and keeps its part
+    assert training(2, False) == 2 * training(1, False) > 100  # for half of each step's rows
 
 
 def test_a_file_that_is_dropped_from_the_cache_stays(tmp_path: Path) -> None:

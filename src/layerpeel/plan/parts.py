@@ -233,7 +233,8 @@ class Parts:
         first = 0 if self.training.trains_embeddings else first
         run, graph = len(kept_layers) - min(first, kept_layers.first_changed), len(kept_layers) - first
         frozen = graph - len(trained)  # backward as long as forward
-        again = graph if recipe.config.activation_checkpointing else frozen * self.config.streams
+        streams = self.config.streams and self.split == 1  # else each process has its part of all in memory
+        again = graph if recipe.config.activation_checkpointing else frozen * streams
         layer = speed.frozen_layer or speed.layer
         each = (total + run - len(trained) + frozen + again) * layer + len(trained) * speed.trained_layer
         calls = tokens * (total + run)
@@ -242,8 +243,9 @@ class Parts:
         updates = steps * updated * speed.update * recipe.processes / self.split
         sent = recipe.processes * self._exchange(recipe, updated, len(trained), graph)  # each waits for all of it
         seconds = tokens * (each + speed.head_loss) + updates + sent
-        batches = recipe.processes * recipe.steps() * self._batches_of_step(recipe)
-        return Effort(calls, seconds, self.reads.training(batches, graph, len(trained)))
+        batches = steps * self._batches_of_step(recipe)
+        reads = self.reads.training(batches, graph, len(trained)) if streams else total
+        return Effort(calls, seconds, recipe.processes * reads)
 
     def _batches_of_step(self, recipe: TrainingRecipe) -> int:
         """Micro-batches of a process in an optimizer step."""

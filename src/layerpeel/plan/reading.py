@@ -18,6 +18,7 @@ import psutil
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from layerpeel.errors import InputError
 from layerpeel.importance.base import Metric
 from layerpeel.inference.budget import bytes_of_token
 from layerpeel.inference.requests import Request, len_of
@@ -87,10 +88,9 @@ def seconds_to_read(teacher: str, revision: str | None, dtype: torch.dtype) -> f
     A checkpoint that memory has room for is read from the disk once, and then from the system's cache, so that is
     timed; of a larger one the cache holds nothing when it is asked for again.
     """
-    folder = _folder(teacher, revision)
-    if not folder:
+    tensors = _stored(teacher, revision)
+    if not tensors:
         return dtype.itemsize / DISK
-    tensors = stored_tensors(folder)
     sample = _some(tensors)
     if sum(tensor.size for tensor in tensors.values()) < psutil.virtual_memory().available:
         _read(sample, dtype)
@@ -101,12 +101,19 @@ def seconds_to_read(teacher: str, revision: str | None, dtype: torch.dtype) -> f
     return (time.perf_counter() - started) / max(1, parameters)
 
 
-def _folder(teacher: str, revision: str | None) -> Path | None:
-    """Where a checkpoint is, without fetching it."""
+def _stored(teacher: str, revision: str | None) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint; none if it is on the hub, and not all of it has been fetched yet.
+
+    Raises:
+        InputError: a folder has none, or a file is damaged.
+    """
     if Path(teacher).is_dir():
-        return Path(teacher)
+        return stored_tensors(Path(teacher))
     config = try_to_load_from_cache(teacher, "config.json", revision=revision)
-    return Path(config).parent if isinstance(config, str) else None
+    try:
+        return stored_tensors(Path(config).parent) if isinstance(config, str) else {}
+    except InputError:
+        return {}
 
 
 def _some(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
