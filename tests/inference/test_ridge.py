@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from layerpeel.inference import ridge as ridge_sums
 from layerpeel.inference.ridge import RIDGES, Regression
+
+
+@pytest.fixture(params=[2, 384], autouse=True)
+def strip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of several strips, and of one."""
+    monkeypatch.setattr(ridge_sums, "STRIP", request.param)
 
 
 def tokens(number: int = 60, inputs: int = 5, outputs: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -55,6 +62,16 @@ def test_the_error_is_that_of_all_tokens() -> None:
     change = torch.randn(5, 3).double()
     expected = (inputs * weights[:, None] @ change.float() - errors).square().sum()
     assert made.error(change) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_inputs_of_another_kind_are_left_out(first: int) -> None:
+    inputs, errors, weights, held = tokens()
+    both = Regression(5 - first, 3, bias=True, device=torch.device("cpu"), first=0)
+    both.add(inputs[:, first:], errors, weights, held)
+    made = Regression(5, 3, bias=True, device=torch.device("cpu"), first=first)
+    made.add(inputs, errors, weights, held)
+    torch.testing.assert_close(made.without_first().solve(0.1).change, both.solve(0.1).change, rtol=1e-4, atol=1e-6)
 
 
 def test_batches_add_up() -> None:
