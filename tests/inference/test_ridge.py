@@ -7,14 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerpeel.inference import ridge as ridge_sums
 from layerpeel.inference.ridge import RIDGES, Regression
-
-
-@pytest.fixture(params=[2, 384], autouse=True)
-def strip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of several strips, and of one."""
-    monkeypatch.setattr(ridge_sums, "STRIP", request.param)
 
 
 def tokens(number: int = 60, inputs: int = 5, outputs: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,7 +9,6 @@ Shapes: N tokens, I inputs (with a constant one for the bias, where there is one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,6 @@ from layerpeel.processes.distributed import sum_tensors
 # In units of the mean diagonal of X^T X. Smaller ones fit more text like that at hand, and make other text worse
 # (benchmarks/healing.py).
 RIDGES = (3.0, 1.0, 0.3, 0.1)
-STRIP = 384  # rows of X^T X that are computed at a time, up to the diagonal: by symmetry, half of it suffices
 
 
 class NormalEquations:
@@ -33,21 +31,9 @@ class NormalEquations:
 
     def add(self, inputs: Tensor, errors: Tensor) -> None:
         """Adds tokens: X [N, I] and E [N, O], in fp32, both multiplied by the tokens' weights."""
-        for start, end in self._strips():
-            self.gram[start:end, :end].addmm_(inputs[:, start:end].T, inputs[:, :end])
+        self.gram.addmm_(inputs.T, inputs)
         self.cross.addmm_(inputs.T, errors)
         self.square += errors.square().sum()
-
-    def _strips(self) -> Iterator[tuple[int, int]]:
-        """The first row of each strip of X^T X, and the row after its last."""
-        inputs = len(self.gram)
-        return ((start, min(start + STRIP, inputs)) for start in range(0, inputs, STRIP))
-
-    def _mirrored(self) -> NormalEquations:
-        """These, with X^T X above the diagonal, too, where `add` leaves it out."""
-        for start, end in self._strips():
-            self.gram[:start, start:end] = self.gram[start:end, :start].T
-        return self
 
     def sum_over_processes(self) -> None:
         """Adds up what all processes have; every process has to call it."""
@@ -55,7 +41,6 @@ class NormalEquations:
 
     def take_rows(self, other: NormalEquations, start: int) -> None:
         """Takes over the sums of another's inputs from one on."""
-        other = other._mirrored()
         self.gram, self.cross, self.square = other.gram[start:, start:], other.cross[start:], other.square
 
     def doubled(self, scale: Tensor, other: NormalEquations | None = None) -> NormalEquations:
@@ -67,8 +52,8 @@ class NormalEquations:
         """
         result = NormalEquations(0, 0, scale.device)
         for name in ("gram", "cross", "square"):
-            value = getattr(self._mirrored(), name).to(scale)
-            setattr(result, name, value.add_(getattr(other._mirrored(), name).to(scale)) if other else value)
+            value = getattr(self, name).to(scale)
+            setattr(result, name, value.add_(getattr(other, name).to(scale)) if other else value)
         result.gram.mul_(scale).mul_(scale.T)
         result.cross.mul_(scale)
         return result
@@ -83,8 +68,7 @@ class NormalEquations:
 
     def error(self, change: Tensor) -> float:
         """|X C - E|^2, for a change in the dtype of the sums."""
-        gram = self._mirrored().gram
-        return float(self.square.double() + (change * (gram @ change - 2 * self.cross)).sum(dtype=torch.float64))
+        return float(self.square.double() + (change * (self.gram @ change - 2 * self.cross)).sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from layerpeel.importance.metrics import make_metric
 from layerpeel.importance.work import count_work
 from layerpeel.inference.budget import Budget, bytes_of_token
 from layerpeel.inference.requests import Generation, Request
-from layerpeel.inference.ridge import STRIP
 from layerpeel.inference.teacher_text import SHARD, tokens_of
 from layerpeel.model.surgery import KeptLayers
 from layerpeel.plan.reading import PADDED, Reads
@@ -215,7 +214,7 @@ class Parts:
         repaired = len(kept_layers) - start
         calls = tokens * (shape.layers + 3 * repaired + 1)
         inputs = repaired * (shape.width, shape.inner) + (shape.width + shape.inner,)
-        sums = tokens * sum(size * (min(size, (size + STRIP) / 2) + shape.width) for size in inputs)
+        sums = tokens * sum(size * (size + shape.width) for size in inputs)
         solved = RIDGES_TRIED * FP64 * sum(size**3 / 3 + 2 * size**2 * shape.width for size in inputs)
         each = layer / shape.layer_parameters  # seconds of a multiply-add
         alone = self.recipe.processes  # each process solves all
