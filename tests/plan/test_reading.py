@@ -19,7 +19,7 @@ from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.model.streaming import StreamedLayers, lacks_weights
 from layerpeel.plan import reading
 from layerpeel.plan.machine import Planner
-from layerpeel.plan.parts import Parts
+from layerpeel.plan.planning import Plan
 from layerpeel.plan.reading import DISK, seconds_to_read
 from layerpeel.run import peeling
 from layerpeel.run.loop import peel
@@ -51,19 +51,15 @@ def config_of(folder: Path, **changes: Any) -> RunConfig:
     return parse_config(sections, "test")
 
 
-def planned_reads(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+def plan_of(config: RunConfig, *, timed: bool = False, **options: Any) -> Plan:
+    planner = Planner(config, **options)
+    return planner.plan(config, [task.requests(planner.tokenizer) for task in check_plan(config)], timed=timed)
+
+
+def planned_reads(config: RunConfig, **options: Any) -> dict[str, float]:
     """How many layers each part reads, by a plan."""
-    seen: list[Parts] = []
-    make = Parts.__init__
-
-    def noted(self: Parts, *args: Any) -> None:
-        make(self, *args)
-        seen.append(self)
-
-    monkeypatch.setattr(Parts, "__init__", noted)
-    planner = Planner(config)
-    planned = planner.plan(config, [task.requests(planner.tokenizer) for task in check_plan(config)], timed=False)
-    layer = seen[0].shape.layer_parameters * seen[0].shape.itemsize
+    planned = plan_of(config, **options)
+    layer = planned.shape.layer_parameters * planned.shape.itemsize
     return {part: size / layer for part, size in planned.read.items() if part in STAGES.values()}
 
 
@@ -111,30 +107,23 @@ def counted_reads(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Counter
 )
 def test_layers_that_are_read(changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path, **changes)
-    planned, counted = planned_reads(config, monkeypatch), counted_reads(config, monkeypatch)
+    planned, counted = planned_reads(config), counted_reads(config, monkeypatch)
     assert counted["training"] > 0
     for part, reads in planned.items():
         tolerance = 0.3 if part == "scoring" else 0.1  # rows of tasks are taken to be padded
         assert reads == pytest.approx(counted[part], rel=tolerance, abs=3), (part, planned, counted)
 
 
-def test_only_a_streamed_run_reads_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_streamed_run_reads_while_it_runs(tmp_path: Path) -> None:
     memory = {"score": {"weights": "memory"}, "distill": {"weights": "memory"}}
-    assert not any(planned_reads(config_of(tmp_path, **memory), monkeypatch).values())
+    assert not any(planned_reads(config_of(tmp_path, **memory)).values())
 
 
-def test_the_longer_of_reading_and_computing_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longer_of_reading_and_computing_counts(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-
-    def seconds(disk: float) -> dict[str, float]:
-        planner = Planner(config, flops=1e9, bandwidth=1e9, disk=disk)
-        return planner.plan(config, [task.requests(planner.tokenizer) for task in check_plan(config)]).seconds
-
-    computing, reading_ = seconds(1e30), seconds(1.0)
-    planner = Planner(config, flops=1e9, bandwidth=1e9, disk=1.0)
-    read = planner.plan(config, [task.requests(planner.tokenizer) for task in check_plan(config)]).read
+    fast, slow = (plan_of(config, timed=True, flops=1e9, bandwidth=1e9, disk=disk) for disk in (1e30, 1.0))
     for part in STAGES.values():
-        assert reading_[part] == pytest.approx(read[part]) and 0 < computing[part] < reading_[part]
+        assert slow.seconds[part] == pytest.approx(slow.read[part]) and 0 < fast.seconds[part] < slow.seconds[part]
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -165,9 +154,7 @@ def test_where_layers_are_split_they_are_read_once_a_training(tmp_path: Path) ->
     config = config_of(tmp_path)
 
     def training(gpus: int, fsdp: bool) -> float:
-        planner = Planner(config, gpus=gpus, fsdp=fsdp)
-        planned = planner.plan(config, [], timed=False)
-        return planned.read["training"] / (planned.shape.layer_parameters * planned.shape.itemsize)
+        return planned_reads(config, gpus=gpus, fsdp=fsdp)["training"]
 
     assert training(2, True) == 2 * 6  # each process reads all six layers, and keeps its part
     assert training(2, False) == 2 * training(1, False) > 100  # for half of each step's rows

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import psutil
 
 from layerpeel.config.score import ScoreConfig
-from layerpeel.inference.budget import bytes_of_token
 from layerpeel.inference.layerwise import logit_rows_at_a_time, tokens_per_call
 from layerpeel.inference.requests import Generation, LogLikelihood, Request
 from layerpeel.losses.logits import BYTES_IN_CACHE
@@ -190,9 +189,7 @@ def scoring_memory(
         branches: of `text` and of `tasks`: the student as it is, and one for each candidate.
         budget: bytes that branches may take.
     """
-    fit = {
-        need: budget // bytes_of_token(max(1, count), shape.width, shape.itemsize) for need, count in branches.items()
-    }
+    fit = {need: shape.tokens_within(budget, max(1, count)) for need, count in branches.items()}
     hidden = shape.width * shape.itemsize
 
     def forward(tokens: int) -> float:

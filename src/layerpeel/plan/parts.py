@@ -17,7 +17,7 @@ from layerpeel.config.fields import TeacherTextConfig
 from layerpeel.config.run import RunConfig
 from layerpeel.importance.metrics import make_metric
 from layerpeel.importance.work import count_work
-from layerpeel.inference.budget import Budget, bytes_of_token
+from layerpeel.inference.budget import Budget
 from layerpeel.inference.requests import Generation, Request
 from layerpeel.inference.teacher_text import SHARD, tokens_of
 from layerpeel.model.surgery import KeptLayers
@@ -164,7 +164,7 @@ class Parts:
 
     def _decode_steps(self, branches: int, budget: int) -> int:
         """Steps of generation, over all batches of all tasks, each of so many bytes."""
-        tokens = budget // bytes_of_token(branches, self.shape.width, self.shape.itemsize)
+        tokens = self.shape.tokens_within(budget, branches)
         steps = 0
         for task in self.requests:
             generations = [request for request in task if isinstance(request, Generation)]
@@ -185,7 +185,7 @@ class Parts:
             if isinstance(source, TeacherTextConfig)
         )
         length = config.distill.sequence_length
-        rows = max(1, min(SHARD, self.budget // bytes_of_token(1, shape.width, shape.itemsize)) // length)
+        rows = max(1, min(SHARD, shape.tokens_within(self.budget, 1)) // length)
         each = shape.layers * (speed.decode_row + speed.decode_call / rows) + speed.head + speed.draw
         return Effort(tokens * shape.layers, tokens * each)
 

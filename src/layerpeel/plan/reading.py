@@ -20,7 +20,6 @@ from huggingface_hub import try_to_load_from_cache
 
 from layerpeel.errors import InputError
 from layerpeel.importance.base import Metric
-from layerpeel.inference.budget import bytes_of_token
 from layerpeel.inference.requests import Request, len_of
 from layerpeel.model.streaming import read_tensors
 from layerpeel.model.tensor_files import StoredTensor, stored_tensors
@@ -54,7 +53,7 @@ class Reads:
         """
         reads = 0
         branches = 1 + len(candidates) if metric.skips else 1
-        fit = max(1, budget // bytes_of_token(branches, self.shape.width, self.shape.itemsize))
+        fit = max(1, self.shape.tokens_within(budget, branches))
         if "text" in metric.needs:
             passes, of_teacher = -(-self.tokens // fit), self.shape.layers if metric.skips else 0
             if metric.runs_besides:  # each candidate has a walk of its own, from the layer before it on

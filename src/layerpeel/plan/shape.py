@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
+from layerpeel.inference.budget import bytes_of_token
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.model.architecture import count_parameters, find_architecture
 from layerpeel.model.building import build_model
@@ -50,6 +51,10 @@ class Shape:
     itemsize: int
     kept: float
     cache: int
+
+    def tokens_within(self, budget: int, branches: int) -> int:
+        """How many tokens of a batch fit into so many bytes, each of them on all branches."""
+        return budget // bytes_of_token(branches, self.width, self.itemsize)
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:

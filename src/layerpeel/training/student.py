@@ -114,16 +114,13 @@ class Student:
 
     def add_trained(self, names: Iterable[str]) -> None:
         """Gives the student its own copy of these parameters, to be trained."""
-        by_layer: dict[int | None, set[str]] = {None: set()}
-        for name in set(names) - self.trained:
-            layer = self.layer_of(name)
-            streamed = layer is not None and self.is_streamed(self.kept_layers.position(layer))
-            by_layer.setdefault(layer if streamed else None, set()).add(name)
-        self._copy(by_layer.pop(None))
-        for layer, in_layer in by_layer.items():
-            assert layer is not None
-            with self.layer_loaded(self.kept_layers.position(layer)):
-                self._copy(in_layer)
+        new = set(names) - self.trained
+        positions = {layer: self.kept_layers.position(layer) for layer in map(self.layer_of, new) if layer is not None}
+        streamed = {layer: position for layer, position in positions.items() if self.is_streamed(position)}
+        self._copy({name for name in new if self.layer_of(name) not in streamed})
+        for layer, position in streamed.items():
+            with self.layer_loaded(position):
+                self._copy({name for name in new if self.layer_of(name) == layer})
 
     def _copy(self, names: set[str]) -> None:
         """Puts copies in the place of parameters."""
