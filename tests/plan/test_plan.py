@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from layerpeel.config.distill import DistillConfig, RepairConfig
@@ -392,6 +393,22 @@ def test_measured_speeds_are_times(family: str) -> None:
     assert 0 < speed.layer < 1 and 0 < speed.trained_layer < 1 and 0 < speed.head < 1 and 0 < speed.update < 1
     assert 0 < speed.draw < 1
     assert speed.decode_call >= 0 and speed.decode_row >= 0 and speed.head_loss > 0
+
+
+def test_a_layer_that_trains_is_timed_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By operations, which no other work on the machine changes: backward takes two for each of forward."""
+
+    def operations(work: Callable[[], Any], device: torch.device) -> float:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return float(counter.get_total_flops())
+
+    monkeypatch.setattr("layerpeel.plan.speed._seconds", operations)
+    monkeypatch.setattr("layerpeel.plan.speed._decode_times", lambda *_: (0.0, 0.0))
+    speed = Speed.measure(
+        tiny_model("llama").config, DistillConfig(text="none", sequence_length=16), torch.float32, "cpu"
+    )
+    assert speed.layer > 0 and 2.5 < speed.trained_layer / speed.layer <= 3.5
 
 
 @pytest.mark.slow
