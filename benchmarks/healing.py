@@ -26,7 +26,7 @@ import torch
 import yaml
 from distillation import peak_gib
 from machine import machine
-from measuring import KIT, ROOT, measured_apart, write_record
+from measuring import KIT, ROOT, measured_side_by_side, share_gpu, write_record
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -184,6 +184,15 @@ VARIANTS: dict[str, Variant] = {
     "hidden-0.1": Variant(losses({"weight": 0.1})),
     "hidden-all-layers": Variant(losses({"layers": "all"})),
     "muon": Variant({"optimizer": "Muon"}),
+    "default-kl-alone": Variant(losses(), over="defaults"),
+    "default-hidden-3": Variant(losses({"weight": 3.0}), over="defaults"),
+    "default-hidden-all-layers-3": Variant(losses({"weight": 3.0, "layers": "all"}), over="defaults"),
+    "default-muon": Variant({"optimizer": "Muon"}, over="defaults"),
+    "default-lr-2e-4": Variant({"learning_rate": 2e-4}, over="defaults"),
+    "default-lr-5e-5": Variant({"learning_rate": 5e-5}, over="defaults"),
+    "default-repaired-on-all": Variant({"repair": {"tokens": 1_000_000}}, over="defaults"),
+    "default-averaged": Variant({"average_last": 0.25}, over="defaults"),
+    "default-steps-of-512": Variant({"tokens_per_step": 512}, over="defaults"),
     "linear": Variant({"lr_scheduler_type": "linear"}),
     "no-warmup": Variant({"warmup_steps": 0}),
     "average-last-quarter": Variant({"average_last": 0.25}),
@@ -255,24 +264,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setting = real(Path(options.real).expanduser()) if options.real else storyteller()
     tokens = options.tokens or setting.tokens
     if options.worker:
+        share_gpu(options.at_once)
         measured = measure(setting, VARIANTS[options.worker], tokens, options.seeds[0])
         options.out.write_text(json.dumps(measured), encoding="utf-8")
         return
     out = options.out or ROOT / "benchmarks" / "results" / f"healing-{setting.teacher.name}.json"
     runs = json.loads(out.read_text(encoding="utf-8"))["runs"] if out.exists() else []
+    wanted = []
     for seed in options.seeds:
         for name in options.variants:
             settings = json.loads(json.dumps(settings_of(setting, VARIANTS[name], tokens)))
             key = {"variant": name, "seed": seed, "tokens": tokens}
-            if any(key | {"settings": settings} == {part: run[part] for part in (*key, "settings")} for run in runs):
-                continue
-            parts = ["--worker", name, "--seeds", seed, "--tokens", tokens]
-            parts += ["--real", options.real] if options.real else []
-            measured = measured_apart(__file__, *parts)
-            runs = [run for run in runs if key != {part: run[part] for part in key}]
-            runs.append(key | measured | {"machine": machine(), "settings": settings})
-            write(out, runs, options)
-            print(name, seed, {kind: round(value, 4) for kind, value in measured["kl"].items()}, flush=True)
+            if not any(
+                key | {"settings": settings} == {part: run[part] for part in (*key, "settings")} for run in runs
+            ):
+                wanted.append((key, settings))
+    where = ["--real", options.real] if options.real else []
+    jobs = [["--worker", key["variant"], "--seeds", key["seed"], "--tokens", tokens, *where] for key, _ in wanted]
+    for number, measured in measured_side_by_side(__file__, jobs, options.at_once):
+        key, settings = wanted[number]
+        alone = {} if options.at_once == 1 else {"seconds": None}
+        runs = [run for run in runs if key != {part: run[part] for part in key}]
+        runs.append(key | measured | alone | {"machine": machine(), "settings": settings})
+        write(out, runs, options)
+        print(*key.values(), {kind: round(value, 4) for kind, value in measured["kl"].items()}, flush=True)
     print(markdown(runs, tokens))
 
 
@@ -284,6 +299,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--variants", type=names_among("variant", VARIANTS), default=[*VARIANTS], help=", ".join(VARIANTS)
     )
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
+    parser.add_argument("--at-once", type=int, default=1, help="variants that run side by side; no seconds are kept")
     parser.add_argument("--out", type=Path, help="benchmarks/results/healing-TEACHER.json, if not given")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -415,8 +431,8 @@ def markdown(runs: Sequence[Mapping[str, Any]], tokens: int) -> str:
         cells = [name, f"`{fields_of(variant)}`", *(f"{value:.3f}" for value in means)]
         cells += [f"{statistics.mean(over):.4f}{error}", len(same)]
         cells += [f"{same[0][part]:,}" for part in ("repaired_on", "trained_on", "steps")]
-        seconds, peak = statistics.mean(run["seconds"] for run in same), max(run["peak_gib"] for run in same)
-        cells += [f"{seconds:.0f}", f"{peak:.2f}"]
+        seconds = [run["seconds"] for run in same if run["seconds"] is not None]
+        cells += [f"{statistics.mean(seconds):.0f}" if seconds else "", f"{max(run['peak_gib'] for run in same):.2f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,37 @@ def measured_apart(script: str, *arguments: object) -> Any:
         if subprocess.run(command).returncode:
             raise SystemExit(f"failed: {' '.join(command)}")
         return json.loads(out.read_text(encoding="utf-8"))
+
+
+def measured_side_by_side(script: str, jobs: Sequence[Sequence[object]], at_once: int) -> Iterator[tuple[int, Any]]:
+    """What `measured_apart` gives for each job's arguments, with the job's number, as soon as it is there.
+
+    Args:
+        at_once: how many run at a time; each is told by `--at-once`, and keeps to its share of a GPU's memory.
+
+    Raises:
+        SystemExit: some failed, after the others were given.
+    """
+    failed = []
+    with ThreadPoolExecutor(at_once) as pool:
+        pending = {
+            pool.submit(measured_apart, script, *job, "--at-once", at_once): number for number, job in enumerate(jobs)
+        }
+        for each in as_completed(pending):
+            try:
+                measured = each.result()
+            except SystemExit as error:
+                failed.append(str(error))
+            else:
+                yield pending[each], measured
+    if failed:
+        raise SystemExit("\n".join(failed))
+
+
+def share_gpu(at_once: int) -> None:
+    """Keeps this process to its share of a GPU's memory, where so many use it at a time."""
+    if at_once > 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(0.95 / at_once)
 
 
 def measured_by_each(processes: int, threads: int, *, split: bool, folder: Path, command: Sequence[str]) -> list[Any]:

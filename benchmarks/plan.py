@@ -8,8 +8,8 @@
     python benchmarks/plan.py --table > docs/plan.md
 
 A comparison plans, runs (into a temporary folder, in processes of its own), and writes planned and measured seconds of
-scoring and training, seconds in all, and peak memory of each process (VmHWM), interpreter and libraries with it, with
-planned / measured. With `--processes`, once for each number of processes (gloo), which share the cores; with `--fsdp`,
+scoring and training, seconds in all, and peak memory of each process (VmHWM, interpreter and libraries with it; on a GPU
+what torch allocated there), with planned / measured. With `--processes`, once for each number of processes (gloo), which share the cores; with `--fsdp`,
 several also with their layers split. `random` is a bf16 Llama of 163 million random parameters, of which two layers go.
 """
 
@@ -209,7 +209,7 @@ def run_here(config: str, overrides: list[str], folder: Path) -> None:
     """Runs a config in this process, and writes the peak of its memory."""
     warnings.filterwarnings("ignore")
     peel(load_config(config, overrides))
-    hand_in(folder, peak_bytes())
+    hand_in(folder, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_bytes())
 
 
 def prepare_random(folder: Path) -> Path:

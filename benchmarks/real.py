@@ -2,12 +2,14 @@
 
     python benchmarks/real.py --ways default,paper,loop-untrained --tokens 300_000
     python benchmarks/real.py --teacher FOLDER            # all ways; another model needs a config of its own
+    python benchmarks/real.py --ways default,paper --seeds 0,1,2 --at-once 6        # side by side, on a GPU
 
 Ours: the loop of configs/smollm2-135m.yaml, with its fields changed; or the layers with the least block influence
 (ShortGPT, arXiv 2403.03853) removed at once. Peers (see real_peers.py): OptiPFair's depth pruning and distillation,
 the distillation trainers of NVIDIA Model-Optimizer and TRL on the block-influence prune. Each runs in a process of its
 own, for its peak of memory; students are kept in runs/real; what is in the file with the same settings is not run
-again. A student is judged on rows of benchmarks that the config does not choose layers by, and by its KL to the teacher
+again. Seeds change the text that ways of our own are trained on; of ways that run side by side, no minutes are kept. A
+student is judged on rows of benchmarks that the config does not choose layers by, and by its KL to the teacher
 on held-out text. Prints a Markdown table, and writes what was measured.
 """
 
@@ -27,13 +29,14 @@ from distillation import peak_gib
 from healing import REAL, heal, mean_kl, names_among, read, without_places
 from machine import machine
 from matplotlib.figure import Figure
-from measuring import KIT, ROOT, measured_apart, write_record
+from measuring import KIT, ROOT, measured_side_by_side, share_gpu, write_record
 from methods import least_influence
 from transformers import PreTrainedModel
 
 from layerpeel.config.reading import load_config
 from layerpeel.config.run import RunConfig, TaskConfig
 from layerpeel.export.student import export_student
+from layerpeel.model.devices import pick_device
 from layerpeel.model.loading import load_model
 from layerpeel.model.saving import save_model
 from layerpeel.model.surgery import remove_layers
@@ -111,23 +114,39 @@ def main() -> None:
     """Measures what is not in the file yet, one way after another."""
     options = read_options()
     if options.worker:
-        measured = measure(options.worker, options)
-        options.out.write_text(json.dumps(measured), encoding="utf-8")
+        share_gpu(options.at_once)
+        options.out.write_text(json.dumps(measure(options.worker, options)), encoding="utf-8")
         return
     rows = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.exists() else []
-    for name in ["teacher", *options.ways]:
-        settings = json.loads(json.dumps(settings_of(name, options)))
-        key = {"way": name, "tokens": tokens_in_all(name, options)}
-        same = [row for row in rows if row.items() >= key.items()]
-        if any(row["settings"] == settings for row in same):
-            continue
-        parts = ["--worker", name, "--teacher", options.teacher, "--config", options.config]
-        parts += ["--tokens", options.tokens, "--depths", ",".join(map(str, options.depths))]
-        measured = measured_apart(__file__, *parts)
-        rows = [row for row in rows if row not in same]
-        rows += [{**key, **each, "machine": machine(), "settings": settings} for each in measured]
+    wanted = list(missing(rows, options))
+    given = ["--teacher", options.teacher, "--config", options.config, "--tokens", options.tokens]
+    given += ["--depths", ",".join(map(str, options.depths))]
+    jobs = [["--worker", key["way"], "--seeds", key["seed"], *given] for key, _ in wanted]
+    for number, measured in measured_side_by_side(__file__, jobs, options.at_once):
+        key, settings = wanted[number]
+        alone = {} if options.at_once == 1 else {"minutes": None}
+        rows = [row for row in rows if key_of(row) != key]
+        rows += [{**key, **each, **alone, "machine": machine(), "settings": settings} for each in measured]
         write(options.out, rows)
     print(markdown(rows))
+
+
+def missing(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> Iterable[tuple[dict[str, Any], Any]]:
+    """The keys and settings of what is asked for and not there; peers have one seed, and so has the teacher."""
+    for seed in options.seeds:
+        for name in ["teacher", *options.ways]:
+            ours = name in WAYS and WAYS[name].kind in ("loop", "one_shot")
+            if seed != options.seeds[0] and not ours:
+                continue
+            key = {"way": name, "tokens": tokens_in_all(name, options), "seed": seed if ours else 0}
+            settings = json.loads(json.dumps(settings_of(name, seed, options)))
+            if not any(key_of(row) == key and row["settings"] == settings for row in rows):
+                yield key, settings
+
+
+def key_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells rows of different runs apart."""
+    return {"way": row["way"], "tokens": row["tokens"], "seed": row.get("seed", 0)}
 
 
 def read_options() -> argparse.Namespace:
@@ -137,11 +156,13 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--ways", type=names_among("way", WAYS), default=[*WAYS], help=", ".join(WAYS))
     parser.add_argument("--depths", type=lambda text: [int(part) for part in text.split(",")], default=[27, 24])
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of training in all")
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
+    parser.add_argument("--at-once", type=int, default=1, help="ways that run side by side")
     parser.add_argument("--out", type=Path, help="benchmarks/results/real-TEACHER.json, if not given")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.teacher = Path(options.teacher).expanduser()
-    options.folder = FOLDER / str(options.tokens)
+    options.folder = FOLDER / str(options.tokens) / f"seed-{options.seeds[0]}"  # of a worker, which has one
     options.out = options.out or ROOT / "benchmarks" / "results" / f"real-{options.teacher.name}.json"
     return options
 
@@ -151,9 +172,9 @@ def tokens_in_all(name: str, options: argparse.Namespace) -> int:
     return options.tokens if name in WAYS and WAYS[name].trains else 0
 
 
-def config_of(way: Way, options: argparse.Namespace) -> RunConfig:
-    """The config with the teacher, the tokens and the way's fields, in a folder of its own."""
-    config = load_config(options.config, [f"teacher={options.teacher}"])
+def config_of(way: Way, seed: int, options: argparse.Namespace) -> RunConfig:
+    """The config with the teacher, the tokens, the seed and the way's fields."""
+    config = load_config(options.config, [f"teacher={options.teacher}", f"seed={seed}"])
     removed = teacher_layers(options) - min(options.depths)
     fields = config.model_dump(mode="json", exclude_unset=True)
     fields["stop"] = {"target_layers": min(options.depths)}
@@ -169,7 +190,7 @@ def teacher_layers(options: argparse.Namespace) -> int:
     return layers
 
 
-def settings_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def settings_of(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """All that a row depends on, but for the code, without the places of files."""
     judged = {"teacher": options.teacher.name, "tasks": TASKS, "first": FIRST, "texts": TEXTS}
     if name == "teacher":
@@ -177,7 +198,7 @@ def settings_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     way = WAYS[name]
     if way.kind not in ("loop", "one_shot"):
         return {**judged, "tokens": options.tokens, "peer": real_peers.versions(), "depths": options.depths}
-    config = config_of(way, options).model_dump(mode="json")
+    config = config_of(way, seed, options).model_dump(mode="json")
     parts = {part: config[part] for part in ("score", "distill", "dtype", "seed")}
     return {**judged, "depths": options.depths, **without_places(parts)}
 
@@ -191,13 +212,13 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         way = WAYS[name]
         make = {"loop": by_loop, "one_shot": by_one_shot}.get(way.kind, by_peer)
         made = list(make(name, way, options))
-    spent = {"minutes": (time.monotonic() - started) / 60, "peak_gib": peak_gib(torch.device("cpu"))}
+    spent = {"minutes": (time.monotonic() - started) / 60, "peak_gib": peak_gib(pick_device())}
     return [spent | row | judge(student, options) for student, row in made]
 
 
 def by_loop(name: str, way: Way, options: argparse.Namespace) -> Iterable[tuple[Path, dict[str, Any]]]:
     """The rounds of a run that ended in one of the depths; of a run that trains at its end, only the last."""
-    config = config_of(way, options)
+    config = config_of(way, options.seeds[0], options)
     config.output = options.folder / name
     run = peel(config)
     for number, each in enumerate(run.rounds, start=1):
@@ -223,7 +244,7 @@ def tokens_of(run: Run, rounds: int) -> dict[str, int]:
 
 def by_one_shot(name: str, way: Way, options: argparse.Namespace) -> Iterable[tuple[Path, dict[str, Any]]]:
     """The layers with the least block influence, removed at once, and healed on as many tokens as a run has."""
-    config = config_of(way, options)
+    config = config_of(way, options.seeds[0], options)
     for depth in [min(options.depths)] if way.trains else options.depths:
         teacher, tokenizer = load_model(options.teacher, dtype=config.dtype)
         removed = least_influence(config, teacher, tokenizer)[: teacher_layers(options) - depth]
@@ -252,7 +273,7 @@ def by_peer(name: str, way: Way, options: argparse.Namespace) -> Iterable[tuple[
     if way.kind == "optipfair":
         kept, trained = real_peers.optipfair(job)
     else:
-        config = config_of(way, options)
+        config = config_of(way, options.seeds[0], options)
         removed = least_influence(config, *load_model(options.teacher, dtype=config.dtype))[: job.removals]
         student = remove_layers(real_peers.load(options.teacher, torch.float32), removed)
         kept = kept_of(options, removed)
@@ -294,7 +315,7 @@ def score_to_json(score: TaskScore) -> dict[str, Any]:
 def write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes all rows, whole or not at all, in the order of `WAYS`."""
     order = ["teacher", *WAYS]
-    ordered = sorted(rows, key=lambda row: (order.index(row["way"]), row["tokens"], -row["layers"]))
+    ordered = sorted(rows, key=lambda row: (order.index(row["way"]), row["tokens"], row.get("seed", 0), -row["layers"]))
     command = "python benchmarks/real.py"
     machines = "; ".join(sorted({row["machine"] for row in rows}))
     write_record(out, {"command": command, "machine": machines, "rows": ordered})
@@ -330,15 +351,22 @@ def kl_of(row: Mapping[str, Any]) -> float:
 
 
 def title_of(row: Mapping[str, Any]) -> str:
-    """What a way is called, with its tokens where they are not those of the others."""
+    """What a way is called, with its tokens where they are not those of the others, and its seed but for the first."""
     title = WAYS[row["way"]].title if row["way"] in WAYS else row["way"]
-    return title + f", {row['tokens']:,} tokens" * (row["tokens"] not in (0, TOKENS))
+    seed = row.get("seed", 0)
+    return title + f", {row['tokens']:,} tokens" * (row["tokens"] not in (0, TOKENS)) + f", seed {seed}" * (seed > 0)
+
+
+def minutes_of(row: Mapping[str, Any]) -> str:
+    """As a table shows them: nothing, for ways that ran side by side."""
+    return "" if row["minutes"] is None else f"{row['minutes']:.0f}"
 
 
 def at_lowest_depth(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The ways that are compared, at the lowest depth, best first."""
     depth = min(row["layers"] for row in rows)
-    return by_depth([row for row in rows if row["layers"] == depth and row["tokens"] in (0, TOKENS)])
+    compared = [row for row in rows if row["tokens"] in (0, TOKENS) and row.get("seed", 0) == 0]
+    return by_depth([row for row in compared if row["layers"] == depth])
 
 
 def by_depth(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -358,7 +386,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         cells += [f"{share:.1f}" + f" ± {error:.1f}" * (row is not teacher)]
         cells += [*(f"{row['kl'][kind]:.3f}" for kind in kinds), f"{kl_of(row):.3f}"]
         cells += [f"{row.get(part, 0):,}" for part in ("trained_on", "repaired_on")]
-        cells += ["", ""] if row is teacher else [f"{row['minutes']:.0f}", f"{row['peak_gib']:.2f}"]
+        cells += ["", ""] if row is teacher else [minutes_of(row), f"{row['peak_gib']:.2f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -370,7 +398,7 @@ def brief(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in at_lowest_depth(rows):
         share, error = kept(row, teacher)
         cells = [title_of(row), f"{share:.1f} ± {error:.1f}", f"{kl_of(row):.3f}"]
-        cells += [f"{row['minutes']:.0f}", f"{row['peak_gib']:.1f}"]
+        cells += [minutes_of(row), f"{row['peak_gib']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -27,13 +27,13 @@ def options_of(real: Any, tmp_path: Path) -> argparse.Namespace:
 def test_every_way_of_ours_is_a_config_with_the_same_tokens(real: Any, tmp_path: Path) -> None:
     options = options_of(real, tmp_path)
     for name, way in real.WAYS.items():
-        settings = real.settings_of(name, options)
+        settings = real.settings_of(name, 0, options)
         assert str(ROOT.parent) not in json.dumps(settings)
         if way.kind in ("loop", "one_shot"):
-            config = real.config_of(way, options)
+            config = real.config_of(way, 0, options)
             assert config.stop.target_layers == 24
             assert config.distill.tokens_per_round * 6 == (300_000 if way.trains else 0)
-    paper = real.config_of(real.WAYS["paper"], options).distill
+    paper = real.config_of(real.WAYS["paper"], 0, options).distill
     assert (paper.train, paper.repair, paper.tokens_per_step) == ("neighbours", False, 2_048)
     assert paper.losses["kl"].model_extra["reduction"] == "sum/100"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_what_was_measured_is_not_measured_again(
         calls.append((name, seed, tokens))
         return {"kl": {"web": 0.1 + seed, "wiki": 0.3}, "seconds": 2.0, "peak_gib": 1.0, "steps": 4} | tokens_seen
 
-    monkeypatch.setattr(healing, "measured_apart", measured)
+    monkeypatch.setattr(sys.modules["measuring"], "measured_apart", measured)
     out = tmp_path / "healing.json"
     arguments = ["--variants", "paper,untrained", "--tokens", "500", "--out", str(out)]
     healing.main([*arguments, "--seeds", "0"])
