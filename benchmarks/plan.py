@@ -8,9 +8,10 @@
     python benchmarks/plan.py --table > docs/plan.md
 
 A comparison plans, runs (into a temporary folder, in processes of its own), and writes planned and measured seconds of
-scoring and training, seconds in all, and peak memory of each process (VmHWM, interpreter and libraries with it; on a GPU
-what torch allocated there), with planned / measured. With `--processes`, once for each number of processes (gloo), which share the cores; with `--fsdp`,
-several also with their layers split. `random` is a bf16 Llama of 163 million random parameters, of which two layers go.
+scoring and training, seconds in all, and peak memory of each process (VmHWM, interpreter and libraries with it; on a
+GPU what torch allocated there), with planned / measured. With `--processes`, once for each number of processes (gloo),
+which share the cores; with `--fsdp`, several also with their layers split. `random` is a bf16 Llama of 163 million
+random parameters, of which two layers go.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -389,6 +390,34 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         cells += ["", ""] if row is teacher else [minutes_of(row), f"{row['peak_gib']:.2f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each way, depth and number of tokens: means over its seeds, with their standard errors."""
+    teacher = teacher_of(rows)
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row is not teacher:
+            groups.setdefault((-row["layers"], row["way"], row["tokens"]), []).append(row)
+    lines = [
+        "| layers | way | seeds | kept above chance, % | KL to the teacher | without layers |",
+        "|---|---|---|---:|---:|---|",
+    ]
+    for (depth, _, _), group in sorted(groups.items()):
+        shares, kls = ([value(row) for row in group] for value in (lambda row: kept(row, teacher)[0], kl_of))
+        removed = "; ".join(
+            ", ".join(map(str, sorted(set(range(teacher["layers"])) - set(row["kept"])))) for row in group
+        )
+        cells = [-depth, title_of({**group[0], "seed": 0}), len(group), mean_of(shares, 1), mean_of(kls, 3), removed]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def mean_of(values: Sequence[float], digits: int) -> str:
+    """With its standard error, where there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return mean if error is None else f"{mean} ± {error:.{digits}f}"
 
 
 def brief(rows: Sequence[Mapping[str, Any]]) -> str:

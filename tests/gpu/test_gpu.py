@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from layerpeel.config.distill import DistillConfig
-from layerpeel.config.reading import parse_config
 from layerpeel.config.run import TaskConfig
 from layerpeel.config.score import ScoreConfig
 from layerpeel.importance.scoring import score_layers
@@ -27,7 +26,7 @@ from layerpeel.run.loop import peel
 from layerpeel.tasks.registry import make_tasks
 from layerpeel.training.repairing import repair_student
 from layerpeel.training.student import Student
-from tests.fake_cuda import runs
+from tests.fake_cuda.work import config_of, numbers_of, run
 from tests.families import FAMILIES, save_texts, save_tiny, tiny_ids, tiny_model, tiny_texts, tiny_tokenizer
 
 pytestmark = pytest.mark.gpu
@@ -41,52 +40,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_gpu_gives_the_numbers_of_a_cpu(family: str, dtype: str, folder: Path) -> None:
-    cpu, cuda = (runs.run(family, dtype, device, folder) for device in ("cpu", "cuda"))
-    rel, absolute = (1e-3, 1e-5) if dtype == "float32" else (0.05, 5e-3)
-    assert cuda["switches"] == cpu["switches"]
-    assert cuda["importance"] == pytest.approx(cpu["importance"], rel=rel, abs=absolute)
-    assert cuda["losses"] == pytest.approx(cpu["losses"], rel=rel)
-    assert cuda["scores"]["perplexity"] == pytest.approx(cpu["scores"]["perplexity"], rel=rel)
-    if dtype == "float32":  # in bfloat16 two logits may be equal, and another text be the greedy one
-        assert cuda["texts"] == cpu["texts"]
-
-
-def config_of(folder: Path, name: str, weights: str = "memory", device: str = "cuda", **distill: Any) -> Any:
-    """Of a run of two rounds, with everything that a round has."""
-    fields = {
-        "teacher": str(save_tiny(folder / "teacher")),
-        "output": str(folder / name),
-        "device": device,
-        "dtype": "float32",
-        "stop": {"target_layers": 4},
-        "score": {"decide": "teacher_kl", "tokens": 64, "weights": weights},
-        "tasks": [{"kind": "perplexity", "data": str(folder / "few.jsonl")}],
-        "distill": {
-            "text": str(folder / "text.jsonl"),
-            "tokens_per_round": 256,
-            "tokens_per_step": 64,
-            "sequence_length": 32,
-            "learning_rate": 1e-3,
-            "train": "neighbours",
-            "repair": {"tokens": 256, "ridge": 0.1},
-            "weights": weights,
-            **distill,
-        },
-    }
-    return parse_config(fields, "a test")
-
-
-def numbers_of(run: Run) -> dict[str, list[float]]:
-    """What a run scored, lost, repaired and measured."""
-    return {
-        "importance": [value for each in run.rounds for _, value in sorted(each.scores.importance.items())],
-        "losses": [loss for each in run.rounds for loss in (each.training.first_loss, each.training.last_loss)],
-        "errors": [every.after for each in run.rounds if each.repair for every in each.repair.projections],
-        "perplexities": [score.value for each in run.rounds for score in each.evaluation.scores.values()],
-    }
+def test_a_gpu_gives_the_numbers_of_a_cpu(family: str, folder: Path) -> None:
+    cpu, cuda = (run(family, "float32", device, folder) for device in ("cpu", "cuda"))
+    assert cuda["switches"] == cpu["switches"] and cuda["texts"] == cpu["texts"]
+    assert cuda["importance"] == pytest.approx(cpu["importance"], rel=1e-3, abs=1e-5)
+    assert cuda["losses"] == pytest.approx(cpu["losses"], rel=1e-3)
+    assert cuda["scores"]["perplexity"] == pytest.approx(cpu["scores"]["perplexity"], rel=1e-3)
 
 
 def same_numbers(one: Run, other: Run, rel: float) -> None:
@@ -96,18 +56,18 @@ def same_numbers(one: Run, other: Run, rel: float) -> None:
 
 
 def test_a_run_gives_what_it_gives_on_a_cpu(folder: Path) -> None:
-    on_gpu = peel(config_of(folder, "on-gpu"))
-    same_numbers(peel(config_of(folder, "on-cpu", device="cpu")), on_gpu, 2e-3)
+    on_gpu = peel(config_of(folder, "on-gpu", "cuda"))
+    same_numbers(peel(config_of(folder, "on-cpu", "cpu")), on_gpu, 2e-3)
     assert on_gpu.start and on_gpu.start.machine.gpus == [torch.cuda.get_device_name()]
 
 
 def test_a_run_whose_layers_are_read_as_they_run_is_one_in_memory(folder: Path) -> None:
-    in_memory = peel(config_of(folder, "in-memory"))
-    same_numbers(in_memory, peel(config_of(folder, "streamed", weights="stream")), 1e-4)
+    in_memory = peel(config_of(folder, "in-memory", "cuda"))
+    same_numbers(in_memory, peel(config_of(folder, "streamed", "cuda", weights="stream")), 1e-4)
 
 
 def test_a_run_that_was_stopped_is_one_that_was_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = peel(config_of(folder, "whole"))
+    whole = peel(config_of(folder, "whole", "cuda"))
     train, calls = peeling.train_student, []
 
     def fails_in_the_second_round(*args: Any, **options: Any) -> Any:
@@ -119,9 +79,9 @@ def test_a_run_that_was_stopped_is_one_that_was_not(folder: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(peeling, "train_student", fails_in_the_second_round)
         with pytest.raises(KeyboardInterrupt):
-            peel(config_of(folder, "stopped"))
+            peel(config_of(folder, "stopped", "cuda"))
     assert len(Run(folder / "stopped").rounds) == 1
-    same_numbers(whole, peel(config_of(folder, "stopped")), 1e-4)
+    same_numbers(whole, peel(config_of(folder, "stopped", "cuda")), 1e-4)
 
 
 def test_layers_read_ahead_on_a_stream_of_their_own_are_those_of_a_model_in_memory(folder: Path) -> None:
