@@ -12,7 +12,7 @@ from layerpeel.cli.process import main
 from layerpeel.errors import InputError
 from layerpeel.processes.distributed import RANK
 from tests.cli.test_cli import fill
-from tests.training.test_parallel import launch
+from tests.launching import launch
 
 
 @pytest.mark.slow

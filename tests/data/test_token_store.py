@@ -34,7 +34,7 @@ from layerpeel.processes.distributed import RANK, is_main_process, processes_of
 from layerpeel.processes.interrupts import Interrupted, interruptible
 from tests.data.test_batches import PACKINGS
 from tests.families import byte_tokenizer
-from tests.training.test_parallel import launch
+from tests.launching import launch
 
 MakeSource = Callable[..., TextConfig]
 

@@ -102,7 +102,7 @@ def test_a_damaged_file_is_written_anew(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_write_the_text_of_one(tmp_path: Path) -> None:
-    from tests.training.test_parallel import launch
+    from tests.launching import launch
 
     launch("-m", "tests.inference.test_teacher_text", str(tmp_path / "two"))
     alone = write(tmp_path / "one")

@@ -20,7 +20,7 @@ from layerpeel.processes.interrupts import Interrupted, interruptible, stop_aske
 from layerpeel.training.repair_states import RepairState
 from layerpeel.training.state import TrainingState
 from tests.importance.test_repaired_kl import inputs_of
-from tests.training.test_parallel import launch
+from tests.launching import launch
 from tests.training.test_repair import repaired
 from tests.training.test_rounds import train, write_text
 

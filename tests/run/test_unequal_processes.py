@@ -28,7 +28,7 @@ from layerpeel.training import gradients
 from layerpeel.training.forward import run_both
 from layerpeel.training.student import Student
 from tests.families import save_texts, save_tiny, tiny_texts
-from tests.training.test_parallel import launch
+from tests.launching import launch
 
 FREE = [2**30, 2**21]  # bytes, of which each process thinks that it has them
 MOST = {"scoring": 64, "training": 24}  # tokens at a time, for which the second process has memory in fact

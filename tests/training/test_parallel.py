@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import asdict
@@ -28,39 +27,8 @@ from layerpeel.training.sharded import sharded
 from layerpeel.training.state import TrainingState
 from layerpeel.training.student import Student
 from tests.families import save_tiny, tiny_model
+from tests.launching import launch
 from tests.training.test_rounds import Killed, kill_at, same, train, write_text
-
-ROOT = Path(__file__).parents[2]
-
-
-def launch(*command: str, fsdp: bool = False, dies: bool = False, processes: int = 2) -> str:
-    """Runs a Python program in several processes, which ends well or dies; gives what they said on stderr."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(processes),
-            "--standalone",
-            *command,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "ACCELERATE_USE_FSDP": str(fsdp).lower(),
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": str(fsdp).lower(),  # as `accelerate launch --use_fsdp` sets it
-        },
-    )
-    assert bool(done.returncode) == dies, done.stderr[-9000:]
-    return done.stderr
 
 
 def train_in_two(folder: Path, *, fsdp: bool = False, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

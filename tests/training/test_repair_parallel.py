@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layerpeel.training.repair_states import RepairState
-from tests.training.test_parallel import launch
+from tests.launching import launch
 from tests.training.test_repair import repaired, write_text
 
 

@@ -38,7 +38,8 @@ from layerpeel.training.state import TrainingState
 from layerpeel.training.student import Student
 from layerpeel.training.teacher_cache import TeacherCache
 from tests.families import FAMILIES, RECURRENT, UNLISTED, save_tiny, tiny_ids, tiny_model
-from tests.training.test_parallel import die_after, launch
+from tests.launching import launch
+from tests.training.test_parallel import die_after
 from tests.training.test_rounds import Killed, kill_at, same, train, write_text
 from tests.training.test_student import names_of, padded_batch
 
