@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ def launch(*command: str, fsdp: bool = False, dies: bool = False, processes: int
     Args:
         command: what Python is given.
         fsdp: whether weights are split over the processes.
-        dies: whether it has to fail; then torch's own launcher runs it, which ends the other processes.
+        dies: whether it has to fail; where one does, the others are ended, as torch's own launcher does it.
         processes: how many.
     """
     environment = {
@@ -38,22 +37,16 @@ def launch(*command: str, fsdp: bool = False, dies: bool = False, processes: int
         "ACCELERATE_USE_FSDP": str(fsdp).lower(),
         "FSDP_CPU_RAM_EFFICIENT_LOADING": str(fsdp).lower(),  # as `accelerate launch --use_fsdp` sets it
     }
-    if dies:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", *launcher, *command],
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            env=environment,
-        )
-        assert done.returncode, done.stderr[-9000:]
-        return done.stderr
     with tempfile.TemporaryDirectory() as folder:
-        return _forked(command[1:], environment, processes, Path(folder))
+        codes, said = _forked(command[1:], environment, processes, Path(folder))
+    assert any(codes) == dies, f"{codes}\n{said[-9000:]}"
+    return said
 
 
-def _forked(command: tuple[str, ...], environment: dict[str, str], processes: int, folder: Path) -> str:
+def _forked(
+    command: tuple[str, ...], environment: dict[str, str], processes: int, folder: Path
+) -> tuple[list[int | None], str]:
+    """The exit codes, and what was said on stderr."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment |= {
         "MASTER_ADDR": "127.0.0.1",
@@ -70,17 +63,18 @@ def _forked(command: tuple[str, ...], environment: dict[str, str], processes: in
         started.append(_SERVER.Process(target=_run, args=(command, environment | ranks, file)))
         started[-1].start()
     end = time.monotonic() + TIMEOUT
-    while any(each.is_alive() for each in started) and not any(each.exitcode for each in started):
-        if time.monotonic() > end:
-            break
-        time.sleep(0.02)
-    codes = [each.exitcode for each in started]
-    for each in started:
-        each.kill()
-        each.join()
+    try:
+        while any(each.is_alive() for each in started) and not any(each.exitcode for each in started):
+            assert time.monotonic() < end, "\n".join(file.read_text(encoding="utf-8") for file in said)
+            time.sleep(0.02)
+    finally:
+        for each in started:
+            each.terminate()
+            each.join(10)
+            each.kill()
+            each.join()
     text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in said if file.exists())
-    assert codes == [0] * processes, f"{codes}\n{text[-9000:]}"
-    return text
+    return [each.exitcode for each in started], text
 
 
 def _run(command: tuple[str, ...], environment: dict[str, str], said: Path) -> None:
