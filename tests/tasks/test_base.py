@@ -90,7 +90,9 @@ def test_what_is_said_of_tasks(make: MakeTask, tmp_path: Path) -> None:
         f"task t: {path} holds 1 rows, too few to show 2"
     )
     assert input_error(make("choice", []).check)[0] == f"task t: {path} holds no rows"
-    assert input_error(make("choice", [CHOICE], num_fewshot=1).check)[0] == f"task t: {path} holds no rows"
+    assert input_error(make("choice", [CHOICE], num_fewshot=1).check)[0] == (
+        f"task t: {path} holds no other rows than those that num_fewshot shows"
+    )
     assert input_error(lambda: make("choise", []))[0].startswith("unknown task kind 'choise'; did you mean 'choice'?")
     assert input_error(lambda: make("choice", [], promt="x"))[0].startswith(
         "task t: promt: unknown key; did you mean 'prompt'?"

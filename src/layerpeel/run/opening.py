@@ -114,7 +114,7 @@ def _check_config(
         return
     fixed = [name for name in differences if name.split(".")[0] in FIXED]
     if fixed or not accept_changes:
-        accept = "" if fixed else ", or go on with the change from here (--accept-changes)"
+        accept = "" if fixed else ", or go on with the change from here (`layerpeel run … --accept-changes`)"
         raise InputError(
             f"output: {run.folder} holds another run: {'; '.join(list(differences.values())[:3])}",
             hint=f"name a new output folder, or undo the change to go on with that run{accept}",

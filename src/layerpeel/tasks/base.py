@@ -103,11 +103,14 @@ class RowTask(Task):
         for path in self._expand():
             rows += islice(filter(self._is_sample, self._read(path, split=self.split)), self.limit)
         if not rows:
-            raise InputError(f"task {self.name}: {self.data} holds no rows", hint="give data with at least one row")
+            raise self._without_rows()
         return rows
 
     def digest(self) -> str | None:
         return digest_of_rows(self.rows)
+
+    def _without_rows(self) -> InputError:
+        return InputError(f"task {self.name}: {self.data} holds no rows", hint="give data with at least one row")
 
     def _is_sample(self, row: TableRow) -> bool:
         return True
@@ -168,6 +171,14 @@ class FewShot(RowTask):
 
     def digest(self) -> str | None:
         return digest_of_rows([*self.shown, None, *self.rows])
+
+    def _without_rows(self) -> InputError:
+        if not self.shown:
+            return super()._without_rows()
+        return InputError(
+            f"task {self.name}: {self.data} holds no other rows than those that num_fewshot shows",
+            hint="lower num_fewshot, or name other rows to show (fewshot_data, fewshot_split)",
+        )
 
     def _is_sample(self, row: TableRow) -> bool:
         return row not in self.shown
