@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from layerpeel.data.rows import Rows
+from layerpeel.errors import InputError
+from layerpeel.importance.base import MetricResult
 from layerpeel.importance.metrics import make_metric
-from layerpeel.importance.text_metrics import DistributionMetric, HiddenStateMetric
+from layerpeel.importance.text_metrics import DistributionMetric, HiddenStateMetric, RowSums
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.model.surgery import remove_layers
@@ -48,8 +52,7 @@ def test_a_metric_of_hidden_states_is_the_mean_of_its_formula_over_real_tokens()
         assert importance == pytest.approx(ratio.log().abs().mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["TotalVariation", "SummedVariation"])
-def test_a_metric_of_distributions_compares_each_shorter_model_with_the_teacher(name: str) -> None:
+def test_a_metric_of_distributions_compares_each_shorter_model_with_the_teacher() -> None:
     inputs = text_inputs([1, 3, 4])
     teacher_model = tiny_model("qwen2")
     with torch.no_grad():
@@ -65,8 +68,37 @@ def test_a_metric_of_distributions_compares_each_shorter_model_with_the_teacher(
 
     untouched = distance([])
     assert untouched > 0.01
-    for candidate, importance in make_metric(f"{__name__}:{name}").score(inputs).importance.items():
+    for candidate, importance in make_metric(f"{__name__}:TotalVariation").score(inputs).importance.items():
         assert importance == pytest.approx(distance([candidate]) - untouched, abs=1e-6)
+
+
+def test_a_metric_that_sums_over_tokens_is_refused() -> None:
+    with pytest.raises(InputError, match=r"`measure` gives \[\], expected a number for each token, \[31\]"):
+        make_metric(f"{__name__}:SummedVariation").score(text_inputs([1]))
+
+
+def test_the_standard_error_of_a_mean_over_rows() -> None:
+    # The mean is 9 / 4; rows lie -0.25, 1.5 and -1.25 from what their tokens would have: sqrt(3.875 * 3 / 2) / 4
+    sums = RowSums(torch.tensor([[2.0], [6.0], [1.0]]).double(), torch.tensor([1.0, 2.0, 1.0]).double())
+    assert sums.mean() == [2.25] and sums.stderr() == pytest.approx([0.602729], abs=1e-6)
+    assert RowSums(sums.values[:1], sums.tokens[:1]).result([4]) == MetricResult({4: 2.0})
+
+
+@pytest.mark.parametrize("name", ["teacher_kl", "TotalVariation", "Growth"])
+def test_standard_errors_are_those_of_rows(name: str) -> None:
+    """Rows of equal length: the textbook's, of each row scored by itself."""
+    metric = make_metric(name if name == "teacher_kl" else f"{__name__}:{name}")
+    inputs, rows = text_inputs([1, 3]), Rows(tiny_ids(), torch.ones(3, 17, dtype=torch.bool))
+    inputs.text = rows
+    together, apart = metric.score(inputs), []
+    for row in range(3):
+        inputs.text = rows.select(torch.tensor([row]))
+        apart.append(metric.score(inputs))
+        assert not apart[-1].stderr
+    for position in (1, 3):
+        alone = [result.importance[position] for result in apart]
+        assert together.importance[position] == pytest.approx(statistics.mean(alone), rel=1e-4)
+        assert together.stderr[position] == pytest.approx(statistics.stdev(alone) / 3**0.5, rel=1e-4)
 
 
 def test_metrics_on_the_same_text_do_not_share_cached_answers(tmp_path: Path) -> None:

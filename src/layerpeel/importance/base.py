@@ -70,7 +70,7 @@ class MetricResult:
 
     Attributes:
         importance: quality lost when the layer is skipped; the lowest goes first.
-        stderr: the standard error of each importance, paired sample by sample, where there are samples.
+        stderr: the standard error of each importance, paired sample by sample, or row by row of the text.
         evaluations: task scores with the layer skipped, where the metric runs tasks.
         dropped: for each candidate that a race dropped, the share of the samples after which it did.
     """

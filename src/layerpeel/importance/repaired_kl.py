@@ -9,7 +9,6 @@ Shapes: N rows of this process, T tokens, D hidden.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -19,14 +18,14 @@ from torch import Tensor, nn
 
 from layerpeel.importance.base import MetricResult, ScoringInputs
 from layerpeel.importance.teacher_kl import TeacherKL
-from layerpeel.importance.text_metrics import TextBatch, rows_of
+from layerpeel.importance.text_metrics import RowSums, TextBatch, by_row, rows_of
 from layerpeel.inference.budget import explaining_full_memory
 from layerpeel.inference.finite import NotFiniteError
 from layerpeel.inference.front import Front, share_of
 from layerpeel.inference.layerwise import LayerwiseModel, run_layer
 from layerpeel.inference.refitting import LayerRefit, find_layer_writers
 from layerpeel.model.surgery import share
-from layerpeel.processes.distributed import sum_numbers
+from layerpeel.processes.distributed import gather, sum_numbers
 from layerpeel.processes.interrupts import stop_if_any_asked
 from layerpeel.processes.progress import progress
 
@@ -42,7 +41,7 @@ class RepairedKL(TeacherKL):
         halves = [text.select(torch.arange(first, len(text), 2)) for first in (0, 1 % len(text))]
         (fitted, held), (measured, _) = (share_of(half, student.device) for half in halves)
         with Front(student, fitted, held) as fit, Front(student, measured, _) as rest:
-            return MetricResult(_Walk(self, inputs, fit, rest).walk())
+            return _Walk(self, inputs, fit, rest).walk()
 
 
 class _Walk:
@@ -60,9 +59,9 @@ class _Walk:
         alone = inputs.teacher is inputs.student
         self.as_it_is = 0.0 if alone else self._kl(_final(self.student, rest))
 
-    def walk(self) -> dict[int, float]:
+    def walk(self) -> MetricResult:
         """The importance of each candidate."""
-        importance: dict[int, float] = {}
+        added: list[Tensor] = []
         states = [_first(front) for front in self.fronts]
         before = states
         with progress(f"scoring by {self.metric.name}", len(self.inputs.candidates)) as advance:
@@ -70,10 +69,13 @@ class _Walk:
                 if position:
                     before, states = states, self._moved(states, position - 1)
                 if position in self.inputs.candidates:
-                    importance[position] = self._cached_without(position, before, states) - self.as_it_is
+                    added.append(self._cached_without(position, before, states) - self.as_it_is)
                     advance()
                     stop_if_any_asked(self.student.device)
-        return importance
+        tokens = self.rest.rows.mask.sum(1).double()
+        rows = gather((torch.stack(added, dim=1).tolist(), tokens.tolist()))
+        values, counts = (torch.tensor([row for part in rows for row in part[each]]) for each in (0, 1))
+        return RowSums(values.double(), counts.double()).result(sorted(self.inputs.candidates))
 
     def _moved(self, states: Sequence[Tensor], position: int) -> list[Tensor]:
         """What a layer of the student makes of what enters it, of each front."""
@@ -83,23 +85,22 @@ class _Walk:
                 front.move(each, partial(self.student.layer, position), position)
         return after
 
-    def _cached_without(self, position: int, before: Sequence[Tensor], states: Sequence[Tensor]) -> float:
+    def _cached_without(self, position: int, before: Sequence[Tensor], states: Sequence[Tensor]) -> Tensor:
         """As `_without`, or what was kept of a scoring that was interrupted, if all processes have it."""
         cache, metric = self.inputs.answer_cache, type(self.metric)
         rows = [front.rows.input_ids.tolist() for front in self.fronts]
-        key = (metric.__module__, metric.__qualname__, position, *rows)
+        key = (metric.__module__, metric.__qualname__, "by row", position, *rows)
         kept = None if cache is None else cache.find_value(*key)
         if not sum_numbers({"lack it": kept is None}, self.student.device)["lack it"]:
-            assert kept
-            return float(kept[0])
+            return torch.tensor(kept, dtype=torch.float64)
         with explaining_full_memory(f"in scoring by {self.metric.name}", "score by teacher_kl, or on a larger device"):
             kl = self._without(position, before, states)
         if cache is not None:
-            cache.keep_value([kl], *key)
+            cache.keep_value(kl.tolist(), *key)
         return kl
 
-    def _without(self, position: int, before: Sequence[Tensor], states: Sequence[Tensor]) -> float:
-        """The KL without the layer at a position, once its neighbours have been refitted.
+    def _without(self, position: int, before: Sequence[Tensor], states: Sequence[Tensor]) -> Tensor:
+        """The KL of each row without the layer at a position, once its neighbours have been refitted.
 
         Args:
             before, states: of each front, what enters the layer before the candidate, and what enters the candidate.
@@ -146,11 +147,10 @@ class _Walk:
         parts = [self.student.norm(each)[mask] for each, mask in zip(hidden, masks, strict=True)]
         return torch.cat(parts) if parts else self.teacher[:0]
 
-    def _kl(self, final: Tensor) -> float:
-        """The KL of final hidden states [N, D], mean over the real tokens of all processes."""
-        sums = self.metric.sums(self.inputs, final[None], self.teacher)
-        kl = sum_numbers({"kl": float(sums)}, self.student.device)["kl"] / self.rest.tokens
-        if not math.isfinite(kl):
+    def _kl(self, final: Tensor) -> Tensor:
+        """The KL of final hidden states [real tokens, D], summed over each row of this process: [N]."""
+        kl = by_row(self.metric.distances(self.inputs, final[None], self.teacher)[0], self.rest.rows.mask).cpu()
+        if sum_numbers({"not finite": int((~kl.isfinite()).sum())}, self.student.device)["not finite"]:
             raise NotFiniteError(f"scoring by {self.metric.name}: NaN or infinity in the text; try teacher_kl")
         return kl
 

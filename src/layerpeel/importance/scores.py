@@ -15,7 +15,7 @@ class LayerScores:
     Attributes:
         metric: the deciding metric, as the config names it.
         importance: of the candidates that it scored.
-        stderr: the standard error of each importance, where the metric runs tasks.
+        stderr: the standard error of each importance, over samples or rows of text, where there are several.
         evaluations: task scores of each candidate, where the metric runs tasks.
         dropped: candidates that a race gave up, with the share of the samples after which it did.
         seconds: what it took.

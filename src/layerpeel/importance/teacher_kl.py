@@ -15,4 +15,4 @@ class TeacherKL(DistributionMetric):
     """KL(teacher || student with the layer skipped), mean over real tokens, less that of the student as it is."""
 
     def measure(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return functional.kl_div(student, teacher, log_target=True, reduction="sum")
+        return functional.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)

@@ -1,9 +1,9 @@
 """Metrics that are means over the real tokens of a text.
 
 `HiddenStateMetric` compares each layer's input with its output; `DistributionMetric` compares next-token distributions
-with the teacher's. A metric that needs something else derives from `Metric` and calls `mean_over_text` itself.
+with the teacher's. A metric that needs something else derives from `Metric` and calls `sums_over_text` itself.
 
-Shapes: N real tokens of a batch, B batch, T tokens, D hidden, V vocabulary, L layers, C candidates.
+Shapes: N real tokens of a batch, B batch, T tokens, R rows of the text, D hidden, V vocabulary, L layers, C candidates.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from layerpeel.data.rows import Rows, positions_of
+from layerpeel.errors import InputError
 from layerpeel.importance.base import Metric, MetricResult, ScoringInputs
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.finite import NotFiniteError, first_not_finite
@@ -65,6 +66,47 @@ class TextBatch:
         return hidden[:, self.mask]
 
 
+@dataclass(frozen=True)
+class RowSums:
+    """Sums over the real tokens of each row of a text.
+
+    Attributes:
+        values: [R, M] in float64.
+        tokens: [R], how many real ones each row has.
+    """
+
+    values: Tensor
+    tokens: Tensor
+
+    def mean(self) -> list[float]:
+        """The M means over all tokens."""
+        means: list[float] = (self.values.sum(0) / self.tokens.sum()).tolist()
+        return means
+
+    def stderr(self) -> list[float]:
+        """Their standard errors, as if rows were drawn independently; of one row, none.
+
+        Those of a ratio of sums over rows (Cochran, Sampling Techniques, 1977, section 6.4).
+        """
+        rows = len(self.values)
+        if rows < 2:
+            return []
+        around = self.values - self.values.sum(0) / self.tokens.sum() * self.tokens[:, None]
+        errors: list[float] = ((around.square().sum(0) * rows / (rows - 1)).sqrt() / self.tokens.sum()).tolist()
+        return errors
+
+    def result(self, candidates: Sequence[int]) -> MetricResult:
+        """The means as importances of the candidates, one each."""
+        importance = dict(zip(candidates, self.mean(), strict=True))
+        return MetricResult(importance, dict(zip(candidates, self.stderr(), strict=False)))
+
+
+def by_row(values: Tensor, mask: Tensor) -> Tensor:
+    """Sums over each row: [..., B] in float64, of values [..., N] at the real tokens that mask [B, T] has."""
+    room = torch.zeros((*values.shape[:-1], *mask.shape), dtype=torch.float64, device=values.device)
+    return room.masked_scatter_(mask.to(values.device), values.double()).sum(-1)
+
+
 class HiddenStateMetric(Metric):
     """A function of each layer's input and output, mean over real tokens; no layer is skipped for it."""
 
@@ -84,17 +126,16 @@ class HiddenStateMetric(Metric):
 
     def score(self, inputs: ScoringInputs) -> MetricResult:
         def sums(batch: TextBatch) -> Tensor:
-            by_layer = torch.zeros(len(inputs.student.layers), dtype=torch.float64)
+            by_layer = torch.zeros(len(batch.mask), len(inputs.student.layers), dtype=torch.float64)
 
             def hook(position: int, before: Tensor, after: Tensor) -> None:
                 changes = self.measure(before[batch.mask].float(), after[batch.mask].float())
-                by_layer[position] = changes.double().sum().cpu()
+                by_layer[:, position] = by_row(changes, batch.mask).cpu()
 
             batch.final_hidden(inputs.student, hook=hook, tokens_per_call=inputs.budget.tokens_per_call)
-            return by_layer
+            return by_layer[:, list(inputs.candidates)]
 
-        means = mean_over_text(self, inputs, sums)
-        return MetricResult({position: means[position] for position in inputs.candidates})
+        return sums_over_text(self, inputs, sums).result(inputs.candidates)
 
 
 class DistributionMetric(Metric):
@@ -113,32 +154,38 @@ class DistributionMetric(Metric):
             student, teacher: [N, V] log-probabilities in fp32; not to be changed.
 
         Returns:
-            [N], or their sum.
+            [N].
         """
 
     @torch.no_grad()
     def score(self, inputs: ScoringInputs) -> MetricResult:
-        def sums(batch: TextBatch) -> Tensor:
+        def sums_of_rows(batch: TextBatch) -> Tensor:
             chunk = inputs.budget.tokens_per_call
             branches = batch.final_hidden(inputs.student, inputs.candidates, tokens_per_call=chunk)
             alone = inputs.teacher is inputs.student
             teacher = branches[0] if alone else batch.final_hidden(inputs.teacher)[0]
-            return self.sums(inputs, branches, teacher)
+            return by_row(self.distances(inputs, branches, teacher), batch.mask).T
 
-        untouched, *skipped = mean_over_text(self, inputs, sums, branches=1 + len(inputs.candidates))
-        pairs = zip(inputs.candidates, skipped, strict=True)
-        return MetricResult({position: mean - untouched for position, mean in pairs})
+        sums = sums_over_text(self, inputs, sums_of_rows, branches=1 + len(inputs.candidates))
+        return RowSums(sums.values[:, 1:] - sums.values[:, :1], sums.tokens).result(inputs.candidates)
 
-    def sums(self, inputs: ScoringInputs, branches: Tensor, teacher: Tensor) -> Tensor:
-        """Sums over N tokens, of hidden states [1 + C, N, D] against the teacher's [N, D]: [1 + C]."""
-        totals = torch.zeros(len(branches), dtype=torch.float64, device=branches.device)
+    def distances(self, inputs: ScoringInputs, branches: Tensor, teacher: Tensor) -> Tensor:
+        """At each of N tokens, of hidden states [1 + C, N, D] against the teacher's [N, D]: [1 + C, N] in fp32."""
+        distances = torch.empty(branches.shape[:2], device=branches.device)
         rows = inputs.budget.logit_rows(inputs.teacher, branches=3)
         for start in range(0, len(teacher), rows):
             target = inputs.teacher.logits(teacher[start : start + rows]).float().log_softmax(-1)
             for branch, hidden in enumerate(branches[:, start : start + rows]):
                 log_probs = inputs.student.logits(hidden).float().log_softmax(-1)
-                totals[branch] += self.measure(log_probs, target).double().sum()
-        return totals
+                measured = self.measure(log_probs, target)
+                if measured.shape != target.shape[:1]:
+                    raise InputError(
+                        f"{self.name}: `measure` gives {list(measured.shape)}, expected a number for each token, "
+                        f"{list(target.shape[:1])}",
+                        hint="leave out the sum or mean over tokens",
+                    )
+                distances[branch, start : start + rows] = measured
+        return distances
 
 
 def rows_of(inputs: ScoringInputs) -> Rows:
@@ -149,30 +196,29 @@ def rows_of(inputs: ScoringInputs) -> Rows:
     return inputs.text
 
 
-def mean_over_text(
+def sums_over_text(
     metric: Metric, inputs: ScoringInputs, sums: Callable[[TextBatch], Tensor], branches: int = 1
-) -> list[float]:
-    """The means, over all real tokens of the text, of what `sums` adds up; processes share the rows.
+) -> RowSums:
+    """What `sums` adds up over the real tokens of each row of the text; processes share the rows.
 
     Args:
         metric: whose sums these are: shown in the progress bar, and part of the key in the answer cache.
-        sums: gives [M] sums of float64 over the real tokens of a batch.
+        sums: gives [B, M] sums over the real tokens of each row of a batch.
         branches: copies of the batch that go through a layer together, to which batches are sized.
-
-    Returns:
-        M means.
     """
     state, text = processes_of(inputs.student.device), rows_of(inputs)
     indices = torch.arange(len(text))[state.process_index :: state.num_processes]
-    totals = _totals(metric, inputs, text, indices, sums, branches)
+    values = _of_rows(metric, inputs, text, indices, sums, branches)
     if state.num_processes > 1:
-        parts = [torch.tensor(part, dtype=torch.float64) for part in gather(totals.tolist()) if part]
-        totals = torch.stack(parts).sum(0)
-    means: list[float] = (totals / text.mask.sum()).tolist()
-    return means
+        parts = gather(values.tolist())
+        width = max(len(row) for part in parts for row in part)
+        values = torch.empty(len(text), width, dtype=torch.float64)
+        for rank, part in enumerate(parts):
+            values[rank :: state.num_processes] = torch.tensor(part, dtype=torch.float64).view(-1, width)
+    return RowSums(values, text.mask.sum(1).double())
 
 
-def _totals(
+def _of_rows(
     metric: Metric,
     inputs: ScoringInputs,
     text: Rows,
@@ -180,9 +226,9 @@ def _totals(
     sums: Callable[[TextBatch], Tensor],
     branches: int,
 ) -> Tensor:
-    """What `sums` gives, added up over the rows at `indices`, in batches that fit the memory budget."""
-    width, question = text.input_ids.shape[1], (type(metric).__module__, type(metric).__qualname__)
-    totals, start = torch.zeros(0, dtype=torch.float64), 0
+    """What `sums` gives for the rows at `indices`, [rows, M], in batches that fit the memory budget."""
+    width, question = text.input_ids.shape[1], (type(metric).__module__, type(metric).__qualname__, "by row")
+    parts, start = [torch.zeros(0, 0, dtype=torch.float64)], 0
     with progress(f"scoring by {metric.name}", len(indices)) as advance:
         while start < len(indices):
             batch_indices = indices[start : start + max(1, inputs.budget.tokens(inputs.student, branches) // width)]
@@ -201,11 +247,11 @@ def _totals(
                     f"scoring by {metric.name}: NaN or infinity in rows {first} to {first + len(batch_indices) - 1} of "
                     f"the text; the model first gives it in {place}"
                 )
-            totals = totals + part if start else part
+            parts.append(part)
             start += len(batch_indices)
             advance(len(batch_indices))
             stop_if_asked()
-    return totals
+    return torch.cat(parts[1:] or parts)
 
 
 def _cached(answer_cache: AnswerCache | None, key: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:

@@ -89,7 +89,7 @@ class ImportanceRow(TableRow):
         metric: the metric's name.
         role: `decides`, or `shortlist` for the metric that chose the candidates of the deciding one.
         importance: quality lost when the layer is skipped.
-        stderr: standard error of the importance, where the metric ran tasks.
+        stderr: standard error of the importance, over samples or rows of text, where there are several.
         after_healing: aggregate lost after a short training without the layer, where that was tried.
         removed: whether the round removed the layer.
     """
@@ -113,7 +113,7 @@ class RemovalRow(TableRow):
         removed: teacher index.
         metric: the deciding metric.
         importance: the layer's, by that metric.
-        stderr: its standard error, where the metric ran tasks.
+        stderr: of that importance, over samples or rows of text, where there are several.
         candidates: number of layers that could be removed.
         scored: number of those that the deciding metric scored.
         cheap_chooses_same: whether the shortlist's metric ranks the same layer first; None without a shortlist.
