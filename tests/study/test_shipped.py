@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import json
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,11 @@ def test_a_study_of_published_models_is_read_with_its_data(path: Path, kit: Path
     teacher = base.parent / "teacher"
     teachers = [f"variants.{name}.teacher={teacher}" for name, fields in variants.items() if "base" in fields]
     _, jobs = load_study(path, [*(teachers or [f"model={teacher}"]), "remove=1"])
-    assert [job.variant for job in jobs] == [*variants]
+    assert [*dict.fromkeys(job.variant for job in jobs)] == [*variants]
     for job in jobs:
         assert job.config.stop.target_layers == 5 and Path(job.config.teacher) == teacher
         assert all(Path(str(task.data)).is_relative_to(kit.resolve()) for task in job.config.tasks)
-        assert all(Path(str(task.data)).is_file() for task in job.config.tasks)
+        assert all(glob.glob(str(task.data)) for task in job.config.tasks)
 
 
 @pytest.mark.slow
