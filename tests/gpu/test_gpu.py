@@ -96,10 +96,10 @@ def test_layers_read_ahead_on_a_stream_of_their_own_are_those_of_a_model_in_memo
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """A process that may take only some 300 MiB of the GPU's."""
+    """A process that may take only some 64 MiB more of the GPU's."""
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 300 * 2**20) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * 2**20) / total)
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.empty_cache()
@@ -107,7 +107,7 @@ def little_memory() -> Iterator[None]:
 
 @pytest.mark.usefixtures("little_memory")
 def test_a_full_gpu_halves_the_batches_and_changes_no_number(folder: Path) -> None:
-    data = save_texts(folder / "many.jsonl", tiny_texts([60] * 600))
+    data = save_texts(folder / "many.jsonl", tiny_texts([60] * 2000))
     tasks = make_tasks([TaskConfig(kind="perplexity", data=str(data))])
     model, tokenizer = tiny_model("llama").to("cuda"), tiny_tokenizer()
     scores = score_layers(model, tokenizer, ScoreConfig(decide="task_quality"), tasks=tasks)
