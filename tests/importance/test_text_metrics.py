@@ -8,16 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from layerpeel.config.score import RaceConfig, ScoreConfig
 from layerpeel.data.rows import Rows
 from layerpeel.errors import InputError
 from layerpeel.importance.base import MetricResult
 from layerpeel.importance.metrics import make_metric
-from layerpeel.importance.text_metrics import DistributionMetric, HiddenStateMetric, RowSums
+from layerpeel.importance.row_sums import LEAST_ROWS, RowSums, race_stages
+from layerpeel.importance.scoring import score_candidates
+from layerpeel.importance.text_metrics import DistributionMetric, HiddenStateMetric
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.model.surgery import remove_layers
+from layerpeel.model.surgery import KeptLayers, remove_layers
 from tests.families import tiny_ids, tiny_model
 from tests.importance.test_importance import MASK, text_inputs
 
@@ -113,3 +118,64 @@ def test_metrics_on_the_same_text_do_not_share_cached_answers(tmp_path: Path) ->
 def test_a_metric_has_the_name_that_the_config_gives_it() -> None:
     assert make_metric("teacher_kl").name == "teacher_kl"
     assert make_metric(f"{__name__}:Growth").name == f"{__name__}:Growth"
+
+
+def text_of(rows: int) -> Rows:
+    return Rows(tiny_ids(rows, 17), torch.ones(rows, 17, dtype=torch.bool))
+
+
+def test_a_race_on_text_drops_what_is_surely_worse_and_keeps_the_best() -> None:
+    inputs = text_inputs([1, 2, 3, 4])
+    inputs.text = text_of(64)
+    full = make_metric("teacher_kl").score(inputs)
+    assert not full.dropped and full.stderr
+    best = min(full.importance, key=full.importance.__getitem__)
+    inputs.config = ScoreConfig(decide="teacher_kl", race=RaceConfig())
+    raced = make_metric("teacher_kl").score(inputs)
+    assert raced.dropped and best not in raced.dropped
+    assert set(raced.dropped.values()) <= {8 / 64, 12 / 64, 18 / 64, 27 / 64, 41 / 64, 62 / 64}
+    for position, share in raced.dropped.items():
+        rows = torch.cat(race_stages(64, RaceConfig()))[: round(64 * share)]
+        inputs.text, inputs.config = text_of(64).select(rows), ScoreConfig()
+        inputs.candidates = [position]
+        alone = make_metric("teacher_kl").score(inputs)
+        assert raced.importance[position] == pytest.approx(alone.importance[position], rel=1e-4)
+        assert raced.stderr[position] == pytest.approx(alone.stderr[position], rel=1e-3)
+
+
+def test_a_race_goes_to_the_end_where_nothing_is_sure() -> None:
+    inputs = text_inputs([1, 3])
+    inputs.text = text_of(20)
+    full = make_metric("teacher_kl").score(inputs)
+    inputs.config = ScoreConfig(decide="teacher_kl", race=RaceConfig(confidence=1 - 1e-15))
+    raced = make_metric("teacher_kl").score(inputs)
+    assert not raced.dropped
+    assert raced.importance == pytest.approx(full.importance) and raced.stderr == pytest.approx(full.stderr)
+    inputs.config = ScoreConfig(decide="task_quality", race=RaceConfig(confidence=0.51))
+    assert make_metric("teacher_kl").score(inputs).importance == full.importance  # of a shortlist: it does not decide
+
+
+def test_what_is_surely_worse() -> None:
+    # Of the second column, each of four rows of one token is 1 more than the first: no doubt. The third differs by
+    # 0, 4, 0, 0: a mean of 1 with a standard error of 1, which is 1.41 of what is left to be seen of half of the rows.
+    values = torch.tensor([[0.0, 1.0, 0.0], [1.0, 2.0, 5.0], [2.0, 3.0, 2.0], [3.0, 4.0, 3.0]]).double()
+    sums = RowSums(values, torch.ones(4).double())
+    assert sums.surely_worse(0.84, share=0.0) == [1, 2]  # z = 0.994
+    assert sums.surely_worse(0.85, share=0.0) == [1]  # z = 1.036
+    assert sums.surely_worse(0.92, share=0.5) == [1, 2]  # z = 1.405, over 1.414
+    assert sums.surely_worse(0.93, share=0.5) == [1]
+
+
+@given(st.integers(1, 500), st.floats(0.01, 0.5))
+def test_the_stages_of_a_race_have_every_row_once(rows: int, share: float) -> None:
+    stages = race_stages(rows, RaceConfig(first_share=share))
+    assert sorted(torch.cat(stages).tolist()) == [*range(rows)]
+    assert len(stages[0]) >= min(rows, LEAST_ROWS) and all(len(stage) for stage in stages)
+    assert [stage.tolist() for stage in race_stages(rows, None)] == [[*range(rows)]]
+
+
+def test_a_race_that_nothing_runs_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = text_inputs([1, 2])
+    inputs.config = ScoreConfig(decide="block_influence", race=RaceConfig())
+    score_candidates(inputs, KeptLayers.full(6))
+    assert "score.race: block_influence scores all candidates to the end" in " ".join(capsys.readouterr().err.split())

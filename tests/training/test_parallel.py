@@ -209,7 +209,7 @@ def test_nan_in_one_process_is_skipped_in_both(tmp_path: Path) -> None:
         ("teacher_kl", False, "memory"),
         ("repaired_kl", True, "memory"),
         ("repaired_kl", False, "stream"),
-        ("teacher_kl", True, "stream"),
+        ("a race", True, "stream"),
     ],
 )
 def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path, cheap: str, fsdp: bool, weights: str) -> None:
@@ -229,6 +229,8 @@ def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path, cheap: str, fs
             "learning_rate": 1e-3,
         },
     }
+    if cheap == "a race":
+        config["score"] = {"decide": "teacher_kl", "race": {"confidence": 0.9}, "tokens": 512}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     alone = peel(load_config(tmp_path / "run.yaml"))
     launch(
@@ -248,6 +250,7 @@ def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path, cheap: str, fs
         assert a.removed == b.removed and a.training.tokens == b.training.tokens
         assert a.aggregate == pytest.approx(b.aggregate, rel=1e-4)
         assert a.scores.importance == pytest.approx(b.scores.importance, rel=1e-3, abs=1e-6)
+        assert a.scores.dropped == b.scores.dropped and bool(a.scores.dropped) == (cheap == "a race")
         if a.scores.cheap:
             assert b.scores.cheap
             assert a.scores.cheap.importance == pytest.approx(b.scores.cheap.importance, rel=1e-2, abs=1e-6)

@@ -32,12 +32,13 @@ class ProtectConfig(Section):
 
 
 class RaceConfig(Section):
-    """Task scores in growing shares of the samples; candidates that are surely worse get no more of them."""
+    """Scores in growing shares of the samples, or of the rows of text; candidates that are surely worse get no more."""
 
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.99
     """How sure, for one candidate in one comparison with the best (one-sided, paired on the same samples)."""
     first_share: Annotated[float, Field(gt=0, le=0.5)] = 0.125
-    """The share of each task's samples after which candidates first drop out; half as many tokens more each time."""
+    """The share of each task's samples, or of the rows, after which candidates first drop out; half as many more each
+    time."""
 
 
 class HealConfig(Section):
@@ -66,7 +67,8 @@ class ScoreConfig(Section):
     tokens: Annotated[int, Field(ge=1), AS_COUNT] = 16_384
     """How many tokens of it; padding does not count."""
     race: RaceConfig | None = None
-    """Stop early on candidates that are surely worse; for metrics that run tasks."""
+    """Stop early on candidates that are surely worse; for task_quality, and for metrics that compare distributions on
+    text, as teacher_kl."""
     heal: HealConfig | None = None
     """In a run: before the choice, distil the gap of the best few for a moment, and choose by what tasks say then."""
     memory: Annotated[int, Field(ge=2**20), AS_BYTES] | None = None

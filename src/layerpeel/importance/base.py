@@ -64,6 +64,9 @@ class ScoringInputs:
         return Budget(self.config.memory, self.student.device)
 
 
+GROWTH = 1.5  # of the tokens, from one comparison in a race to the next
+
+
 @dataclass
 class MetricResult:
     """A metric's scores, by position in the student.
@@ -90,12 +93,14 @@ class Metric(ABC):
     Attributes:
         needs: what the metric reads of its inputs: `text`, `tasks`, or both.
         skips: whether it runs the model with each candidate skipped, for estimates of time and memory.
+        races: whether `score.race` has a meaning for it.
         runs_besides: layer calls for each candidate besides those of the layers after it, for estimates.
         name: as the config names it, for progress bars; set by `make_metric`.
     """
 
     needs: frozenset[str]
     skips: bool = True
+    races: bool = False
     runs_besides: int = 0
     name: str = "a metric"
 

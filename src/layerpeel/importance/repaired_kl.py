@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from layerpeel.importance.base import MetricResult, ScoringInputs
+from layerpeel.importance.row_sums import RowSums, by_row
 from layerpeel.importance.teacher_kl import TeacherKL
-from layerpeel.importance.text_metrics import RowSums, TextBatch, by_row, rows_of
+from layerpeel.importance.text_metrics import TextBatch, rows_of
 from layerpeel.inference.budget import explaining_full_memory
 from layerpeel.inference.finite import NotFiniteError
 from layerpeel.inference.front import Front, share_of
@@ -34,6 +35,7 @@ class RepairedKL(TeacherKL):
     """KL(teacher || student without the layer, its neighbours refitted), less that of the student as it is."""
 
     runs_besides = 9
+    races = False
 
     @torch.no_grad()
     def score(self, inputs: ScoringInputs) -> MetricResult:

@@ -51,6 +51,8 @@ def score_candidates(inputs: ScoringInputs, depth: KeptLayers) -> LayerScores:
         depth: the student's layers, to translate positions into the teacher's indices.
     """
     config = inputs.config
+    if config.race and not make_metric(config.decide).races:
+        print_once(f"score.race: {config.decide} scores all candidates to the end; task_quality and teacher_kl race")
     cheap = None
     if config.shortlist and len(inputs.candidates) > config.shortlist.keep:
         cheap = _scores(config.shortlist.by, inputs, depth)

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from statistics import NormalDist
 
 from layerpeel.config.score import RaceConfig
-from layerpeel.importance.base import Metric, MetricResult, ScoringInputs
+from layerpeel.importance.base import GROWTH, Metric, MetricResult, ScoringInputs
 from layerpeel.inference.engine import Engine
 from layerpeel.inference.requests import Answer, len_of
 from layerpeel.tasks.evaluation import answer_samples
 from layerpeel.tasks.scores import Evaluation
 
 LEAST_SAMPLES = 16
-GROWTH = 1.5  # of the tokens, from one comparison in a race to the next
 
 
 Answered = dict[str, dict[int, list[Answer]]]  # by task and sample
@@ -32,6 +31,7 @@ class TaskQuality(Metric):
     """
 
     needs = frozenset({"tasks"})
+    races = True
 
     def score(self, inputs: ScoringInputs) -> MetricResult:
         orders = {name: _order(len(samples), name) for name, samples in inputs.samples.items()}

@@ -20,6 +20,7 @@ from torch import Tensor
 from layerpeel.data.rows import Rows, positions_of
 from layerpeel.errors import InputError
 from layerpeel.importance.base import Metric, MetricResult, ScoringInputs
+from layerpeel.importance.row_sums import RowSums, by_row, race_stages
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.finite import NotFiniteError, first_not_finite
 from layerpeel.inference.layerwise import LayerwiseModel
@@ -66,47 +67,6 @@ class TextBatch:
         return hidden[:, self.mask]
 
 
-@dataclass(frozen=True)
-class RowSums:
-    """Sums over the real tokens of each row of a text.
-
-    Attributes:
-        values: [R, M] in float64.
-        tokens: [R], how many real ones each row has.
-    """
-
-    values: Tensor
-    tokens: Tensor
-
-    def mean(self) -> list[float]:
-        """The M means over all tokens."""
-        means: list[float] = (self.values.sum(0) / self.tokens.sum()).tolist()
-        return means
-
-    def stderr(self) -> list[float]:
-        """Their standard errors, as if rows were drawn independently; of one row, none.
-
-        Those of a ratio of sums over rows (Cochran, Sampling Techniques, 1977, section 6.4).
-        """
-        rows = len(self.values)
-        if rows < 2:
-            return []
-        around = self.values - self.values.sum(0) / self.tokens.sum() * self.tokens[:, None]
-        errors: list[float] = ((around.square().sum(0) * rows / (rows - 1)).sqrt() / self.tokens.sum()).tolist()
-        return errors
-
-    def result(self, candidates: Sequence[int]) -> MetricResult:
-        """The means as importances of the candidates, one each."""
-        importance = dict(zip(candidates, self.mean(), strict=True))
-        return MetricResult(importance, dict(zip(candidates, self.stderr(), strict=False)))
-
-
-def by_row(values: Tensor, mask: Tensor) -> Tensor:
-    """Sums over each row: [..., B] in float64, of values [..., N] at the real tokens that mask [B, T] has."""
-    room = torch.zeros((*values.shape[:-1], *mask.shape), dtype=torch.float64, device=values.device)
-    return room.masked_scatter_(mask.to(values.device), values.double()).sum(-1)
-
-
 class HiddenStateMetric(Metric):
     """A function of each layer's input and output, mean over real tokens; no layer is skipped for it."""
 
@@ -135,16 +95,18 @@ class HiddenStateMetric(Metric):
             batch.final_hidden(inputs.student, hook=hook, tokens_per_call=inputs.budget.tokens_per_call)
             return by_layer[:, list(inputs.candidates)]
 
-        return sums_over_text(self, inputs, sums).result(inputs.candidates)
+        return sums_over_text(self, inputs, sums, rows_of(inputs), inputs.candidates).result(inputs.candidates)
 
 
 class DistributionMetric(Metric):
     """A distance of next-token distributions from the teacher's, mean over real tokens.
 
-    A layer's importance is the distance with the layer skipped, less the distance of the student as it is.
+    A layer's importance is the distance with the layer skipped, less the distance of the student as it is. In a race,
+    candidates that are surely worse than the best drop out after a share of the rows, as in `TaskQuality`.
     """
 
     needs = frozenset({"text"})
+    races = True
 
     @abstractmethod
     def measure(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -159,15 +121,36 @@ class DistributionMetric(Metric):
 
     @torch.no_grad()
     def score(self, inputs: ScoringInputs) -> MetricResult:
-        def sums_of_rows(batch: TextBatch) -> Tensor:
-            chunk = inputs.budget.tokens_per_call
-            branches = batch.final_hidden(inputs.student, inputs.candidates, tokens_per_call=chunk)
+        text, alive, result = rows_of(inputs), list(inputs.candidates), MetricResult({})
+        race = inputs.config.race if inputs.config.decide == self.name else None
+        sums, taken = None, 0
+        for rows in race_stages(len(text), race):
+            more = self._added(inputs, alive, text.select(rows) if race else text)
+            sums, taken = sums.joined(more) if sums else more, taken + len(rows)
+            so_far = sums.result(alive)
+            result.importance |= so_far.importance
+            result.stderr |= so_far.stderr
+            if not race or taken == len(text):
+                break
+            worse = sums.surely_worse(race.confidence, taken / len(text))
+            result.dropped |= {alive[column]: taken / len(text) for column in worse}
+            left = [column for column in range(len(alive)) if column not in worse]
+            alive, sums = [alive[column] for column in left], sums.pick(left)
+            if len(alive) == 1:
+                break
+        return result
+
+    def _added(self, inputs: ScoringInputs, candidates: Sequence[int], text: Rows) -> RowSums:
+        """What skipping each candidate adds to the distance, summed over each row."""
+
+        def sums(batch: TextBatch) -> Tensor:
+            branches = batch.final_hidden(inputs.student, candidates, tokens_per_call=inputs.budget.tokens_per_call)
             alone = inputs.teacher is inputs.student
             teacher = branches[0] if alone else batch.final_hidden(inputs.teacher)[0]
             return by_row(self.distances(inputs, branches, teacher), batch.mask).T
 
-        sums = sums_over_text(self, inputs, sums_of_rows, branches=1 + len(inputs.candidates))
-        return RowSums(sums.values[:, 1:] - sums.values[:, :1], sums.tokens).result(inputs.candidates)
+        of_branches = sums_over_text(self, inputs, sums, text, candidates, branches=1 + len(candidates))
+        return RowSums(of_branches.values[:, 1:] - of_branches.values[:, :1], of_branches.tokens)
 
     def distances(self, inputs: ScoringInputs, branches: Tensor, teacher: Tensor) -> Tensor:
         """At each of N tokens, of hidden states [1 + C, N, D] against the teacher's [N, D]: [1 + C, N] in fp32."""
@@ -197,18 +180,25 @@ def rows_of(inputs: ScoringInputs) -> Rows:
 
 
 def sums_over_text(
-    metric: Metric, inputs: ScoringInputs, sums: Callable[[TextBatch], Tensor], branches: int = 1
+    metric: Metric,
+    inputs: ScoringInputs,
+    sums: Callable[[TextBatch], Tensor],
+    text: Rows,
+    candidates: Sequence[int],
+    branches: int = 1,
 ) -> RowSums:
-    """What `sums` adds up over the real tokens of each row of the text; processes share the rows.
+    """What `sums` adds up over the real tokens of each row of a text; processes share the rows.
 
     Args:
         metric: whose sums these are: shown in the progress bar, and part of the key in the answer cache.
         sums: gives [B, M] sums over the real tokens of each row of a batch.
+        text: of the inputs, or some rows of it; see `rows_of`.
+        candidates: that the sums are about, part of that key, too.
         branches: copies of the batch that go through a layer together, to which batches are sized.
     """
-    state, text = processes_of(inputs.student.device), rows_of(inputs)
+    state = processes_of(inputs.student.device)
     indices = torch.arange(len(text))[state.process_index :: state.num_processes]
-    values = _of_rows(metric, inputs, text, indices, sums, branches)
+    values = _of_rows(metric, inputs, text, indices, sums, candidates, branches)
     if state.num_processes > 1:
         parts = gather(values.tolist())
         width = max(len(row) for part in parts for row in part)
@@ -224,6 +214,7 @@ def _of_rows(
     text: Rows,
     indices: Tensor,
     sums: Callable[[TextBatch], Tensor],
+    candidates: Sequence[int],
     branches: int,
 ) -> Tensor:
     """What `sums` gives for the rows at `indices`, [rows, M], in batches that fit the memory budget."""
@@ -233,7 +224,7 @@ def _of_rows(
         while start < len(indices):
             batch_indices = indices[start : start + max(1, inputs.budget.tokens(inputs.student, branches) // width)]
             rows = text.take(batch_indices)
-            key = (*question, list(inputs.candidates), *(ids.tolist() for ids in rows.values()))
+            key = (*question, list(candidates), *(ids.tolist() for ids in rows.values()))
             batch = TextBatch.of(rows, inputs.student.device)
             try:
                 part = _cached(inputs.answer_cache, key, partial(sums, batch))
