@@ -160,10 +160,10 @@ def test_what_is_surely_worse() -> None:
     # 0, 4, 0, 0: a mean of 1 with a standard error of 1, which is 1.41 of what is left to be seen of half of the rows.
     values = torch.tensor([[0.0, 1.0, 0.0], [1.0, 2.0, 5.0], [2.0, 3.0, 2.0], [3.0, 4.0, 3.0]]).double()
     sums = RowSums(values, torch.ones(4).double())
-    assert sums.surely_worse(0.84, share=0.0) == [1, 2]  # z = 0.994
-    assert sums.surely_worse(0.85, share=0.0) == [1]  # z = 1.036
-    assert sums.surely_worse(0.92, share=0.5) == [1, 2]  # z = 1.405, over 1.414
-    assert sums.surely_worse(0.93, share=0.5) == [1]
+    assert sums.surely_worse(0.80, share=0.0) == [1, 2]  # Student's t of three degrees of freedom: 0.978
+    assert sums.surely_worse(0.81, share=0.0) == [1]  # 1.027
+    assert sums.surely_worse(0.87, share=0.5) == [1, 2]  # 1.385, and what is left to be seen makes it 0.98 of 1
+    assert sums.surely_worse(0.88, share=0.5) == [1]  # 1.462
 
 
 @given(st.integers(1, 500), st.floats(0.01, 0.5))

@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import NormalDist
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from layerpeel.config.score import RaceConfig
@@ -67,7 +67,7 @@ class RowSums:
         means = self.mean()
         best = means.index(min(means))
         differences = RowSums(self.values - self.values[:, best : best + 1], self.tokens)
-        limit = NormalDist().inv_cdf(confidence) * math.sqrt(1 - share)
+        limit = stdtrit(len(self.values) - 1, confidence) * math.sqrt(1 - share)  # Student's t
         pairs = enumerate(zip(differences.mean(), differences.stderr(), strict=True))
         return [column for column, (gap, error) in pairs if gap > limit * error]
 
