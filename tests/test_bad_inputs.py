@@ -359,7 +359,7 @@ CASES: dict[str, tuple[Prepare | None, list[str], str]] = {
     "a batch of more than a number holds": (None, run(f"distill.batch_size={hex(16**300)}"), "too large"),
     "a text with a name too long": (None, run(f"distill.text={'a' * 5000}"), "aaaa"),
     "shows more than there is": (None, task("kind: choice, data: choice.jsonl, num_fewshot: 9"), "too few"),
-    "shows all there is": (None, task("kind: choice, data: choice.jsonl, num_fewshot: 4"), "no rows"),
+    "shows all there is": (None, task("kind: choice, data: choice.jsonl, num_fewshot: 4"), "no other rows"),
     "task's data is empty": (write("choice.jsonl", ""), run(), "choice.jsonl"),
     "task's data is a folder": (None, task("kind: choice, data: teacher"), "teacher"),
     "perplexity of nothing": (write("b.jsonl", '{"text": " "}\n'), task("kind: perplexity, data: b.jsonl"), "no text"),

@@ -49,7 +49,7 @@ def test_a_study_of_published_models_is_read_with_its_data(path: Path, kit: Path
     assert [*dict.fromkeys(job.variant for job in jobs)] == [*variants]
     for job in jobs:
         assert job.config.stop.target_layers == 5 and Path(job.config.teacher) == teacher
-        assert all(Path(str(task.data)).is_relative_to(kit.resolve()) for task in job.config.tasks)
+        assert all(Path(str(task.data)).resolve().is_relative_to(kit.resolve()) for task in job.config.tasks)
         assert all(glob.glob(str(task.data)) for task in job.config.tasks)
 
 
