@@ -427,14 +427,20 @@ def markdown(runs: Sequence[Mapping[str, Any]], tokens: int) -> str:
             continue
         means = [statistics.mean(run["kl"][kind] for run in same) for kind in kinds]
         over = [statistics.mean(run["kl"].values()) for run in same]
-        error = f" ± {statistics.stdev(over) / math.sqrt(len(over)):.4f}" if len(over) > 1 else ""
         cells = [name, f"`{fields_of(variant)}`", *(f"{value:.3f}" for value in means)]
-        cells += [f"{statistics.mean(over):.4f}{error}", len(same)]
+        cells += [mean_of(over, 4), len(same)]
         cells += [f"{same[0][part]:,}" for part in ("repaired_on", "trained_on", "steps")]
         seconds = [run["seconds"] for run in same if run["seconds"] is not None]
         cells += [f"{statistics.mean(seconds):.0f}" if seconds else "", f"{max(run['peak_gib'] for run in same):.2f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def mean_of(values: Sequence[float], digits: int) -> str:
+    """With its standard error, where there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return mean if error is None else f"{mean} ± {error:.{digits}f}"
 
 
 def fields_of(variant: Variant) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from typing import Any
 import real_peers
 import torch
 from distillation import peak_gib
-from healing import REAL, heal, mean_kl, names_among, read, without_places
+from healing import REAL, heal, mean_kl, mean_of, names_among, read, without_places
 from machine import machine
 from matplotlib.figure import Figure
 from measuring import KIT, ROOT, measured_side_by_side, share_gpu, write_record
@@ -411,13 +410,6 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [-depth, title_of({**group[0], "seed": 0}), len(group), mean_of(shares, 1), mean_of(kls, 3), removed]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
-
-
-def mean_of(values: Sequence[float], digits: int) -> str:
-    """With its standard error, where there are several."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return mean if error is None else f"{mean} ± {error:.{digits}f}"
 
 
 def brief(rows: Sequence[Mapping[str, Any]]) -> str:

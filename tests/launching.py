@@ -67,6 +67,8 @@ def _forked(
         while any(each.is_alive() for each in started) and not any(each.exitcode for each in started):
             assert time.monotonic() < end, "\n".join(file.read_text(encoding="utf-8") for file in said)
             time.sleep(0.02)
+        for each in started:
+            each.join(1)  # those that end by themselves, in a moment
     finally:
         for each in started:
             each.terminate()

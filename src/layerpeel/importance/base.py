@@ -18,6 +18,8 @@ from layerpeel.inference.layerwise import LayerwiseModel
 from layerpeel.tasks.base import Sample, Task
 from layerpeel.tasks.scores import Evaluation
 
+GROWTH = 1.5  # of the tokens, from one comparison in a race to the next
+
 
 @dataclass
 class ScoringInputs:
@@ -64,9 +66,6 @@ class ScoringInputs:
         return Budget(self.config.memory, self.student.device)
 
 
-GROWTH = 1.5  # of the tokens, from one comparison in a race to the next
-
-
 @dataclass
 class MetricResult:
     """A metric's scores, by position in the student.
@@ -75,7 +74,7 @@ class MetricResult:
         importance: quality lost when the layer is skipped; the lowest goes first.
         stderr: the standard error of each importance, paired sample by sample, or row by row of the text.
         evaluations: task scores with the layer skipped, where the metric runs tasks.
-        dropped: for each candidate that a race dropped, the share of the samples after which it did.
+        dropped: for each candidate that a race dropped, the share of the samples, or rows, after which it did.
     """
 
     importance: dict[int, float]

@@ -26,7 +26,7 @@ from layerpeel.inference.front import Front, share_of
 from layerpeel.inference.layerwise import LayerwiseModel, run_layer
 from layerpeel.inference.refitting import LayerRefit, find_layer_writers
 from layerpeel.model.surgery import share
-from layerpeel.processes.distributed import gather, sum_numbers
+from layerpeel.processes.distributed import sum_numbers
 from layerpeel.processes.interrupts import stop_if_any_asked
 from layerpeel.processes.progress import progress
 
@@ -75,9 +75,8 @@ class _Walk:
                     advance()
                     stop_if_any_asked(self.student.device)
         tokens = self.rest.rows.mask.sum(1).double()
-        rows = gather((torch.stack(added, dim=1).tolist(), tokens.tolist()))
-        values, counts = (torch.tensor([row for part in rows for row in part[each]]) for each in (0, 1))
-        return RowSums(values.double(), counts.double()).result(sorted(self.inputs.candidates))
+        sums = RowSums(torch.stack(added, dim=1), tokens).of_all_processes()
+        return sums.result(sorted(self.inputs.candidates))
 
     def _moved(self, states: Sequence[Tensor], position: int) -> list[Tensor]:
         """What a layer of the student makes of what enters it, of each front."""

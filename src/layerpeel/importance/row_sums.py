@@ -16,6 +16,7 @@ from torch import Tensor
 
 from layerpeel.config.score import RaceConfig
 from layerpeel.importance.base import GROWTH, MetricResult
+from layerpeel.processes.distributed import gather
 
 LEAST_ROWS = 8  # from fewer, their variance cannot be estimated
 
@@ -49,9 +50,15 @@ class RowSums:
         errors: list[float] = ((around.square().sum(0) * rows / (rows - 1)).sqrt() / self.tokens.sum()).tolist()
         return errors
 
-    def joined(self, more: RowSums) -> RowSums:
+    def joined(self, *more: RowSums) -> RowSums:
         """These rows, and more of them."""
-        return RowSums(torch.cat([self.values, more.values]), torch.cat([self.tokens, more.tokens]))
+        parts = [part for part in (self, *more) if len(part.values)]
+        return RowSums(torch.cat([part.values for part in parts]), torch.cat([part.tokens for part in parts]))
+
+    def of_all_processes(self) -> RowSums:
+        """The rows of each process, after one another; every process has to call it."""
+        first, *others = gather(self)
+        return first.joined(*others)
 
     def pick(self, columns: Sequence[int]) -> RowSums:
         """Some of the columns."""

@@ -24,7 +24,7 @@ from layerpeel.importance.row_sums import RowSums, by_row, race_stages
 from layerpeel.inference.answer_cache import AnswerCache
 from layerpeel.inference.finite import NotFiniteError, first_not_finite
 from layerpeel.inference.layerwise import LayerwiseModel
-from layerpeel.processes.distributed import gather, processes_of
+from layerpeel.processes.distributed import processes_of
 from layerpeel.processes.interrupts import stop_if_asked
 from layerpeel.processes.progress import progress
 
@@ -199,13 +199,7 @@ def sums_over_text(
     state = processes_of(inputs.student.device)
     indices = torch.arange(len(text))[state.process_index :: state.num_processes]
     values = _of_rows(metric, inputs, text, indices, sums, candidates, branches)
-    if state.num_processes > 1:
-        parts = gather(values.tolist())
-        width = max(len(row) for part in parts for row in part)
-        values = torch.empty(len(text), width, dtype=torch.float64)
-        for rank, part in enumerate(parts):
-            values[rank :: state.num_processes] = torch.tensor(part, dtype=torch.float64).view(-1, width)
-    return RowSums(values, text.mask.sum(1).double())
+    return RowSums(values, text.mask[indices].sum(1).double()).of_all_processes()
 
 
 def _of_rows(
