@@ -24,7 +24,8 @@ from layerpeel.inference.budget import explaining_full_memory
 from layerpeel.inference.finite import NotFiniteError
 from layerpeel.inference.front import Front, share_of
 from layerpeel.inference.layerwise import LayerwiseModel, run_layer
-from layerpeel.inference.refitting import LayerRefit, find_layer_writers
+from layerpeel.inference.refitting import LayerRefit
+from layerpeel.inference.residual_writers import find_layer_writers
 from layerpeel.model.surgery import share
 from layerpeel.processes.distributed import sum_numbers
 from layerpeel.processes.interrupts import stop_if_any_asked

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from layerpeel.inference.front import Front
-from layerpeel.inference.layerwise import LayerwiseModel, run_layer
+from layerpeel.inference.layerwise import run_layer
 from layerpeel.inference.linear_weights import LinearWeights
-from layerpeel.inference.residual_writers import UnknownWritersError, Writer, Writers, find_writers
+from layerpeel.inference.residual_writers import Writer, Writers
 from layerpeel.inference.ridge import Regression
 from layerpeel.inference.written_states import WrittenStates, inputs_of, read_writer
 
-PROBE = (2, 9)  # rows and tokens on which a layer's projections are looked for
 SMALLEST = 1e-6  # of a size that is divided by
 
 
@@ -255,23 +254,6 @@ class LayerRefit:
     def _load(self, writer: Writer, parameters: Mapping[str, Tensor]) -> None:
         assert writer.projection
         self.load({f"{writer.projection.name}.{name}": value for name, value in parameters.items()})
-
-
-@torch.no_grad()
-def find_layer_writers(layerwise: LayerwiseModel, layer: nn.Module, index: int) -> Writers | None:
-    """What a layer adds to its hidden states; None if that cannot be told. The same in all processes.
-
-    Args:
-        layerwise: a model that such layers are of.
-        index: of its layer whose arguments this one takes.
-    """
-    ids = torch.arange(PROBE[0] * PROBE[1]).view(PROBE) % layerwise.vocab_size
-    hidden, arguments = layerwise.begin(ids)
-    try:
-        writers = find_writers(layer, hidden, lambda: run_layer(layer, hidden, arguments[index]))
-    except UnknownWritersError:
-        return None
-    return writers if writers.first or writers.last else None
 
 
 def _size(hidden: Tensor) -> Tensor:

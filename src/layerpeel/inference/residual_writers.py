@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerpeel.inference.layerwise import LayerwiseModel, run_layer
 from layerpeel.model.layer_inputs import first_tensor
 
+PROBE = (2, 9)  # rows and tokens on which a layer's projections are looked for
 TOLERANCE = 0.02  # of a norm, by which bfloat16 may miss what is exact
 LEAST_SCALE = 1e-3  # of a writer; what changes the output by less does not write
 
@@ -92,6 +94,23 @@ class Writers:
 
 class UnknownWritersError(Exception):
     """A layer does something else to its hidden states than add to them."""
+
+
+@torch.no_grad()
+def find_layer_writers(layerwise: LayerwiseModel, layer: nn.Module, index: int) -> Writers | None:
+    """What a layer adds to its hidden states; None if that cannot be told. The same in all processes.
+
+    Args:
+        layerwise: a model that such layers are of.
+        index: of its layer whose arguments this one takes.
+    """
+    ids = torch.arange(PROBE[0] * PROBE[1]).view(PROBE) % layerwise.vocab_size
+    hidden, arguments = layerwise.begin(ids)
+    try:
+        writers = find_writers(layer, hidden, lambda: run_layer(layer, hidden, arguments[index]))
+    except UnknownWritersError:
+        return None
+    return writers if writers.first or writers.last else None
 
 
 @torch.no_grad()

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from layerpeel.inference.budget import explaining_full_memory
 from layerpeel.inference.front import Front
-from layerpeel.inference.refitting import LayerRefit, find_layer_writers
-from layerpeel.inference.residual_writers import Writers
+from layerpeel.inference.refitting import LayerRefit
+from layerpeel.inference.residual_writers import Writers, find_layer_writers
 from layerpeel.processes.distributed import wait_for_all
 from layerpeel.processes.interrupts import stop_if_any_asked
 from layerpeel.training.repair_states import RepairState
