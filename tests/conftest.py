@@ -45,6 +45,18 @@ def kit() -> Path:
     return folder
 
 
+@pytest.fixture
+def quick_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports time and sample their students for a moment, and plans their machine; in earnest it takes seconds."""
+    quick = {
+        "report.measure": {"TURN_SECONDS": 0.0, "REPEATS": 1, "NEW": 2, "SAMPLE_TOKENS": 8},
+        "plan.speed": {"LEAST_SECONDS": 0.0, "REPEATS": 1},
+    }
+    for module, values in quick.items():
+        for name, value in values.items():
+            monkeypatch.setattr(f"layerpeel.{module}.{name}", value)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what asks for the kit, and skips `gpu` tests without a GPU."""
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")

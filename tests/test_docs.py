@@ -175,14 +175,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(workplace: Path, monkeypatch: pytest.MonkeyPatch, quick_measuring: None) -> Iterator[Path]:
     """The working folder, which is as it was again afterwards."""
     kept = workplace.with_name("kept")
     shutil.copytree(workplace, kept)
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr("layerpeel.report.measure.TURN_SECONDS", 0.0)
-    monkeypatch.setattr("layerpeel.report.measure.REPEATS", 1)
-    monkeypatch.setattr("layerpeel.report.measure.NEW", 2)
     yield workplace
     shutil.rmtree(workplace)
     kept.rename(workplace)

@@ -17,14 +17,12 @@ HOSTILE = "../../../\x1b[2J\x1b]0;owned\x07[red]\u202eup"
 
 
 def test_names_from_outside_stay_in_the_run_and_off_the_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_measuring: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "a/b/c"
     folder.mkdir(parents=True)
     fill(folder)
     monkeypatch.chdir(folder)
-    for name, value in (("TURN_SECONDS", 0.0), ("REPEATS", 1), ("NEW", 2)):
-        monkeypatch.setattr(f"layerpeel.report.measure.{name}", value)
     config = yaml.safe_load((folder / "run.yaml").read_text())
     rows = [{"prompt": "w5", "target": HOSTILE}, {"prompt": "w6", "target": "w7"}]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

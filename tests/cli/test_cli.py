@@ -31,12 +31,9 @@ from tests.families import save_tiny, tiny_tokenizer
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_measuring: None) -> Path:
     """A working folder with a teacher, text, tasks and `run.yaml`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("layerpeel.report.measure.TURN_SECONDS", 0.0)
-    monkeypatch.setattr("layerpeel.report.measure.REPEATS", 1)
-    monkeypatch.setattr("layerpeel.report.measure.NEW", 2)
     return fill(tmp_path)
 
 

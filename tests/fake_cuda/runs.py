@@ -32,7 +32,7 @@ from layerpeel.processes.progress import console
 from layerpeel.run.loop import peel
 from layerpeel.training import gradients
 from tests.fake_cuda.device import FakeCuda, fake_cuda
-from tests.fake_cuda.names import DTYPES, FAMILIES
+from tests.fake_cuda.names import CASES
 from tests.fake_cuda.work import config_of, numbers_of, run, train
 from tests.families import save_texts, save_tiny, tiny_ids, tiny_model, tiny_texts, tiny_tokenizer
 
@@ -214,24 +214,18 @@ def main(folder: Path) -> None:
     save_texts(folder / "text.jsonl", tiny_texts(3 + 11 * line % 28 for line in range(40)))
     save_texts(folder / "few.jsonl", tiny_texts((9, 12, 9)))
     results: dict[str, Any] = {}
-    for family in FAMILIES:
-        for dtype in DTYPES:
-            with _timed(results, f"{family} {dtype}"):
-                on_cpu = run(family, dtype, "cpu", folder)
-                with fake_cuda():
-                    results[f"{family} {dtype}"] = {"cpu": on_cpu, "cuda": run(family, dtype, "cuda", folder)}
+    for family, dtype in CASES:
+        with _timed(results, f"{family} {dtype}"):
+            on_cpu = run(family, dtype, "cpu", folder)
+            with fake_cuda():
+                results[f"{family} {dtype}"] = {"cpu": on_cpu, "cuda": run(family, dtype, "cuda", folder)}
     with _timed(results, "streamed run"):
         on_cpu_alone = streamed_run("cpu", folder)
         with fake_cuda():
             results["streamed run"] = {"cpu": on_cpu_alone, "cuda": streamed_run("cuda", folder)}
     with fake_cuda() as gpu:
         results["mixed"] = mixed_devices()
-        for name, count in {
-            "step": count_step,
-            "batch": count_batch,
-            "token": count_token,
-            "stream": count_stream,
-        }.items():
+        for name, count in COUNTS.items():
             with _timed(results, name):
                 results[name] = count(gpu, folder)
         for name, fault in faults().items():

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.fake_cuda.names import DTYPES, FAMILIES
+from tests.fake_cuda.names import CASES
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -46,8 +46,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), CASES)
 def test_a_gpu_gives_the_numbers_of_a_cpu(results: Any, family: str, dtype: str) -> None:
     run = results[f"{family} {dtype}"]
     assert "traceback" not in run, run["traceback"]

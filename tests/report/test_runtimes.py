@@ -8,8 +8,6 @@ import shlex
 from dataclasses import replace
 from typing import Any
 
-import pytest
-
 from layerpeel.report.page import write_report
 from layerpeel.report.runtimes import (
     Rates,
@@ -112,10 +110,8 @@ def test_the_report_has_a_row_for_each_and_a_figure(run: Run) -> None:
     assert float(rows[1]["layers ratio"]) == 1.5 and "student" not in rows[0]
 
 
-def test_pytorchs_speed_stands_beside(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorchs_speed_stands_beside(run: Run, quick_measuring: None) -> None:
     keep_row(run, row_of(run, 1))
-    for name, value in {"TURN_SECONDS": 0.0, "REPEATS": 1, "NEW": 2}.items():
-        monkeypatch.setattr(f"layerpeel.report.measure.{name}", value)
     write_report(run)
     assert "PyTorch, as measured" in (run.folder / "report/figures/speed.svg").read_text(encoding="utf-8")
 

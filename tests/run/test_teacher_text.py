@@ -113,7 +113,9 @@ def test_another_wish_for_text_is_another_run(settings: dict[str, Any]) -> None:
         peel(config_of(settings))
 
 
-def test_the_report_and_the_card_say_what_the_teacher_wrote(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_the_report_and_the_card_say_what_the_teacher_wrote(
+    settings: dict[str, Any], tmp_path: Path, quick_measuring: None
+) -> None:
     settings["distill"]["text"] = [str(tmp_path / "held.jsonl"), {"from": "teacher", "tokens": 600}]
     run = peel(config_of(settings))
     (text,) = run.teacher_texts
@@ -128,7 +130,9 @@ def test_the_report_and_the_card_say_what_the_teacher_wrote(settings: dict[str, 
     assert facts["sources"] == ["held.jsonl", "text that the teacher wrote"]
 
 
-def test_samples_of_the_report_begin_as_the_teachers_text_where_there_is_no_other(settings: dict[str, Any]) -> None:
+def test_samples_of_the_report_begin_as_the_teachers_text_where_there_is_no_other(
+    settings: dict[str, Any], quick_measuring: None
+) -> None:
     run = peel(config_of(settings))
     page = write_report(run, measure=True).read_text()
     assert page.count("<h3>text</h3>") == 2
