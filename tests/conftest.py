@@ -15,6 +15,8 @@ import numpy
 import pytest
 import torch
 
+from tests.quick import measure_quickly
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 # Models are slow to start and CI machines differ: examples are the same on all of them, and none is timed.
 hypothesis.settings.register_profile("layerpeel", deadline=None, derandomize=True)
@@ -47,14 +49,8 @@ def kit() -> Path:
 
 @pytest.fixture
 def quick_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports time and sample their students for a moment, and plans their machine; in earnest it takes seconds."""
-    quick = {
-        "report.measure": {"TURN_SECONDS": 0.0, "REPEATS": 1, "NEW": 2, "SAMPLE_TOKENS": 8},
-        "plan.speed": {"LEAST_SECONDS": 0.0, "REPEATS": 1},
-    }
-    for module, values in quick.items():
-        for name, value in values.items():
-            monkeypatch.setattr(f"layerpeel.{module}.{name}", value)
+    """Reports and plans measure for a moment."""
+    measure_quickly(monkeypatch)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

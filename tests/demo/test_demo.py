@@ -148,7 +148,8 @@ def test_the_teacher_is_small_and_able_and_deep_for_a_reason(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_demo_runs(tmp_path: Path) -> None:
-    config = load_config(prepare_demo(tmp_path), ["stop.target_layers=11", "distill.tokens_per_round=5000"])
+    quick = ["stop.target_layers=11", "distill.tokens_per_round=5000", "distill.repair.tokens=5000"]
+    config = load_config(prepare_demo(tmp_path), quick)
     for task in config.tasks:
         assert task.model_extra is not None
         task.model_extra["limit"] = 4

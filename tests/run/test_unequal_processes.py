@@ -29,6 +29,7 @@ from layerpeel.training.forward import run_both
 from layerpeel.training.student import Student
 from tests.families import save_texts, save_tiny, tiny_texts
 from tests.launching import launch
+from tests.quick import measure_quickly
 
 FREE = [2**30, 2**21]  # bytes, of which each process thinks that it has them
 MOST = {"scoring": 64, "training": 24}  # tokens at a time, for which the second process has memory in fact
@@ -107,6 +108,7 @@ def test_with_layers_split(alone: Run, tmp_path: Path) -> None:
 
 def _run_with_too_little_memory(full: list[str]) -> None:
     """What each of the processes runs."""
+    measure_quickly(pytest.MonkeyPatch())
     budget._free_bytes = lambda device: FREE[RANK]
     if RANK and "scoring" in full:
         on_branches = LayerwiseModel.layer_on_branches

@@ -238,6 +238,7 @@ def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path, cheap: str, fs
         "layerpeel",
         "run",
         str(tmp_path / "run.yaml"),
+        "--no-report",
         "--set",
         f"output={tmp_path / 'two'}",
         f"--set=score.weights={weights}",
