@@ -47,6 +47,13 @@ COMMENTS = {
 }
 
 
+SCORED = {
+    "scoring": "storyteller-18 on Zorro and next_sentence:",
+    "scoring-smollm2-135m": "SmolLM2-135M-Instruct on PIQA, ARC-easy and HellaSwag:",
+}
+SCORING_COMMENTS: dict[str, list[str]] = {}
+
+
 def methods(name: str) -> str:
     """Ways of making a model shallower, by depth."""
     result = read(name)
@@ -56,27 +63,38 @@ def methods(name: str) -> str:
 
 
 def scoring() -> str:
-    """One pass compared with a loop, and with the harness's own model class."""
-    result = read("scoring")
-    ratios, same = result["ratios"], result["same_scores"]
+    """One pass compared with a loop, and with the harness's own model class, on each model that was measured."""
+    return "\n\n".join(scoring_of(path.stem) for path in sorted(RESULTS.glob("scoring*.json")))
+
+
+def scoring_of(name: str) -> str:
+    """The same of one model, with the choices of shortlist and race."""
+    result = read(name)
+    ratios, same, races = result["ratios"], result["same_scores"], result["ratios"]["raced_harness"]
     rows = [
         ("a loop that removes each candidate and runs padded batches", ratios["loop"], same["loop"]),
         ("the same loop over exactly the rows of the one pass", ratios["loop_same_rows"], same["loop_same_rows"]),
         ("the harness's own model class on each candidate", ratios["harness"], same["harness"]),
     ]
     lines = ["| compared with | its time / layerpeel's | same scores |", "|---|---|---|"]
-    lines += [f"| {name} | {ratio:.1f} | {'yes' if equal else 'no'} |" for name, ratio, equal in rows]
-    lines.append(f"| the harness's, compared with a shortlist of 8 and a race | {ratios['raced_harness']:.1f} | |")
-    rounds = result["rounds"]
-    agreed = sum(each["same"] for each in rounds)
-    other = [each for each in rounds if not each["same"]]
+    lines += [f"| {rival} | {ratio:.1f} | {'yes' if equal else 'no'} |" for rival, ratio, equal in rows]
+    lines += [
+        f"| the harness's, compared with a race among the eight that `{by}` names | {ratio:.1f} | |"
+        for by, ratio in races.items()
+    ]
+    agreed = [agreement(by, result["rounds"]) for by in races]
+    return "\n\n".join([SCORED[name], "\n".join(lines), *agreed, *SCORING_COMMENTS.get(name, []), source(result)])
+
+
+def agreement(by: str, rounds: list[dict[str, Any]]) -> str:
+    """How often shortlist and race chose what the full scores choose."""
+    choices = [each["raced"][by] for each in rounds]
+    other = [each for each in choices if not each["same"]]
     near = sum(each["within_one_stderr"] for each in other)
     return (
-        "\n".join(lines)
-        + f"\n\nShortlist and race chose the layer of the full scores in {agreed} of {len(rounds)} rounds, from "
-        f"{rounds[0]['layers']} layers down to {rounds[-1]['layers'] - 1}"
-        + (f"; of the other {len(other)}, {near} within one standard error of the best" if other else "")
-        + f".\n\n{source(result)}"
+        f"The race among `{by}`'s eight chose the layer of the full scores in {len(choices) - len(other)} of "
+        f"{len(choices)} rounds, from {rounds[0]['layers']} layers down to {rounds[-1]['layers'] - 1}"
+        + (f"; of the other {len(other)}, {near} within one standard error of the best." if other else ".")
     )
 
 
@@ -308,7 +326,7 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("Healing at equal tokens: storyteller-18", "healing-storyteller-18", lambda: healed("healing-storyteller-18")),
     ("Healing at equal tokens: SmolLM2-135M-Instruct", "healing-smollm2-135m", lambda: healed("healing-smollm2-135m")),
     (
-        "Scoring every layer: storyteller-18 on Zorro and next_sentence, through lm-evaluation-harness",
+        "Scoring every layer through lm-evaluation-harness",
         "scoring",
         scoring,
     ),
