@@ -8,8 +8,9 @@ Three rivals of the one pass, all on the same samples:
     rows that the one pass runs, with shared beginnings (`loop_same_rows`);
 (b) the harness's own model class, HFLM, on each candidate (`harness`); and against it, the one pass with a race among
     eight candidates, which a score on text names (`SHORTLISTS`).
-Checks that all give the same scores, and whether shortlist and race choose the layer that the full scores choose, from
-all layers down to --depth. (b) is timed on some candidates, and taken for all.
+Says how far their scores differ at the most (`--only scores --dtype float32`: in another dtype, without the times), and
+whether shortlist and race choose the layer that the full scores choose, from all layers down to --depth. (b) is timed
+on some candidates, and taken for all.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerpeel.config.fields import TextConfig
 from layerpeel.config.run import TaskConfig
-from layerpeel.config.score import RaceConfig, ScoreConfig, ShortlistConfig
+from layerpeel.config.score import ProtectConfig, RaceConfig, ScoreConfig, ShortlistConfig
 from layerpeel.data.batches import load_rows
 from layerpeel.importance.scores import LayerScores
 from layerpeel.importance.scoring import score_layers
@@ -50,6 +51,7 @@ from layerpeel.tasks.evaluation import score_tasks
 from layerpeel.tasks.registry import make_tasks
 from layerpeel.tasks.scores import Evaluation, TaskScore
 
+PARTS = ("times", "scores", "choices")
 SHORTLISTS = ("teacher_kl", "repaired_kl")
 TOKENS_PER_BATCH = 4096  # of the padded loop; more is slower on two cores
 STORIES = ("zorro", "next_sentence_en", "next_sentence_ru")
@@ -92,12 +94,14 @@ class Bench:
         """The storyteller's, or another model's, with its tasks' files written into a folder."""
         if not options.model:
             text = [KIT / "text" / name for name in ("tinystories_2M.txt", "stories_ru.jsonl")]
-            return cls(KIT / "models/storyteller-18", "float32", STORIES, KIT / "eval/lm_eval", text, options.limit)
+            dtype = options.dtype or "float32"
+            return cls(KIT / "models/storyteller-18", dtype, STORIES, KIT / "eval/lm_eval", text, options.limit)
         for name, data in BENCHMARKS.items():
             data = str((KIT / "real/eval" / f"{data}.jsonl").resolve())
             (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data), encoding="utf-8")
         text = [KIT / "real/text/general_en.jsonl"]
-        return cls(options.model.expanduser(), "bfloat16", [*BENCHMARKS], folder, text, options.limit)
+        dtype = options.dtype or "bfloat16"
+        return cls(options.model.expanduser(), dtype, [*BENCHMARKS], folder, text, options.limit)
 
     @cached_property
     def tasks(self) -> list[Task]:
@@ -118,7 +122,8 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=3, help="candidates that the rivals are timed on")
     parser.add_argument("--limit", type=int, default=None, help="samples of each task, for a quick look")
     parser.add_argument("--depth", type=int, default=8, help="where the comparison of choices ends")
-    parser.add_argument("--only", choices=("times", "choices"), help="one half; the other stays as --out has it")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 with --model, if not given")
+    parser.add_argument("--only", choices=PARTS, help="one part; the others stay as --out has them")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +131,7 @@ def main() -> None:
 
 
 def compare(bench: Bench, options: argparse.Namespace) -> None:
-    """Times, and choices; writes them."""
+    """Times, scores, and choices; writes them."""
     model, tokenizer = load_model(bench.teacher, dtype=bench.dtype)
     tasks = bench.tasks
     races = {by: ScoreConfig(race=RaceConfig(), shortlist=ShortlistConfig(by=by, keep=8)) for by in SHORTLISTS}
@@ -137,13 +142,22 @@ def compare(bench: Bench, options: argparse.Namespace) -> None:
         return score_layers(shorter, tokenizer, config or ScoreConfig(), tasks=tasks, text=text)
 
     record = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
-    record |= {"command": command(options), "machine": machine()}
-    if options.only != "choices":
-        record |= compare_times(options, bench, model, tokenizer, one_pass, races)
-    if options.only != "times":
-        record |= {"rounds": compare_choices(model, one_pass, races, options.depth)}
+    record["command"] = command(options)
+    differences = record.setdefault("differences", {})  # by dtype
+    if options.only in (None, "times"):
+        record["machine"] = machine()
+        measured, differences[bench.dtype] = compare_times(options, bench, model, tokenizer, one_pass, races)
+        record |= measured
+    if options.only == "scores":
+        differences[bench.dtype] = compare_scores(options, bench, model, tokenizer, one_pass)
+    if options.only in (None, "choices"):
+        record["rounds"] = []
+        for finished in compare_choices(model, one_pass, races, options.depth):
+            record["rounds"].append(finished)
+            write_record(options.out, record, indent=1)
+            print(finished, flush=True)
     write_record(options.out, record, indent=1)
-    print(json.dumps({k: record[k] for k in ("ratios", "same_scores") if k in record}, indent=1))
+    print(json.dumps({k: record[k] for k in ("ratios", "differences") if k in record}, indent=1))
 
 
 def command(options: argparse.Namespace) -> str:
@@ -159,10 +173,9 @@ def compare_times(
     tokenizer: PreTrainedTokenizerBase,
     one_pass: Callable[..., LayerScores],
     races: Mapping[str, ScoreConfig],
-) -> dict[str, Any]:
-    """Medians of all rivals' times over that of the one pass, and whether their scores are the same."""
-    tasks, candidates = bench.tasks, list(range(1, model.config.num_hidden_layers - 1))
-    chosen = [None, *candidates[:: max(1, len(candidates) // options.candidates)][: options.candidates]]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Medians of all rivals' times over that of the one pass; and how far scores differ."""
+    tasks, candidates, chosen = bench.tasks, list(range(1, model.config.num_hidden_layers - 1)), some(model, options)
     times: dict[str, list[float]] = {name: [] for name in ("ours", *races, "loop", "loop_same_rows")}
     cheap: dict[str, list[float]] = {by: [] for by in races}
     for _ in range(options.repeats):
@@ -180,12 +193,11 @@ def compare_times(
         by_harness[candidate] = harness(shortened(model, candidate), tokenizer, bench)
         per_candidate.append(time.monotonic() - started)
         print(candidate, round(per_candidate[-1], 1), flush=True)
-    scores = {candidate: {n: s.value for n, s in e.scores.items()} for candidate, e in result.evaluations.items()}
     middle = {name: statistics.median(values) for name, values in times.items()}
     for name in ("loop", "loop_same_rows"):
         middle[name] *= (len(candidates) + 1) / len(chosen)
     of_harness = statistics.median(per_candidate) * (len(candidates) + 1)
-    return {
+    measured = {
         "seconds": middle | {"harness": of_harness, "harness_per_candidate": per_candidate},
         "all_seconds": times,
         "shortlist_seconds": {by: statistics.median(seconds) for by, seconds in cheap.items()},
@@ -195,10 +207,46 @@ def compare_times(
             "harness": of_harness / middle["ours"],
             "raced_harness": {by: of_harness / middle[by] for by in races},
         },
-        "same_scores": {
-            name: all(rival[c] == scores[c] for c in chosen if c is not None) and rival[None] == by_harness[None]
-            for name, rival in (("loop", by_loop), ("loop_same_rows", same_rows), ("harness", by_harness))
-        },
+    }
+    return measured, furthest(result, {"loop": by_loop, "loop_same_rows": same_rows, "harness": by_harness})
+
+
+def some(model: PreTrainedModel, options: argparse.Namespace) -> list[int | None]:
+    """The model itself, and as many candidates as the rivals run, over all of its depth."""
+    candidates = range(1, model.config.num_hidden_layers - 1)
+    return [None, *candidates[:: max(1, len(candidates) // options.candidates)][: options.candidates]]
+
+
+def compare_scores(
+    options: argparse.Namespace,
+    bench: Bench,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    one_pass: Callable[..., LayerScores],
+) -> dict[str, float]:
+    """How far all rivals' scores are from those of one pass over the same candidates."""
+    chosen = some(model, options)
+    others = [layer for layer in range(model.config.num_hidden_layers) if layer not in chosen]
+    by_loop, same_rows = (loop(model, tokenizer, bench.tasks, chosen, answer) for answer in (padded, one_by_one))
+    by_harness = {candidate: harness(shortened(model, candidate), tokenizer, bench) for candidate in chosen}
+    result = one_pass(ScoreConfig(protect=ProtectConfig(layers=others)))
+    return furthest(result, {"loop": by_loop, "loop_same_rows": same_rows, "harness": by_harness})
+
+
+Scores = dict[int | None, dict[str, float]]  # by candidate and task
+
+
+def furthest(result: LayerScores, rivals: Mapping[str, Scores]) -> dict[str, float]:
+    """The largest difference of a rival's accuracy from the one pass's; for the model itself, from the harness's."""
+    ours: Scores = {
+        candidate: {name: score.value for name, score in evaluation.scores.items()}
+        for candidate, evaluation in result.evaluations.items()
+    } | {None: rivals["harness"][None]}
+    return {
+        rival: max(
+            abs(value - ours[candidate][name]) for candidate, each in scores.items() for name, value in each.items()
+        )
+        for rival, scores in rivals.items()
     }
 
 
@@ -270,17 +318,15 @@ def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bench: B
 
 def compare_choices(
     model: PreTrainedModel, one_pass: Callable[..., LayerScores], races: Mapping[str, ScoreConfig], depth: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """From the model's depth down, without training: the choice by full scores, and by each shortlist and race."""
-    shorter, rounds = copy.deepcopy(model), []
+    shorter = copy.deepcopy(model)
     while shorter.config.num_hidden_layers > depth:
         full = one_pass(None, shorter)
         choices = {by: choice(full, one_pass(config, shorter).ranked()[0]) for by, config in races.items()}
         best = full.ranked()[0]
-        rounds.append({"layers": shorter.config.num_hidden_layers, "full": best, "raced": choices})
-        print(rounds[-1], flush=True)
+        yield {"layers": shorter.config.num_hidden_layers, "full": best, "raced": choices}
         remove_layers(shorter, [best])
-    return rounds
 
 
 def choice(full: LayerScores, other: int) -> dict[str, Any]:

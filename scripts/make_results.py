@@ -70,16 +70,19 @@ def scoring() -> str:
 def scoring_of(name: str) -> str:
     """The same of one model, with the choices of shortlist and race."""
     result = read(name)
-    ratios, same, races = result["ratios"], result["same_scores"], result["ratios"]["raced_harness"]
-    rows = [
-        ("a loop that removes each candidate and runs padded batches", ratios["loop"], same["loop"]),
-        ("the same loop over exactly the rows of the one pass", ratios["loop_same_rows"], same["loop_same_rows"]),
-        ("the harness's own model class on each candidate", ratios["harness"], same["harness"]),
-    ]
-    lines = ["| compared with | its time / layerpeel's | same scores |", "|---|---|---|"]
-    lines += [f"| {rival} | {ratio:.1f} | {'yes' if equal else 'no'} |" for rival, ratio, equal in rows]
+    ratios, dtypes, races = result["ratios"], sorted(result["differences"]), result["ratios"]["raced_harness"]
+    rivals = {
+        "loop": "a loop that removes each candidate and runs padded batches",
+        "loop_same_rows": "the same loop over exactly the rows of the one pass",
+        "harness": "the harness's own model class on each candidate",
+    }
+    heads = ["compared with", "its time / layerpeel's", *(f"accuracies differ by, {dtype}" for dtype in dtypes)]
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    for rival, title in rivals.items():
+        differ = [f"{result['differences'][dtype][rival]:.3g}" for dtype in dtypes]
+        lines.append(f"| {' | '.join([title, f'{ratios[rival]:.1f}', *differ])} |")
     lines += [
-        f"| the harness's, compared with a race among the eight that `{by}` names | {ratio:.1f} | |"
+        f"| the harness's, compared with a race among the eight that `{by}` names | {ratio:.1f} |{' |' * len(dtypes)}"
         for by, ratio in races.items()
     ]
     agreed = [agreement(by, result["rounds"]) for by in races]
