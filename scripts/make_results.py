@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 PUBLISHED = "real-smollm2-135m"
 FIGURE = "docs/images/results/smollm2-135m.svg"
 
+import foretelling  # noqa: E402
 import healing  # noqa: E402
 import real  # noqa: E402
 from methods import markdown  # noqa: E402
@@ -52,6 +53,7 @@ SCORED = {
     "scoring-smollm2-135m": "SmolLM2-135M-Instruct on PIQA, ARC-easy and HellaSwag:",
 }
 SCORING_COMMENTS: dict[str, list[str]] = {}
+FORETOLD: dict[str, list[str]] = {}
 
 
 def methods(name: str) -> str:
@@ -256,6 +258,25 @@ def healed(name: str) -> str:
     return "\n\n".join([*parts, source(result)])
 
 
+def foretold() -> str:
+    """Which score ranks layers as they rank once the student is healed, of each model that was measured."""
+    parts = []
+    for path in sorted(RESULTS.glob("foretelling-*.json")):
+        result = read(path.stem)
+        settings = result["settings"]
+        trained = settings["distill"]["tokens_per_round"]
+        parts += [
+            f"{settings['teacher']}, the layers that may go one by one: KL to the teacher on held-out text when the "
+            f"layer is gone, after repair on {settings['repair']:,} tokens, and after training on {trained:,} besides. "
+            f"Metrics read {settings['read']:,} tokens, or the tasks of the shipped config. tau: Kendall's, of the "
+            "ranking by the score and that by what is left.",
+            foretelling.markdown(result["measured"]),
+            *FORETOLD.get(path.stem, []),
+            source(result),
+        ]
+    return "\n\n".join(parts)
+
+
 def published() -> str:
     """Ways to make a published model shallower, at equal tokens, on its benchmarks and on held-out text."""
     result = read(PUBLISHED)
@@ -328,6 +349,7 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("Losses at equal tokens: storyteller-18", "losses-storyteller", lambda: methods("losses-storyteller")),
     ("Healing at equal tokens: storyteller-18", "healing-storyteller-18", lambda: healed("healing-storyteller-18")),
     ("Healing at equal tokens: SmolLM2-135M-Instruct", "healing-smollm2-135m", lambda: healed("healing-smollm2-135m")),
+    ("Which score foretells what a layer costs after healing", "foretelling-*", foretold),
     (
         "Scoring every layer through lm-evaluation-harness",
         "scoring",
