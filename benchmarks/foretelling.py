@@ -69,7 +69,7 @@ def main() -> None:
     for number, measured in measured_side_by_side(__file__, given, options.at_once):
         after, name = wanted[number]
         parts.setdefault(str(after), {})[name] = measured
-        command = "python benchmarks/foretelling.py" + " --real" * bool(options.real)
+        command = "python benchmarks/foretelling.py" + " --real" * bool(options.real) + f" --after {','.join(parts)}"
         write_record(out, {"command": command, "machine": machine(), "settings": settings, "measured": parts})
         print(f"after {after} removals: {name}", flush=True)
     print(markdown(parts))

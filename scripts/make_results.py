@@ -63,7 +63,15 @@ SCORING_COMMENTS = {
         "not always."
     ]
 }
-FORETOLD: dict[str, list[str]] = {}
+FORETOLD = {
+    "foretelling-storyteller-18": [
+        "All scores choose layer 6 or 7, which end alike. Tasks rank the rest best, for what the text does not hold: "
+        "without layer 2 the model cannot copy, which no story shows. There a repair on stories leaves copies worse "
+        "than no repair, and training on stories does not bring them back: layers are chosen and healed well only for "
+        "what tasks and text ask for. Refitting the neighbours of a gap before scoring it (`repaired_kl`) ranks no "
+        "better than skipping. With sixteen layers and one seed, taus this close cannot be told apart."
+    ]
+}
 
 
 def methods(name: str) -> str:
