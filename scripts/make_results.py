@@ -55,12 +55,12 @@ SCORED = {
 SCORING_COMMENTS = {
     "scoring-smollm2-135m": [
         "Fifty rows of each, timed once. In float32 all scores are the harness's, exactly; in bfloat16, in which "
-        "kernels round differently for other shapes of a batch, one row of the fifty at the most is answered otherwise. On the very "
-        "rows that it runs itself, one pass cannot gain more than about two: candidates share the layers below, half "
-        "of all, and nothing of the head. The rest is contexts that several choices share, and padding. Of a race's "
-        "time about half goes to the shortlist, 4,096 tokens of text whatever the tasks have, and 150 rows in all are "
-        "too few to drop candidates early; nor do they tell layers apart, so that choices agree within the error, and "
-        "not always."
+        "kernels round differently for other shapes of a batch, one row of the fifty at the most is answered "
+        "otherwise. On the very rows that it runs itself, one pass cannot gain more than about two: candidates "
+        "share the layers below, half of all, and nothing of the head. The rest is contexts that several choices "
+        "share, and padding. Of a race's time about half goes to the shortlist, 4,096 tokens of text whatever the "
+        "tasks have, and 150 rows in all are too few to drop candidates early; nor do they tell layers apart, so "
+        "that choices agree within the error, and not always."
     ]
 }
 FORETOLD = {
