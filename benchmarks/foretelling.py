@@ -22,7 +22,7 @@ from typing import Any
 
 from healing import REAL, VARIANTS, Setting, config_of, mean_kl, read, real, settings_of, storyteller
 from machine import machine
-from measuring import ROOT, measured_side_by_side, share_gpu, write_record
+from measuring import ROOT, layers_of, measured_side_by_side, share_gpu, write_record
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -99,7 +99,7 @@ def all_settings(setting: Setting) -> dict[str, Any]:
 
 def jobs(setting: Setting, depths: Sequence[int]) -> Iterator[tuple[int, str]]:
     """The scores, and each layer's trial; the first and the last layer stay."""
-    layers = json.loads((setting.teacher / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    layers = layers_of(setting.teacher)
     for after in depths:
         yield after, "scores"
         yield from ((after, str(layer)) for layer in range(1, layers - 1) if layer not in setting.removed[:after])
@@ -132,7 +132,7 @@ def scores(setting: Setting, after: Sequence[int]) -> dict[str, dict[str, float]
     tasks = make_tasks(load_config(ROOT / "configs" / f"{shipped}.yaml").tasks)
     config = distil_config(setting)
     text = load_rows(config.text, tokenizer, sequence_length=config.sequence_length, max_tokens=READ)
-    candidates = [position for position, layer in enumerate(student.kept_layers.kept) if layer][:-1]
+    candidates = [student.kept_layers.position(layer) for layer in student.kept_layers.removable()]
     measured = {}
     for metric in METRICS:
         needs = make_metric(metric).needs

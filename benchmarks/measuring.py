@@ -99,6 +99,12 @@ def hand_in(folder: Path, measured: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
+def layers_of(folder: Path) -> int:
+    """How many layers the model in a folder has."""
+    layers: int = json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    return layers
+
+
 def timed(times: list[float], call: Callable[[], Any]) -> Any:
     """What a call gives; its seconds are added to `times`."""
     started = time.monotonic()

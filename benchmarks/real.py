@@ -29,7 +29,7 @@ from distillation import peak_gib
 from healing import REAL, heal, mean_kl, mean_of, names_among, read, without_places
 from machine import machine
 from matplotlib.figure import Figure
-from measuring import KIT, ROOT, measured_side_by_side, share_gpu, write_record
+from measuring import KIT, ROOT, layers_of, measured_side_by_side, share_gpu, write_record
 from methods import least_influence
 from transformers import PreTrainedModel
 
@@ -175,7 +175,7 @@ def tokens_in_all(name: str, options: argparse.Namespace) -> int:
 def config_of(way: Way, seed: int, options: argparse.Namespace) -> RunConfig:
     """The config with the teacher, the tokens, the seed and the way's fields."""
     config = load_config(options.config, [f"teacher={options.teacher}", f"seed={seed}"])
-    removed = teacher_layers(options) - min(options.depths)
+    removed = layers_of(options.teacher) - min(options.depths)
     fields = config.model_dump(mode="json", exclude_unset=True)
     fields["stop"] = {"target_layers": min(options.depths)}
     fields["distill"] |= {"tokens_per_round": options.tokens // removed, **way.distill}
@@ -183,11 +183,6 @@ def config_of(way: Way, seed: int, options: argparse.Namespace) -> RunConfig:
         fields["distill"] = {key: value for key, value in fields["distill"].items() if key not in ("repair", "when")}
     fields["score"] |= way.score
     return RunConfig.model_validate(fields)
-
-
-def teacher_layers(options: argparse.Namespace) -> int:
-    layers: int = json.loads((options.teacher / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
-    return layers
 
 
 def settings_of(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -207,7 +202,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each depth: what was kept, tokens, minutes and memory of the way, and how its student does."""
     started = time.monotonic()
     if name == "teacher":
-        made: Iterable[tuple[Path, dict[str, Any]]] = [(options.teacher, {"layers": teacher_layers(options)})]
+        made: Iterable[tuple[Path, dict[str, Any]]] = [(options.teacher, {"layers": layers_of(options.teacher)})]
     else:
         way = WAYS[name]
         make = {"loop": by_loop, "one_shot": by_one_shot}.get(way.kind, by_peer)
@@ -247,7 +242,7 @@ def by_one_shot(name: str, way: Way, options: argparse.Namespace) -> Iterable[tu
     config = config_of(way, options.seeds[0], options)
     for depth in [min(options.depths)] if way.trains else options.depths:
         teacher, tokenizer = load_model(options.teacher, dtype=config.dtype)
-        removed = least_influence(config, teacher, tokenizer)[: teacher_layers(options) - depth]
+        removed = least_influence(config, teacher, tokenizer)[: layers_of(options.teacher) - depth]
         distill = config.distill.model_copy(update={"tokens_per_round": options.tokens if way.trains else 0})
         student, repairs, trainings = heal(teacher, tokenizer, [removed], distill, config.seed)
         folder = options.folder / f"{name}-{depth}"
@@ -261,7 +256,7 @@ def by_one_shot(name: str, way: Way, options: argparse.Namespace) -> Iterable[tu
 
 def kept_of(options: argparse.Namespace, removed: Sequence[int]) -> list[int]:
     """The teacher's layers but those."""
-    return [layer for layer in range(teacher_layers(options)) if layer not in removed]
+    return [layer for layer in range(layers_of(options.teacher)) if layer not in removed]
 
 
 def by_peer(name: str, way: Way, options: argparse.Namespace) -> Iterable[tuple[Path, dict[str, Any]]]:
@@ -269,7 +264,7 @@ def by_peer(name: str, way: Way, options: argparse.Namespace) -> Iterable[tuple[
     depth = min(options.depths)
     folder = options.folder / f"{name}-{depth}"
     text = KIT / "real" / "text" / "general_en.jsonl"
-    job = real_peers.Job(options.teacher, teacher_layers(options) - depth, text, options.tokens, folder)
+    job = real_peers.Job(options.teacher, layers_of(options.teacher) - depth, text, options.tokens, folder)
     if way.kind == "optipfair":
         kept, trained = real_peers.optipfair(job)
     else:

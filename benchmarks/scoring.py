@@ -175,7 +175,8 @@ def compare_times(
     races: Mapping[str, ScoreConfig],
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Medians of all rivals' times over that of the one pass; and how far scores differ."""
-    tasks, candidates, chosen = bench.tasks, list(range(1, model.config.num_hidden_layers - 1)), some(model, options)
+    tasks, chosen = bench.tasks, some(model, options)
+    models = model.config.num_hidden_layers - 1  # the model itself, and each candidate
     times: dict[str, list[float]] = {name: [] for name in ("ours", *races, "loop", "loop_same_rows")}
     cheap: dict[str, list[float]] = {by: [] for by in races}
     for _ in range(options.repeats):
@@ -195,8 +196,8 @@ def compare_times(
         print(candidate, round(per_candidate[-1], 1), flush=True)
     middle = {name: statistics.median(values) for name, values in times.items()}
     for name in ("loop", "loop_same_rows"):
-        middle[name] *= (len(candidates) + 1) / len(chosen)
-    of_harness = statistics.median(per_candidate) * (len(candidates) + 1)
+        middle[name] *= models / len(chosen)
+    of_harness = statistics.median(per_candidate) * models
     measured = {
         "seconds": middle | {"harness": of_harness, "harness_per_candidate": per_candidate},
         "all_seconds": times,

@@ -45,6 +45,19 @@ COMMENTS = {
     "score is better, because its training text is stories, which hold nothing to copy.",
     "methods-demo": "The student is trained on text of the teacher's own small world, which covers all its skills. "
     "Few users have text that fits as well.",
+    "scoring-smollm2-135m": "Fifty rows of each, timed once. In float32 all scores are the harness's, exactly; in "
+    "bfloat16, in which kernels round differently for other shapes of a batch, one row of the fifty at the most "
+    "is answered otherwise. On the very rows that it runs itself, one pass cannot gain more than about two: "
+    "candidates share the layers below, half of all, and nothing of the head. The rest is contexts that several "
+    "choices share, and padding. Of a race's time about half goes to the shortlist, 4,096 tokens of text whatever "
+    "the tasks have, and 150 rows in all are too few to drop candidates early; nor do they tell layers apart, so "
+    "that choices agree within the error, and not always.",
+    "foretelling-storyteller-18": "All scores choose layer 6 or 7, which end alike. Tasks rank the rest best, for "
+    "what the text does not hold: without layer 2 the model cannot copy, which no story shows. There a repair on "
+    "stories leaves copies worse than no repair, and training on stories does not bring them back: layers are "
+    "chosen and healed well only for what tasks and text ask for. Refitting the neighbours of a gap before "
+    "scoring it (`repaired_kl`) ranks no better than skipping. With sixteen layers and one seed, taus this close "
+    "cannot be told apart.",
 }
 
 
@@ -52,34 +65,18 @@ SCORED = {
     "scoring": "storyteller-18 on Zorro and next_sentence:",
     "scoring-smollm2-135m": "SmolLM2-135M-Instruct on PIQA, ARC-easy and HellaSwag:",
 }
-SCORING_COMMENTS = {
-    "scoring-smollm2-135m": [
-        "Fifty rows of each, timed once. In float32 all scores are the harness's, exactly; in bfloat16, in which "
-        "kernels round differently for other shapes of a batch, one row of the fifty at the most is answered "
-        "otherwise. On the very rows that it runs itself, one pass cannot gain more than about two: candidates "
-        "share the layers below, half of all, and nothing of the head. The rest is contexts that several choices "
-        "share, and padding. Of a race's time about half goes to the shortlist, 4,096 tokens of text whatever the "
-        "tasks have, and 150 rows in all are too few to drop candidates early; nor do they tell layers apart, so "
-        "that choices agree within the error, and not always."
-    ]
-}
-FORETOLD = {
-    "foretelling-storyteller-18": [
-        "All scores choose layer 6 or 7, which end alike. Tasks rank the rest best, for what the text does not hold: "
-        "without layer 2 the model cannot copy, which no story shows. There a repair on stories leaves copies worse "
-        "than no repair, and training on stories does not bring them back: layers are chosen and healed well only for "
-        "what tasks and text ask for. Refitting the neighbours of a gap before scoring it (`repaired_kl`) ranks no "
-        "better than skipping. With sixteen layers and one seed, taus this close cannot be told apart."
-    ]
-}
+
+
+def comment(name: str) -> list[str]:
+    """The paragraph on a result, if there is one."""
+    return [COMMENTS[name]] if name in COMMENTS else []
 
 
 def methods(name: str) -> str:
     """Ways of making a model shallower, by depth."""
     result = read(name)
     took = f" The loop took {result['minutes_of_the_loop']:.0f} minutes." if "minutes_of_the_loop" in result else ""
-    comment = f"{COMMENTS[name]}\n\n" if name in COMMENTS else ""
-    return f"{markdown(result['results'])}\n\n{comment}{source(result)}{took}"
+    return "\n\n".join([markdown(result["results"]), *comment(name), source(result) + took])
 
 
 def scoring() -> str:
@@ -106,7 +103,7 @@ def scoring_of(name: str) -> str:
         for by, ratio in races.items()
     ]
     agreed = [agreement(by, result["rounds"]) for by in races]
-    return "\n\n".join([SCORED[name], "\n".join(lines), *agreed, *SCORING_COMMENTS.get(name, []), source(result)])
+    return "\n\n".join([SCORED[name], "\n".join(lines), *agreed, *comment(name), source(result)])
 
 
 def agreement(by: str, rounds: list[dict[str, Any]]) -> str:
@@ -289,7 +286,7 @@ def foretold() -> str:
             f"Metrics read {settings['read']:,} tokens, or the tasks of the shipped config. tau: Kendall's, of the "
             "ranking by the score and that by what is left.",
             foretelling.markdown(result["measured"]),
-            *FORETOLD.get(path.stem, []),
+            *comment(path.stem),
             source(result),
         ]
     return "\n\n".join(parts)
