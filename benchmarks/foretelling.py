@@ -62,7 +62,10 @@ def main() -> None:
     out = options.out or ROOT / "benchmarks" / "results" / f"foretelling-{setting.teacher.name}.json"
     settings = json.loads(json.dumps(all_settings(setting)))
     record = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    parts: dict[str, Any] = record["measured"] if record.get("settings") == settings else {}
+    same = record.get("settings") == settings
+    parts: dict[str, Any] = record["measured"] if same else {}
+    before = record["machine"] if same else ""
+    machines = before if machine() in before else "; ".join(filter(None, (before, machine())))
     where = ["--real", options.real] if options.real else []
     wanted = [(after, name) for after, name in jobs(setting, options.after) if name not in parts.get(str(after), {})]
     given = [["--worker", name, "--after", after, *where] for after, name in wanted]
@@ -70,7 +73,7 @@ def main() -> None:
         after, name = wanted[number]
         parts.setdefault(str(after), {})[name] = measured
         command = "python benchmarks/foretelling.py" + " --real" * bool(options.real) + f" --after {','.join(parts)}"
-        write_record(out, {"command": command, "machine": machine(), "settings": settings, "measured": parts})
+        write_record(out, {"command": command, "machine": machines, "settings": settings, "measured": parts})
         print(f"after {after} removals: {name}", flush=True)
     print(markdown(parts))
 

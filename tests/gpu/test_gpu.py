@@ -107,7 +107,7 @@ def little_memory() -> Iterator[None]:
 
 @pytest.mark.usefixtures("little_memory")
 def test_a_full_gpu_halves_the_batches_and_changes_no_number(folder: Path) -> None:
-    data = save_texts(folder / "many.jsonl", tiny_texts([60] * 2000))
+    data = save_texts(folder / "many.jsonl", tiny_texts([60] * 10_000))
     tasks = make_tasks([TaskConfig(kind="perplexity", data=str(data))])
     model, tokenizer = tiny_model("llama").to("cuda"), tiny_tokenizer()
     scores = score_layers(model, tokenizer, ScoreConfig(decide="task_quality"), tasks=tasks)
