@@ -85,7 +85,7 @@ class Way:
 
 
 UNTRAINED = {"tokens_per_round": 0, "repair": False}
-BY_REPAIRED_KL = {"shortlist": {"by": "teacher_kl", "keep": 8}, "decide": "repaired_kl"}
+BY_REPAIRED_KL = {"decide": "repaired_kl"}
 BY_TASKS = {"shortlist": {"by": "teacher_kl", "keep": 4}, "decide": "task_quality"}
 WAYS: dict[str, Way] = {
     "default": Way("loop", "layerpeel"),
