@@ -15,7 +15,7 @@ from layerpeel.study.file import load_study
 from layerpeel.study.writing import Study, run_study
 
 FOLDER = Path(__file__).parents[2] / "studies"
-STUDIES, OF_PUBLISHED_MODELS = sorted(FOLDER.glob("*.yaml")), sorted(FOLDER.glob("published/*.yaml"))
+STUDIES, OF_PUBLISHED_MODELS = sorted(FOLDER.glob("*.yaml")), sorted(FOLDER.glob("*/*.yaml"))
 SEVEN = {
     "baseline",
     "loss-ablation",

@@ -240,8 +240,9 @@ def copy_collapse(run: RunRecord) -> Iterator[Finding]:
                     round=each.number,
                     message=f"task {name}: {kept[name]:.0%} of the teacher's copying is left, where the other tasks "
                     f"keep {mean:.0%}",
-                    hint="train on more, and on text with longer documents and repetition (distill.text, "
-                    "distill.tokens_per_round), or export an earlier round",
+                    hint="train on text that holds copies, or on what the teacher writes beside yours "
+                    "(distill.text: {from: teacher}), on more of it (distill.tokens_per_round), or export an earlier "
+                    "round",
                 )
                 break
 
