@@ -52,12 +52,13 @@ COMMENTS = {
     "choices share, and padding. Of a race's time about half goes to the shortlist, 4,096 tokens of text whatever "
     "the tasks have, and 150 rows in all are too few to drop candidates early; nor do they tell layers apart, so "
     "that choices agree within the error, and not always.",
-    "foretelling-storyteller-18": "All scores choose layer 6 or 7, which end alike. Tasks rank the rest best, for "
-    "what the text does not hold: without layer 2 the model cannot copy, which no story shows. There a repair on "
-    "stories leaves copies worse than no repair, and training on stories does not bring them back: layers are "
-    "chosen and healed well only for what tasks and text ask for. Refitting the neighbours of a gap before "
-    "scoring it (`repaired_kl`) ranks no better than skipping. With sixteen layers and one seed, taus this close "
-    "cannot be told apart.",
+    "foretelling-storyteller-18": "With all layers there, all scores choose layer 6 or 7, which end alike. Tasks rank "
+    "the rest best, for what the text does not hold: without layer 2 the model cannot copy, which no story shows. "
+    "There a repair on stories leaves copies worse than no repair, and training on stories does not bring them back: "
+    "layers are chosen and healed well only for what tasks and text ask for. After three removals the scores by text "
+    "choose the best layer, and the tasks the second; again the tasks rank the rest best. Refitting the neighbours of "
+    "a gap before scoring it (`repaired_kl`) ranks no better than skipping on this model. With sixteen layers and one "
+    "seed, taus this close cannot be told apart.",
 }
 
 

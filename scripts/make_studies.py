@@ -115,16 +115,16 @@ COMMENTS: dict[str, tuple[str, str]] = {
         "At 14 of 18 layers 97.9 % of the aggregate is left, at 12 layers 96.5 %; another seed moves either by less "
         "than a point. Of the 2.1 points that are lost at 14 layers, copies are 0.8, perplexity 0.8 and the choice of "
         "the next sentence 0.6, most of it in Russian; of the 3.5 at 12 layers, 1.8, 1.4 and 0.7, and grammar is "
-        "a little better than the teacher's. The rows of these tasks, some 200 or 60 of each, leave a standard error of "
-        "2.3 points between two models that they do not pair. Runs went side by side on one GPU with others, so that "
-        "times compare with nothing.",
+        "a little better than the teacher's. The rows of these tasks, some 200 or 60 of each, leave a standard error "
+        "of 2.3 points between two models that they do not pair. Runs went side by side on one GPU with others, so "
+        "that times compare with nothing.",
     ),
     "teacher-text-shares": (
         "How much of the teacher's own text, trained on in which way, and chosen from how many layers?",
-        "No difference that one seed could show: from 97.6 to 98.4 % at 14 layers, from 96.4 to 97.0 % at 12. A document "
-        "of the teacher's has 52 tokens here, one of the corpus 230: half of the documents are a fifth of the tokens, "
-        "three quarters two fifths. To ask the tasks about eight layers in each round rather "
-        "than four chose the same. Runs went side by side on one GPU with others, so that times compare with nothing.",
+        "No difference that one seed could show: from 97.6 to 98.4 % at 14 layers, from 96.4 to 97.0 % at 12. A "
+        "document of the teacher's has 52 tokens here, one of the corpus 230: half of the documents are a fifth of the "
+        "tokens, three quarters two fifths. To ask the tasks about eight layers in each round rather than four chose "
+        "the same. Runs went side by side on one GPU with others, so that times compare with nothing.",
     ),
     "kl-scale": (
         "How large should the weight of KL be, relative to that of MSE? (next check 2)",
