@@ -126,7 +126,8 @@ class Variant:
     Attributes:
         over: `defaults`, `step` or `tuned`.
         one_by_one: remove a layer, train, remove the next, as a run does; else all go at once.
-        text: the setting's `corpus`, what the `teacher` writes, or as much of `both`.
+        text: the setting's `corpus`, what the `teacher` writes, as many documents of `both`, or `more` of the teacher's:
+            three for each.
     """
 
     fields: dict[str, Any]
@@ -149,6 +150,7 @@ VARIANTS: dict[str, Variant] = {
     "repair-alone-ridge-0.1": Variant({"tokens_per_round": 0, "repair": {"ridge": 0.1}}, over="defaults"),
     "repair-alone-teacher-text": Variant({"tokens_per_round": 0}, over="defaults", text="teacher"),
     "repair-alone-both-texts": Variant({"tokens_per_round": 0}, over="defaults", text="both"),
+    "repair-alone-more-teacher-text": Variant({"tokens_per_round": 0}, over="defaults", text="more"),
     "repair-alone-both-texts-ridge-0.1": Variant(
         {"tokens_per_round": 0, "repair": {"ridge": 0.1}}, over="defaults", text="both"
     ),
@@ -204,6 +206,7 @@ VARIANTS: dict[str, Variant] = {
     "teacher-text": Variant({"repair": {}}, text="teacher"),
     "default-teacher-text": Variant({}, over="defaults", text="teacher"),
     "default-both-texts": Variant({}, over="defaults", text="both"),
+    "default-more-teacher-text": Variant({}, over="defaults", text="more"),
     "both-texts-lr-3e-4": Variant({"learning_rate": 3e-4}, over="defaults", text="both"),
     "both-texts-ridge-0.3": Variant({"repair": {"ridge": 0.3}}, over="defaults", text="both"),
     "both-texts-ridge-1": Variant({"repair": {"ridge": 1.0}}, over="defaults", text="both"),
@@ -230,8 +233,8 @@ def config_of(setting: Setting, variant: Variant, tokens: int) -> DistillConfig:
     budget = {"tokens_per_round": tokens // rounds}
     fields = {**budget, **setting.text, **over, **variant.fields}
     corpus = fields["text"] if isinstance(fields["text"], list) else [fields["text"]]
-    as_much = [{"from": "teacher", "weight": len(corpus)}]
-    fields["text"] = corpus * (variant.text != "teacher") + as_much * (variant.text != "corpus")
+    written = [{"from": "teacher", "weight": len(corpus) * (3 if variant.text == "more" else 1)}]
+    fields["text"] = corpus * (variant.text != "teacher") + written * (variant.text != "corpus")
     if number := fields.pop("rows", None):
         fields["tokens_per_step"] = number * fields["sequence_length"]
     return DistillConfig.model_validate(fields)
@@ -445,7 +448,8 @@ def mean_of(values: Sequence[float], digits: int) -> str:
 
 def fields_of(variant: Variant) -> str:
     """What a variant changes, in YAML."""
-    text = {"teacher": {"text": "teacher's"}, "both": {"text": "corpus and teacher's"}}.get(variant.text, {})
+    texts = {"teacher": "teacher's", "both": "corpus and teacher's", "more": "corpus and three times the teacher's"}
+    text = {"text": texts[variant.text]} if variant.text in texts else {}
     return yaml.safe_dump(variant.fields | text, default_flow_style=True, width=1000, sort_keys=False).strip()
 
 
