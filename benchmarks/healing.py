@@ -126,7 +126,7 @@ class Variant:
     Attributes:
         over: `defaults`, `step` or `tuned`.
         one_by_one: remove a layer, train, remove the next, as a run does; else all go at once.
-        text: the setting's `corpus`, what the `teacher` writes, as many documents of `both`, or `more` of the teacher's:
+        text: the setting's `corpus`, what the `teacher` writes, as many documents of `both`, or `more` of the latter:
             three for each.
     """
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from layerpeel.config.fields import TeacherTextConfig, TextConfig, TextSource
 from layerpeel.data.batches import load_rows
+from layerpeel.data.documents import mix_documents
 from layerpeel.data.token_documents import find_token_text, read_token_documents
 from layerpeel.data.tokenizing import read_tokens
 from layerpeel.errors import InputError, RunError
@@ -214,6 +215,25 @@ def test_a_source_gets_its_share_of_what_is_read() -> None:
     assert tokens_of(source, [source, TextConfig(path="a")], 4000) == 3000
     assert tokens_of(source, [source], 10**9) == MOST_TOKENS
     assert tokens_of(TeacherTextConfig(tokens=10**9), [source], 5) == 10**9
+
+
+@pytest.mark.parametrize("words", [3, 200])
+def test_as_much_is_written_as_is_read_beside_shorter_and_longer_documents(tmp_path: Path, words: int) -> None:
+    """Weights count documents, so of long ones more tokens are read."""
+    corpus = save_texts(tmp_path / "corpus.jsonl", tiny_texts([words] * 2000))
+    torch.set_num_threads(1)
+    writer = TeacherWriter(
+        tiny_model("llama"), tiny_tokenizer(), tmp_path, teacher="tiny", length=24, tokens=9000, seed=5
+    )
+    sources = writer.resolve([TextConfig(path=str(corpus)), TeacherTextConfig()])
+    (written,) = writer.written.values()
+    left, read = 9000, 0
+    for (_, document), ids in zip(mix_documents(sources, 0), read_tokens(sources, tiny_tokenizer(), 0), strict=True):
+        read += len(ids) * isinstance(document, torch.Tensor)
+        left -= len(ids)
+        if left <= 0:
+            break
+    assert left <= 0 and 0.6 * written.text.tokens < read < 1.3 * written.text.tokens
 
 
 if __name__ == "__main__":

@@ -115,9 +115,9 @@ class TeacherTextConfig(Section):
     from_: Annotated[Literal["teacher"], Field(alias="from")] = "teacher"
     """Says that it is this kind of source; there is no other yet."""
     tokens: Annotated[int, Field(ge=1), AS_COUNT] | None = None
-    """How many to sample. If not given, as many as the trainings read of this source by its weight, so that none comes
-    twice (one round's, without `stop.target_layers` or with `fresh_text: false`), or as a repair or the scores read,
-    if that is more; but 50M at most."""
+    """How many to sample. If not given, as many as the trainings read of this source, by its weight and the length of
+    the others' documents, so that none comes twice (one round's, without `stop.target_layers` or with `fresh_text:
+    false`), or as a repair or the scores read, if that is more; but 50M at most."""
     prompts: Annotated[TextConfig | None, BeforeValidator(_as_source)] = None
     """What its documents begin with: a path, or a source of texts or chats; a chat goes on with what the assistant says
     next, in the tokenizer's chat template. If there are more documents than prompts, these come again. If not given,

@@ -20,6 +20,7 @@ from layerpeel.errors import InputError, reason_of
 from layerpeel.processes.progress import print_once
 
 DOCUMENTS_PER_CALL = 64
+DOCUMENTS_FOR_MEAN, TOKENS_FOR_MEAN = 256, 2**19  # whichever is reached first
 MOST_THREADS = 16  # that tokenise; more would wait for Python, which makes lists of what they give
 USUAL_CHARACTERS = 6  # of a token at most; a text with more of them may have lost some
 
@@ -58,6 +59,16 @@ def read_tokens(
 ) -> Iterator[Tensor]:
     """The token ids of each document of a mixture of sources, but for the first `skip`."""
     return tokenize(islice(mix_documents(sources, seed), skip, None), tokenizer)
+
+
+def mean_length(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Tokens of a document of a source, the mean of some hundred."""
+    lengths: list[int] = []
+    for ids in islice(read_tokens([source], tokenizer, seed=0), DOCUMENTS_FOR_MEAN):
+        lengths.append(len(ids))
+        if sum(lengths) > TOKENS_FOR_MEAN:
+            break
+    return sum(lengths) / len(lengths)
 
 
 def tokenize(documents: Iterator[PlacedDocument], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from layerpeel.data.token_documents import (
     vocabulary_digest,
     write_documents,
 )
+from layerpeel.data.tokenizing import mean_length
 from layerpeel.inference.beginnings import Beginnings
 from layerpeel.inference.budget import Budget
 from layerpeel.inference.degeneration import TextSigns, signs_of
@@ -119,18 +120,34 @@ class TeacherWriter:
         ]
 
     def _folder_of(self, source: TeacherTextConfig, sources: Sequence[TextSource]) -> TextConfig:
-        tokens = source.tokens or tokens_of(source, sources, self.tokens)
+        tokens = tokens_of(source, sources, self.tokens, self._length_of)
         beginnings = Beginnings(source, sources, self.tokenizer, self.length, self.seed)
         text = _Text(self, source, beginnings, tokens)
         if text.folder not in self.written:
             self.written[text.folder] = text.complete()
         return TextConfig(path=str(text.folder), weight=source.weight)
 
+    def _length_of(self, source: TextSource) -> float:
+        """Tokens of a document of a source; of the teacher's, the most that one may have."""
+        return self.length if isinstance(source, TeacherTextConfig) else mean_length(source, self.tokenizer)
 
-def tokens_of(source: TeacherTextConfig, sources: Sequence[TextSource], total: int) -> int:
-    """How many tokens a source of the teacher's gets that does not say so, of a total that is read of all sources."""
-    share = source.weight / sum(each.weight for each in sources)
-    return source.tokens or max(1, min(round(total * share), MOST_TOKENS))
+
+def tokens_of(
+    source: TeacherTextConfig,
+    sources: Sequence[TextSource],
+    total: int,
+    length_of: Callable[[TextSource], float] = lambda source: 1.0,
+) -> int:
+    """How many tokens a source of the teacher's has: as many as it says, or what is read of it in all.
+
+    Args:
+        total: tokens that are read of all sources.
+        length_of: tokens of a document of a source; without it, those of all sources are taken to be alike.
+    """
+    if source.tokens:
+        return source.tokens
+    read, *others = (each.weight * length_of(each) for each in [source, *sources])  # weights count documents
+    return max(1, min(math.ceil(total * read / sum(others)), MOST_TOKENS))
 
 
 class _Text:
