@@ -112,13 +112,13 @@ COMMENTS: dict[str, tuple[str, str]] = {
     ),
     "teacher-text": (
         "What text heals storyteller-18, which can copy, where the corpus is stories and holds nothing to copy?",
-        "Some of its own. Healed on stories alone 14 layers keep 94.9 % and 12 keep 88.6 %, and nearly all that is lost "
-        "is copying (Russian copies: 0.91, at 12 layers 0.62). On as many tokens, of which a fifth are the teacher's, "
-        "98.0 and 97.1 %, with copies of 0.87 and stories about as well. The teacher's text alone, without any corpus, "
-        "keeps 97.3 and 94.3 %: at 14 layers each task at least as well as stories do, within one standard error; at "
-        "12 copies are 0.17 and 0.27 better, and perplexity is one and a half standard errors worse, because nine in "
-        "ten of the documents that this teacher writes are copies. Times are those of one thread beside other work; "
-        "that of scoring has pauses in it.",
+        "Some of its own. Healed on stories alone 14 layers keep 94.9 % and 12 keep 88.6 %, and nearly all that is "
+        "lost is copying (Russian copies: 0.91, at 12 layers 0.62). On as many tokens, of which a fifth are the "
+        "teacher's, 98.0 and 97.1 %, with copies of 0.94 and 0.87 and stories about as well. The teacher's text alone, "
+        "without any corpus, keeps 97.3 and 94.3 %: at 14 layers each task at least as well as stories do, within one "
+        "standard error; at 12 copies are 0.17 and 0.27 better, and perplexity is one and a half standard errors "
+        "worse, because nine in ten of the documents that this teacher writes are copies. Times are those of one "
+        "thread beside other work; that of scoring has pauses in it.",
     ),
     "teacher-text-seeds": (
         "Storyteller-18 healed on stories and on what the teacher writes, with three seeds",
