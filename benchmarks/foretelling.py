@@ -172,12 +172,23 @@ def trial(setting: Setting, after: Sequence[int], layer: int) -> dict[str, float
 
 
 def markdown(parts: Mapping[str, Any]) -> str:
-    """A table of metrics and one of layers for each number of removals before, where all was measured."""
+    """A table of metrics and one of layers for each number of removals before, of the layers that were on trial."""
     return "\n\n".join(
-        f"After {after} removals:\n\n{of_metrics(measured)}\n\n{of_layers(measured)}"
+        f"After {after} removals{so_far(measured)}:\n\n{of_metrics(measured)}\n\n{of_layers(measured)}"
         for after, measured in sorted(parts.items())
-        if "scores" in measured and set(measured["scores"]["teacher_kl"]) <= set(measured)
+        if "scores" in measured and len(on_trial(measured)) > 1
     )
+
+
+def on_trial(measured: Mapping[str, Any]) -> list[str]:
+    """The layers whose loss was measured."""
+    return [layer for layer in measured["scores"]["teacher_kl"] if layer in measured]
+
+
+def so_far(measured: Mapping[str, Any]) -> str:
+    """How many that is, if not all."""
+    some, every = len(on_trial(measured)), len(measured["scores"]["teacher_kl"])
+    return "" if some == every else f" ({some} of {every} layers so far)"
 
 
 def of_metrics(measured: Mapping[str, Any]) -> str:
@@ -187,8 +198,8 @@ def of_metrics(measured: Mapping[str, Any]) -> str:
         " the best costs |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
+    layers = on_trial(measured)
     for metric, importance in measured["scores"].items():
-        layers = [*importance]
         taus = [
             kendall_tau([importance[each] for each in layers], [measured[each][stage] for each in layers])
             for stage in STAGES
@@ -206,7 +217,7 @@ def of_layers(measured: Mapping[str, Any]) -> str:
     metrics = [*measured["scores"]]
     heads = [f"KL, {stage}" for stage in STAGES.values()] + [f"`{metric}`" for metric in metrics]
     lines = [f"| layer | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-    for layer in measured["scores"]["teacher_kl"]:
+    for layer in on_trial(measured):
         cells = [f"{measured[layer][stage]:.4f}" for stage in STAGES]
         cells += [f"{measured['scores'][metric][layer]:.4f}" for metric in metrics]
         lines.append(f"| {layer} | {' | '.join(cells)} |")
