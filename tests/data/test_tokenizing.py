@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from layerpeel.config.fields import TextConfig
 from layerpeel.data import tokenizing
 from layerpeel.data.documents import PlacedDocument
-from layerpeel.data.tokenizing import tokenize
-from tests.families import tiny_tokenizer
+from layerpeel.data.tokenizing import mean_length, tokenize
+from tests.families import save_texts, tiny_texts, tiny_tokenizer
 
 END = 2
 
@@ -34,6 +36,17 @@ def test_threads_keep_the_order(count: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(7), raising=False)
     tokenizer = tiny_tokenizer()
     assert ids(tokenizer, count) == expected(tokenizer, count)
+
+
+@pytest.mark.parametrize(("most", "mean"), [(10**6, (100 * 9 + 3 * 39) / 103), (20, 9.0)])
+def test_the_mean_length_of_documents_is_that_of_some(
+    most: int, mean: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the token that ends each; of long ones fewer are read."""
+    monkeypatch.setattr("layerpeel.data.tokenizing.TOKENS_FOR_MEAN", most)
+    path = save_texts(tmp_path / "text.jsonl", tiny_texts([8] * 100 + [38] * 3))
+    source = TextConfig(path=str(path), shuffle=0)
+    assert mean_length(source, tiny_tokenizer()) == pytest.approx(mean)
 
 
 def test_truncation_and_padding_of_calls_before_are_not_those_of_text() -> None:
