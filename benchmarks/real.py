@@ -101,6 +101,12 @@ WAYS: dict[str, Way] = {
     ),
     "loop-untrained": Way("loop", "layerpeel, neither repaired nor trained", UNTRAINED),
     "chosen-by-repaired-kl": Way("loop", "layerpeel, layers chosen by repaired_kl", score=BY_REPAIRED_KL),
+    "well-repaired": Way(
+        "loop",
+        "layerpeel, layers chosen by repaired_kl, repaired on 131,072 tokens",
+        {"repair": {"tokens": 131_072}, "learning_rate": 2e-4},
+        BY_REPAIRED_KL,
+    ),
     "chosen-by-tasks": Way("loop", "layerpeel, layers chosen by tasks", score=BY_TASKS),
     "block-influence": Way("one_shot", "one-shot block influence (ShortGPT)", UNTRAINED),
     "block-influence-trained": Way("one_shot", "layers of the least block influence, healed by layerpeel"),
