@@ -55,8 +55,8 @@ COMMENTS = {
     "foretelling-smollm2-135m": "Here the refitted neighbours tell (`repaired_kl`): repair makes up for nearly all of "
     "what some layers cost when they are skipped (8: 0.72, then 0.12) and for little of others (3: 0.21, then 0.17), "
     "and training changes little of that order. All scores by text choose the best layer, or the next to it; the "
-    "tasks, with a hundred rows each, one that ends twice as dear. Trials went side by side on one GPU, with other "
-    "work.",
+    "tasks, with a hundred rows each, one that ends twice as dear. All but layers 21 and 23 were tried on the "
+    "GPU, side by side.",
     "foretelling-storyteller-18": "With all layers there, all scores choose layer 6 or 7, which end alike. Tasks rank "
     "the rest best, for what the text does not hold: without layer 2 the model cannot copy, which no story shows. "
     "There a repair on stories leaves copies worse than no repair, and training on stories does not bring them back: "
