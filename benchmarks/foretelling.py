@@ -64,8 +64,7 @@ def main() -> None:
     record = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     same = record.get("settings") == settings
     parts: dict[str, Any] = record["measured"] if same else {}
-    before = record["machine"] if same else ""
-    machines = before if machine() in before else "; ".join(filter(None, (before, machine())))
+    machines = "; ".join(dict.fromkeys([*(record["machine"].split("; ") if same else ()), machine()]))
     where = ["--real", options.real] if options.real else []
     wanted = [(after, name) for after, name in jobs(setting, options.after) if name not in parts.get(str(after), {})]
     given = [["--worker", name, "--after", after, *where] for after, name in wanted]

@@ -15,7 +15,7 @@ from layerpeel.study.file import load_study
 from layerpeel.study.writing import Study, run_study
 
 FOLDER = Path(__file__).parents[2] / "studies"
-STUDIES, OF_PUBLISHED_MODELS = sorted(FOLDER.glob("*.yaml")), sorted(FOLDER.glob("*/*.yaml"))
+STUDIES, OF_OTHER_MODELS = sorted(FOLDER.glob("*.yaml")), sorted(FOLDER.glob("*/*.yaml"))
 SEVEN = {
     "baseline",
     "loss-ablation",
@@ -40,8 +40,8 @@ def test_there_are_seven() -> None:
     assert {path.stem for path in STUDIES} == SEVEN
 
 
-@pytest.mark.parametrize("path", OF_PUBLISHED_MODELS, ids=lambda path: path.stem)
-def test_a_study_of_published_models_is_read_with_its_data(path: Path, kit: Path, base: Path) -> None:
+@pytest.mark.parametrize("path", OF_OTHER_MODELS, ids=lambda path: path.stem)
+def test_a_study_of_another_model_is_read_with_its_data(path: Path, kit: Path, base: Path) -> None:
     variants = yaml.safe_load(path.read_text()).get("variants") or {"base": {}}
     teacher = base.parent / "teacher"
     teachers = [f"variants.{name}.teacher={teacher}" for name, fields in variants.items() if "base" in fields]
